@@ -1,0 +1,250 @@
+r"""What is computed once: pictures decoded, latents encoded, captions embedded; memory-mapped files in one folder.
+
+Each file's name holds a hash of everything its content depends on, so a change makes a new file and never a wrong one.
+A file appears under its name only when it is whole. Nothing here grows with the data but the files.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.captions import describe
+from ddpm.config import UserError
+from ddpm.data import TEST, TRAIN, VALID, BadImage, ImageTable, open_table, read_image
+from ddpm.faces import draw_many, drawn_rows
+from ddpm.model import autocast, write_atomically
+from ddpm.text import TOKENS, WIDTH, TextTower
+from ddpm.vae import DiagonalGaussian, KLVAE
+
+VERSION = 1  # of the files' layout, of the crop and of the drawing
+PER_ROW = 8  # drawn faces that share one row of attributes, and so one caption
+Progress = Callable[[Iterable, int, str], Iterable]
+
+
+def silent(things: Iterable, total: int, label: str) -> Iterable:
+    r"""The progress display of a caller that wants none."""
+    return things
+
+
+def key_of(*parts) -> str:
+    r"""A short hash of everything a cache depends on."""
+    return hashlib.sha256(repr((VERSION, *parts)).encode()).hexdigest()[:16]
+
+
+def cached_array(path: Path, shape: tuple[int, ...], dtype, fill: Callable[[np.ndarray], None]) -> np.ndarray:
+    r"""The array in `path`, read-only and memory-mapped; `fill` writes it first where the file is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def build(temporary: Path):
+            array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+            fill(array)
+            array.flush()
+
+        write_atomically(path, build)
+    array = np.load(path, mmap_mode="r")
+    if array.shape != shape or array.dtype != dtype:
+        raise UserError(f"expected {shape} {np.dtype(dtype)} in the cache {path}, got {array.shape} {array.dtype}; delete the file")
+    return array
+
+
+@dataclass(frozen=True)
+class Pictures:
+    r"""A data set ready to train on.
+
+    Attributes:
+        pixels: (N, S, S, 3) uint8, memory-mapped; a row of zeros where the picture could not be read.
+        good: (N,) bool, whether the picture could be read.
+        split: (N,) uint8, 0 train, 1 valid, 2 test.
+        attributes: (N, 40) uint8, or None where the data came with captions.
+        captions: one sentence a picture, or None.
+        bad: (file, reason) of what was skipped.
+        key: names this very data in other caches.
+    """
+
+    pixels: np.ndarray
+    good: np.ndarray
+    split: np.ndarray
+    attributes: np.ndarray | None
+    captions: tuple[str, ...] | None
+    bad: tuple[tuple[str, str], ...]
+    key: str
+
+    def rows(self, split: int) -> np.ndarray:
+        r"""Numbers of the readable pictures of a split."""
+        return np.flatnonzero((self.split == split) & self.good)
+
+    def caption(self, i: int, seed: int, variant: int = 0) -> str:
+        r"""Training caption of picture i: its own sentence, or its attributes told in wording number `variant`.
+
+        The wording follows from the attributes, not from the picture: equal rows share their captions, and each is embedded once.
+        """
+        if self.captions is not None:
+            return self.captions[i]
+        row = self.attributes[i]
+        return describe(row, seed=[seed, variant, *np.packbits(row).tolist()])
+
+    def full_caption(self, i: int) -> str:
+        r"""The fixed caption of picture i, for validation."""
+        return self.captions[i] if self.captions is not None else describe(self.attributes[i])
+
+    def batch(self, rows: np.ndarray, flip: Tensor | None = None) -> Tensor:
+        r"""Pictures as (B, 3, S, S) float32 in [-1, 1], mirrored where `flip` (B,) says so."""
+        x = torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return x if flip is None else torch.where(flip[:, None, None, None], x.flip(3), x)
+
+
+def drawn_pictures(folder: Path, count: int, seed: int, size: int = 64, progress: Progress = silent) -> Pictures:
+    r"""`count` drawn faces: 90 % train, 5 % valid, 5 % test, no row of attributes in two of them."""
+    attributes = drawn_rows(count, seed, PER_ROW)
+    key = key_of("drawn", count, seed, size, hashlib.sha256(attributes.tobytes()).hexdigest())
+
+    def fill(pixels: np.ndarray):
+        for i, face in enumerate(progress(draw_many(attributes, seed, size), count, "drawing faces")):
+            pixels[i] = face
+
+    pixels = cached_array(folder / f"pictures-{key}.npy", (count, size, size, 3), np.uint8, fill)
+    part = np.arange(count) // PER_ROW % 20
+    split = np.where(part == 18, VALID, np.where(part == 19, TEST, TRAIN)).astype(np.uint8)
+    if count < 20 * PER_ROW:
+        split[-max(1, count // 10) :] = VALID
+    return Pictures(pixels, np.ones(count, bool), split, attributes, None, (), key)
+
+
+def photographs(
+    folder: Path, data: str, size: int = 64, crop: int = 0, max_bad: float = 0.01, progress: Progress = silent
+) -> Pictures:
+    r"""The pictures of a folder in any layout that `data.open_table` reads, each decoded once.
+
+    Unreadable ones are skipped and named in `bad`; UserError when they are more than the share `max_bad`.
+    """
+    table = open_table(data)
+    stats = [os.stat(table.root / name) for name in table.files]
+    key = key_of("photographs", size, crop, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(table.files, stats, strict=True)])
+    listing = folder / f"pictures-{key}.json"
+
+    def fill(pixels: np.ndarray):
+        bad = _decode(table, pixels, size, crop, max_bad, progress)
+        write_atomically(listing, json.dumps(bad).encode())
+
+    path = folder / f"pictures-{key}.npy"
+    if not listing.exists():
+        path.unlink(missing_ok=True)
+    pixels = cached_array(path, (len(table), size, size, 3), np.uint8, fill)
+    bad = tuple((name, reason) for name, reason in json.loads(listing.read_text(encoding="utf-8")))
+    _refuse_bad(table, bad, max_bad, of=len(table))
+    skipped = {name for name, _ in bad}
+    good = np.array([name not in skipped for name in table.files])
+    pictures = Pictures(pixels, good, table.split, table.attributes, table.captions, bad, key)
+    if not len(pictures.rows(TRAIN)):
+        raise UserError(f"expected pictures of the train split in {data}, found none; see the partition file")
+    return pictures
+
+
+def _decode(table: ImageTable, pixels: np.ndarray, size: int, crop: int, max_bad: float, progress: Progress) -> list:
+    r"""Fill `pixels`; Pillow leaves Python's lock while it decodes, so threads are enough."""
+
+    def one(i: int) -> str | None:
+        try:
+            pixels[i] = read_image(table.root / table.files[i], size, crop)
+        except BadImage as error:
+            return str(error)
+
+    bad = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for begin in progress(range(0, len(table), 256), -(-len(table) // 256), "decoding pictures, 256 at a time"):
+            rows = range(begin, min(begin + 256, len(table)))
+            reasons = zip(rows, pool.map(one, rows), strict=True)
+            bad += [(table.files[i], reason) for i, reason in reasons if reason is not None]
+            _refuse_bad(table, bad, max_bad, of=len(table))
+    return bad
+
+
+def _refuse_bad(table: ImageTable, bad: Sequence, max_bad: float, of: int):
+    if len(bad) > max_bad * of:
+        few = ", ".join(f"{name} ({reason})" for name, reason in bad[:3])
+        raise UserError(
+            f"expected at most {max_bad:.1%} unreadable pictures of {of} in {table.root}, got {len(bad)} so far: {few}; "
+            "mend them, or raise --max-bad-images"
+        )
+
+
+@dataclass(frozen=True)
+class Latents:
+    r"""Every picture and its mirror image as the VAE sees them.
+
+    Attributes: `moments`, (N, 2, 2, c, h, w) float16, memory-mapped: picture, mirrored or not, mu or logvar.
+    """
+
+    moments: np.ndarray
+
+    def gaussian(self, rows: np.ndarray, flip: Tensor) -> DiagonalGaussian:
+        r"""q(z | x) of some pictures, mirrored where `flip` (B,) says so; not scaled."""
+        mu, logvar = torch.from_numpy(self.moments[rows, flip.long().numpy()]).float().unbind(1)
+        return DiagonalGaussian(mu, logvar)
+
+
+@torch.no_grad()
+def encode_latents(
+    folder: Path, vae: KLVAE, pictures: Pictures, precision: str = "fp32", progress: Progress = silent, batch: int = 64
+) -> Latents:
+    r"""Encode all pictures, both ways round, once."""
+    device = next(vae.parameters()).device
+    digest = hashlib.sha256()
+    for _, tensor in sorted(vae.state_dict().items()):
+        digest.update(tensor.cpu().contiguous().numpy())
+    count, side = len(pictures.pixels), pictures.pixels.shape[1] // vae.factor
+    key = key_of("latents", pictures.key, digest.hexdigest(), precision)
+
+    def fill(moments: np.ndarray):
+        for begin in progress(range(0, count, batch), -(-count // batch), f"encoding pictures, {batch} at a time"):
+            x = pictures.batch(np.arange(begin, min(begin + batch, count))).to(device)
+            for flipped, view in enumerate((x, x.flip(3))):
+                with autocast(device, precision):
+                    z = vae.encode(view.contiguous(memory_format=torch.channels_last))
+                both = torch.stack([z.mu, z.logvar], dim=1)
+                moments[begin : begin + batch, flipped] = both.float().cpu().numpy()
+
+    shape = (count, 2, 2, vae.latent_channels, side, side)
+    return Latents(cached_array(folder / f"latents-{key}.npy", shape, np.float16, fill))
+
+
+class Texts:
+    r"""Sentences to context vectors, each distinct sentence embedded once, the empty one among them.
+
+    Callable: sentences -> (B, 77, 512) float32. When `limit_gb` is less than the file would take, sentences go through
+    the tower at every call instead.
+    """
+
+    def __init__(
+        self, folder: Path, tower: TextTower, sentences: Iterable[str], limit_gb: float = 8.0,
+        progress: Progress = silent, batch: int = 32,
+    ):  # fmt: skip
+        self.tower = tower
+        distinct = sorted({"", *sentences})
+        self.cached = len(distinct) * TOKENS * WIDTH * 2 <= limit_gb * 2**30
+        if not self.cached:
+            return
+        self.row = {sentence: i for i, sentence in enumerate(distinct)}
+        key = key_of("texts", tower.fingerprint(), distinct)
+
+        def fill(states: np.ndarray):
+            starts = range(0, len(distinct), batch)
+            for begin in progress(starts, len(starts), f"embedding captions, {batch} at a time"):
+                states[begin : begin + batch] = tower(distinct[begin : begin + batch]).cpu().numpy()
+
+        shape = (len(distinct), TOKENS, WIDTH)
+        self.states = cached_array(folder / f"texts-{key}.npy", shape, np.float16, fill)
+
+    def __call__(self, sentences: Sequence[str]) -> Tensor:
+        if not self.cached or any(s not in self.row for s in sentences):
+            return self.tower(list(sentences))
+        return torch.from_numpy(self.states[[self.row[s] for s in sentences]]).float()

@@ -1,0 +1,50 @@
+r"""What the two commands share: one line for what a person can mend, exit code 2, and the choice of a device."""
+
+import sys
+import warnings
+from collections.abc import Callable
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    r"""Call `main`; print a UserError or an OSError as one line and return 2, Ctrl-C as 130."""
+    from ddpm.config import UserError
+
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main(argv)
+        return 0
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 2
+
+
+def choose_device(name: str):
+    r"""The torch device called `name`; auto takes cuda (ROCm too), then mps, then the CPU; raises UserError."""
+    import torch
+
+    from ddpm.config import UserError
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n, is_there in there.items() if is_there)
+    if not there.get(name, False):
+        raise UserError(f"expected a device out of {', '.join(n for n, ok in there.items() if ok)} on this machine, got {name!r}")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device) -> str:
+    r"""`auto` becomes bf16 where the device computes in it natively, fp32 elsewhere."""
+    import torch
+
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "fp32"

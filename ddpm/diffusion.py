@@ -1,0 +1,137 @@
+r"""The forward process, its posterior, the three things a network may predict, and the loss.
+
+Every function takes the `Schedule` first. Pictures or latents are (B, C, H, W) or any (B, ...); `t` is (B,) with
+integers in 0..T-1. The algebra runs in double precision and is rounded to the input's type once, at the end.
+"""
+
+import torch
+from torch import Tensor
+
+from ddpm.schedule import Schedule
+
+PREDICTIONS = ("eps", "v", "x_0")
+
+
+def forward_step(schedule: Schedule, x_prev: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    r"""One step of noise (DDPM, equation 2).
+
+    $$q(x_t \mid x_{t-1}) = \mathcal N(x_t;\ \sqrt{1 - \beta_t}\, x_{t-1},\ \beta_t \mathbf I)$$
+
+    Args:
+        x_prev: (B, ...) x_{t-1}; at t = 0 the clean picture.
+        t: (B,) the step that is taken, 0..T-1.
+        eps: (B, ...) standard normal noise.
+    """
+    _same_shape(x_prev, eps)
+    beta_t = schedule.beta_at(t, x_prev)
+    x_t = (1 - beta_t).sqrt() * x_prev + beta_t.sqrt() * eps
+    return x_t.to(x_prev.dtype)
+
+
+def q_sample(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    r"""All steps up to t at once (DDPM, equation 4).
+
+    $$q(x_t \mid x_0) = \mathcal N(x_t;\ \sqrt{\bar\alpha_t}\, x_0,\ (1 - \bar\alpha_t) \mathbf I), \qquad
+    x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon$$
+    """
+    _same_shape(x_0, eps)
+    alpha_bar_t = schedule.alpha_bar_at(t, x_0)
+    x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps
+    return x_t.to(x_0.dtype)
+
+
+def q_posterior(
+    schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, s: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Mean and variance of the step back when x_0 is known (DDPM, equations 6 and 7).
+
+    $$q(x_s \mid x_t, x_0) = \mathcal N\left(
+    \frac{\sqrt{\bar\alpha_s}\, \beta_{t|s}}{1 - \bar\alpha_t} x_0
+    + \frac{\sqrt{\alpha_{t|s}}\, (1 - \bar\alpha_s)}{1 - \bar\alpha_t} x_t,\ \
+    \tilde\beta = \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} \beta_{t|s}\right), \quad
+    \alpha_{t|s} = \bar\alpha_t / \bar\alpha_s, \ \beta_{t|s} = 1 - \alpha_{t|s}$$
+
+    Args:
+        s: (B,) the earlier time, t - 1 when not given (then alpha_{t|s} is alpha_t, beta_{t|s} is beta_t).
+            Samplers that skip steps pass a smaller one; -1 is the clean picture.
+
+    Returns: the mean, like x_t, and the variance, (B, 1, ..., 1). At s = -1 they are x_0 and 0.
+    """
+    _same_shape(x_t, x_0)
+    alpha_bar_t = schedule.alpha_bar_at(t, x_t)
+    alpha_bar_s = schedule.alpha_bar_at(t - 1 if s is None else s, x_t)
+    alpha_ts = alpha_bar_t / alpha_bar_s
+    beta_ts = 1 - alpha_ts
+    mean = (
+        alpha_bar_s.sqrt() * beta_ts / (1 - alpha_bar_t) * x_0
+        + alpha_ts.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t) * x_t
+    )
+    variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta_ts
+    return mean.to(x_t.dtype), variance
+
+
+def v_from(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    r"""The velocity (Progressive Distillation, appendix D): $v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$."""
+    alpha_bar_t = schedule.alpha_bar_at(t, x_0)
+    return (alpha_bar_t.sqrt() * eps - (1 - alpha_bar_t).sqrt() * x_0).to(x_0.dtype)
+
+
+def x_0_and_eps(
+    schedule: Schedule, x_t: Tensor, t: Tensor, output: Tensor, prediction: str
+) -> tuple[Tensor, Tensor]:
+    r"""Read a network's output as the picture and the noise that make up x_t, whichever of the three it predicts.
+
+    $$\hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\, \hat\epsilon}{\sqrt{\bar\alpha_t}}
+    = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1 - \bar\alpha_t}\, \hat v, \qquad
+    \hat\epsilon = \frac{x_t - \sqrt{\bar\alpha_t}\, \hat x_0}{\sqrt{1 - \bar\alpha_t}}
+    = \sqrt{1 - \bar\alpha_t}\, x_t + \sqrt{\bar\alpha_t}\, \hat v$$
+    """
+    _same_shape(x_t, output)
+    alpha_bar_t = schedule.alpha_bar_at(t, x_t)
+    signal, noise = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
+    if prediction == "eps":
+        x_0, eps = (x_t - noise * output) / signal, output
+    elif prediction == "v":
+        x_0, eps = signal * x_t - noise * output, noise * x_t + signal * output
+    elif prediction == "x_0":
+        x_0, eps = output, (x_t - signal * output) / noise
+    else:
+        raise ValueError(f"expected a prediction out of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    return x_0.to(x_t.dtype), eps.to(x_t.dtype)
+
+
+def training_target(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, prediction: str) -> Tensor:
+    r"""What the network should have said about x_t = q_sample(x_0, t, eps): eps, v or x_0."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"expected a prediction out of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    return {"eps": lambda: eps, "x_0": lambda: x_0, "v": lambda: v_from(schedule, x_0, t, eps)}[prediction]()
+
+
+def diffusion_loss(
+    schedule: Schedule, denoise, z_0: Tensor, t: Tensor, eps: Tensor, prediction: str = "eps"
+) -> Tensor:
+    r"""The simplified objective, one number for each batch element (DDPM, equation 14; the spec's objective).
+
+    $$\mathcal L = \mathbb E_{z_0,\, \epsilon \sim \mathcal N(0, \mathbf I),\, t}
+    \left[\lVert \epsilon - \epsilon_\theta(z_t, t, c) \rVert^2\right], \qquad
+    z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon$$
+
+    The square is averaged over the elements of z, so that it does not grow with the picture; v and x_0 take the
+    place of eps when `prediction` says so.
+
+    Args:
+        denoise: callable (z_t, t) -> (B, ...), the network with its condition filled in.
+
+    Returns: (B,) float32.
+    """
+    z_t = q_sample(schedule, z_0, t, eps)
+    target = training_target(schedule, z_0, t, eps, prediction)
+    error = (target.float() - denoise(z_t, t).float()) ** 2
+    return error.flatten(1).mean(dim=1)
+
+
+def _same_shape(x: Tensor, other: Tensor):
+    if x.shape != other.shape:
+        raise ValueError(f"expected two tensors of one shape, got {tuple(x.shape)} and {tuple(other.shape)}")
+    if not (torch.is_floating_point(x) and torch.is_floating_point(other)):
+        raise ValueError(f"expected floating-point tensors, got {x.dtype} and {other.dtype}")

@@ -1,0 +1,112 @@
+r"""The layers that the VAE and the UNet share: time embedding, residual block, down- and upsampling.
+
+Letters: B batch, C channels, H and W height and width, D width of the time embedding. Attribute names are those that
+Stable Diffusion checkpoints use, so that weights go to and from other implementations by name.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
+    r"""Cosines and sines of t at `width / 2` frequencies (Attention Is All You Need, section 3.5; DDPM, appendix B).
+
+    $$\gamma(t) = \left[\cos(\omega_i t),\ \sin(\omega_i t)\right]_{i=0}^{w/2-1}, \qquad
+    \omega_i = 10000^{-2i/w}$$
+
+    Args:
+        t: (B,) times, 0..T-1.
+        width: w, even.
+
+    Returns: (B, width) float32 in [-1, 1], all cosines first.
+    """
+    half = width // 2
+    frequency = torch.exp(-math.log(longest) * torch.arange(half, device=t.device) / half)
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    r"""The time as a vector that every ResBlock reads: embedding, Linear, SiLU, Linear; (B,) -> (B, D)."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.channels = channels
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(timestep_embedding(t, self.channels))))
+
+
+class ResBlock(nn.Module):
+    r"""Two convolutions around a shortcut (DDPM, appendix B); the time is added between them.
+
+    $$h = \mathrm{conv}_1(\mathrm{SiLU}(\mathrm{norm}_1(x))) + W\,\mathrm{SiLU}(e_t), \qquad
+    y = \mathrm{skip}(x) + \mathrm{conv}_2(\mathrm{SiLU}(\mathrm{norm}_2(h)))$$
+
+    Args:
+        time_width: D of the time embedding; None for a block that knows no time (the VAE's).
+        eps: of the group normalisation; 1e-5 in the UNet, 1e-6 in the VAE.
+
+    Shapes: (B, in, H, W), (B, D) -> (B, out, H, W). conv_2 starts at zero, so the block starts as its shortcut.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time_width: int | None = None, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = group_norm(in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, out_channels) if time_width else None
+        self.norm2 = group_norm(out_channels, eps)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    r"""Halves height and width with a strided convolution; (B, C, H, W) -> (B, C, H/2, W/2).
+
+    `asymmetric` pads on the right and at the bottom only, as the VAE does; the UNet pads all around.
+    """
+
+    def __init__(self, channels: int, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    r"""Doubles height and width: every pixel four times, then a convolution; (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    r"""Group normalisation with 32 groups (Wu and He, 2018); `channels` must be a multiple of 32."""
+    if channels % 32:
+        raise ValueError(f"expected a number of channels that 32 divides (32 groups of normalisation), got {channels}")
+    return nn.GroupNorm(32, channels, eps=eps)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    r"""Set every parameter of `module` to zero: it then starts by adding nothing to its residual branch."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

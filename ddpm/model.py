@@ -1,0 +1,220 @@
+r"""TextToImage: the VAE, the text tower, the UNet and the schedule together; prompts in, pictures out."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ddpm.config import Config, ModelConfig, UserError
+from ddpm.sampling import State, guided, sample_loop
+from ddpm.schedule import Schedule
+from ddpm.seeding import generator
+from ddpm.text import WIDTH, TextTower
+from ddpm.unet import UNet
+from ddpm.vae import KLVAE
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+class TextToImage(nn.Module):
+    r"""A text-to-image latent diffusion model (Latent Diffusion; DDPM).
+
+    Attributes:
+        vae: `KLVAE`. text: `TextTower`. unet: `UNet`. schedule: `Schedule`.
+        latent_scale: 1 / standard deviation of the latents; the UNet sees z times this.
+        config: the `ModelConfig` it was built from.
+    """
+
+    def __init__(self, config: ModelConfig, text: TextTower | None = None):
+        super().__init__()
+        self.config = config
+        self.schedule = Schedule.named(config.schedule, config.timesteps)
+        self.vae = KLVAE(config.vae_channels, config.vae_layers, config.latent_channels)
+        self.unet = UNet(
+            config.latent_channels, config.latent_channels, config.channels, config.attention_levels,
+            config.res_blocks, WIDTH, config.head_width,
+        )  # fmt: skip
+        self.text = text if text is not None else TextTower.named(config.text_weights, config.text_quick_gelu)
+        self.latent_scale = 1.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        r"""(c, h, w) of one latent."""
+        return self.config.latent_channels, self.config.latent_size, self.config.latent_size
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        sampler: str = "dpm++",
+        steps: int = 20,
+        guidance_scale: float = 3.0,
+        seed: int = 0,
+        negative: str | Sequence[str] | None = None,
+        callback: Callable[[State], None] | None = None,
+        eta: float = 0.0,
+        precision: str = "fp32",
+        batch_size: int = 32,
+        first: int = 0,
+    ) -> Tensor:
+        r"""Pictures of the prompts, (B, 3, H, W) in [-1, 1].
+
+        Picture i depends on (seed, i, prompt i) alone: its noise has a stream of its own.
+
+        Args:
+            sampler: ddpm, ddim or dpm++; steps: 1..T.
+            guidance_scale: 1 is the plain conditional model, 0 the unconditional one; 2 to 7 follow the prompt more.
+            negative: what to lead away from, one prompt for all or one each; nothing: the empty prompt.
+            callback: called with the `State` after every step, for films and progress bars.
+            precision: fp32, bf16 or fp16 for the UNet and the decoder.
+            batch_size: pictures computed at once. first: the number i of the first picture.
+        """
+        prompts = _checked_prompts(prompts, "prompts")
+        if negative is None or isinstance(negative, str):
+            negative = [negative or ""] * len(prompts)
+        negative = _checked_prompts(negative, "negative")
+        if len(negative) != len(prompts):
+            raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
+        if guidance_scale not in (0, 1) and not self.config.caption_drop:
+            warnings.warn("guidance has no unconditional model to lead away from: caption_drop was 0", stacklevel=2)
+        self.eval()
+        pictures = []
+        for begin in range(0, len(prompts), batch_size):
+            part = slice(begin, begin + batch_size)
+            streams = [generator(seed, first + i) for i in range(len(prompts))[part]]
+
+            def draw(streams=streams) -> Tensor:
+                return torch.stack([torch.randn(self.latent_shape, generator=g) for g in streams]).to(self.device)
+
+            context, uncond = self.text([*prompts[part], *negative[part]]).chunk(2)
+            denoise = guided(self.unet, context, uncond, guidance_scale)
+            with autocast(self.device, precision):
+                for state in sample_loop(self.schedule, denoise, draw(), draw, sampler, steps,
+                                         self.config.prediction, eta):  # fmt: skip
+                    if callback is not None:
+                        callback(state)
+                x = self.decode(state.x)
+            pictures.append(x.float().clamp(-1, 1))
+        return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.config.image_size, self.config.image_size)
+
+    def decode(self, z: Tensor) -> Tensor:
+        r"""Pictures of latents at the UNet's scale: decode(z / latent_scale)."""
+        return self.vae.decode(z / self.latent_scale)
+
+    def save_vae(self, folder: Path):
+        r"""Write vae.safetensors, with the latent scale in its metadata."""
+        save_weights(folder / "vae.safetensors", self.vae.state_dict(), {"latent_scale": repr(self.latent_scale)})
+
+    def load_vae(self, folder: Path):
+        r"""Read vae.safetensors and the latent scale."""
+        metadata = load_weights(folder / "vae.safetensors", self.vae)
+        try:
+            self.latent_scale = float(metadata["latent_scale"])
+        except (KeyError, ValueError):
+            raise UserError(f"expected the latent scale in the metadata of {folder / 'vae.safetensors'}, found none") from None
+
+    def save(self, folder: str | Path, preset: str = ""):
+        r"""Write config.json, vae.safetensors and ema.safetensors: a folder that `load` reads."""
+        from ddpm.config import TrainConfig
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.json", Config(self.config, TrainConfig(), preset).to_json().encode())
+        self.save_vae(folder)
+        save_weights(folder / "ema.safetensors", self.unet.state_dict())
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None, weights: str = "ema") -> "TextToImage":
+        r"""The model of a run folder; without one, the weights that ship with the package.
+
+        Args:
+            weights: `ema`, the averaged weights, or `unet`, the last ones.
+
+        Raises: UserError when the folder is no run, or its training has not come far enough.
+        """
+        if weights not in ("ema", "unet"):
+            raise ValueError(f"expected weights ema or unet, got {weights!r}")
+        if folder is None and not SHIPPED.is_dir():
+            raise UserError("no weights ship with this version; run `python train.py` first, then pass --model runs/drawn64")
+        folder = SHIPPED if folder is None else Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"expected the folder of a run, {folder} is {'a file' if folder.exists() else 'not there'}; see ls runs/")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"expected a run with config.json in {folder}, found none; train one with train.py --out {folder}")
+        config = Config.read(folder / "config.json").model
+        for part in ("vae", weights):
+            if not (folder / f"{part}.safetensors").is_file():
+                raise UserError(
+                    f"{folder} has no {part}.safetensors: its training is not finished; go on with train.py --resume {folder}"
+                )
+        own_text = folder / "text.safetensors"
+        text = TextTower.from_file(own_text) if own_text.is_file() else None
+        model = cls(config, text)
+        model.load_vae(folder)
+        load_weights(folder / f"{weights}.safetensors", model.unet)
+        return model.eval()
+
+
+def autocast(device: torch.device, precision: str):
+    r"""The context in which networks compute in `precision`: fp32, bf16 or fp16."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in kinds:
+        raise ValueError(f"expected a precision out of fp32, bf16, fp16, got {precision!r}")
+    return torch.autocast(device.type, kinds[precision])
+
+
+def write_atomically(path: Path, content: bytes | Callable[[Path], None]):
+    r"""Write a file under a temporary name in its folder, then rename it: it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None):
+    r"""Write tensors as safetensors, atomically."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    write_atomically(path, save(tensors, {"format": "pt", **(metadata or {})}))
+
+
+def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
+    r"""Read safetensors into `module`, strictly: every name and shape must fit. Returns the file's metadata."""
+    wanted = module.state_dict()
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            for name in names ^ set(wanted):
+                raise UserError(f"expected the weights of this configuration in {path}; {name} is {'too much' if name in names else 'missing'}")
+            for name in names:
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(wanted[name].shape):
+                    raise UserError(f"expected {name} of shape {tuple(wanted[name].shape)} in {path}, got {shape}")
+            module.load_state_dict({name: file.get_tensor(name) for name in names})
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"could not read the weights in {path}: {error}; if it is damaged, train again or fetch it again") from None
+
+
+def _checked_prompts(prompts, name: str) -> list[str]:
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"expected {name} as a list of strings, got {type(prompts).__name__}")
+    return list(prompts)

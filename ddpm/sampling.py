@@ -1,0 +1,194 @@
+r"""From noise to latents: DDPM, DDIM and DPM-Solver++ 2M, one step each, guidance, and the loop over them.
+
+All three steps have one signature: from x_t at time t to x_s at an earlier time s, given what the network says of
+x_t. s = -1 is the clean picture. Nothing is clipped: latents have no bounds.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion import q_posterior, x_0_and_eps
+from ddpm.schedule import Schedule
+
+SPACINGS = ("trailing", "leading", "linspace")
+VARIANCES = ("posterior", "beta")
+
+
+@dataclass
+class State:
+    r"""Where the loop over the steps stands.
+
+    Attributes:
+        i: steps done, 0..steps-1 while it runs.
+        t, s: the time of this step and the next one, -1 after the last.
+        x: (B, ...) the sample at time s.
+        x_0: (B, ...) the network's picture of the end, seen from time t.
+    """
+
+    i: int
+    t: int
+    s: int
+    x: Tensor
+    x_0: Tensor
+
+
+def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list[int]:
+    r"""The times at which the network is asked, falling, `steps` of 0..T-1 (Lin et al. 2024, table 2).
+
+    `trailing` starts at T - 1, where there is only noise; `leading` ends at 0; `linspace` does both.
+
+    >>> timesteps(Schedule.named("linear"), 4)
+    [999, 749, 499, 249]
+    """
+    T = schedule.timesteps
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= T:
+        raise ValueError(f"expected 1 to {T} sampling steps, got {steps!r}")
+    if spacing == "trailing":
+        return [round(T - k * T / steps) - 1 for k in range(steps)]
+    if spacing == "leading":
+        return [k * (T // steps) for k in reversed(range(steps))]
+    if spacing == "linspace":
+        return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+    raise ValueError(f"expected a spacing out of {', '.join(SPACINGS)}, got {spacing!r}")
+
+
+def ddpm_step(
+    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, noise: Tensor, variance: str = "posterior"
+) -> Tensor:
+    r"""Ancestral sampling (DDPM, algorithm 2), also over skipped steps.
+
+    $$p_\theta(x_s \mid x_t, c) = \mathcal N\left(x_s;\ \mu_\theta(x_t, t, c),\ \Sigma_\theta(x_t, t, c)\right), \qquad
+    \mu_\theta = \tilde\mu(x_t, \hat x_0)$$
+
+    Sigma is the posterior's variance or, for `variance="beta"`, beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s
+    (DDPM, section 3.2). The last step adds no noise.
+    """
+    mean, sigma_2 = q_posterior(schedule, x_0, x_t, t, s)
+    if variance == "beta":
+        beta_ts = 1 - schedule.alpha_bar_at(t, x_t) / schedule.alpha_bar_at(s, x_t)
+        sigma_2 = torch.where(sigma_2 > 0, beta_ts, sigma_2)
+    elif variance != "posterior":
+        raise ValueError(f"expected a variance out of {', '.join(VARIANCES)}, got {variance!r}")
+    return (mean + sigma_2.sqrt() * noise).to(x_t.dtype)
+
+
+def ddim_step(
+    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, eps: Tensor, noise: Tensor, eta: float = 0.0
+) -> Tensor:
+    r"""One step of DDIM (equation 12; its alpha is our alpha_bar).
+
+    $$x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s - \sigma^2}\, \hat\epsilon + \sigma\, \epsilon', \qquad
+    \sigma^2 = \eta^2\, \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} \left(1 - \frac{\bar\alpha_t}{\bar\alpha_s}\right)$$
+
+    eta = 0 is deterministic, eta = 1 has the variance of DDPM.
+    """
+    alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t, x_t), schedule.alpha_bar_at(s, x_t)
+    sigma_2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+    x_s = alpha_bar_s.sqrt() * x_0 + (1 - alpha_bar_s - sigma_2).clamp(min=0).sqrt() * eps + sigma_2.sqrt() * noise
+    return x_s.to(x_t.dtype)
+
+
+def dpmpp_2m_step(
+    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, previous: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    r"""One step of DPM-Solver++ 2M (Lu et al. 2022, algorithm 2).
+
+    $$x_s = \frac{\sigma_s}{\sigma_t} x_t - a_s \left(e^{-h} - 1\right) D, \qquad
+    D = \hat x_0 + \frac{1}{2r}\left(\hat x_0 - \hat x_0^{\,\mathrm{prev}}\right), \quad
+    h = \lambda_s - \lambda_t, \ r = \frac{h_{\mathrm{prev}}}{h}$$
+
+    with a = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(a / sigma).
+
+    Args:
+        previous: (time, x_0) of the step before; None makes this step first order, which is DDIM's. The last step, to
+            the clean picture, is first order in any case: lambda is infinite there and x_s = x_0.
+    """
+    alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t, x_t), schedule.alpha_bar_at(s, x_t)
+    a_s, sigma_s, sigma_t = alpha_bar_s.sqrt(), (1 - alpha_bar_s).sqrt(), (1 - alpha_bar_t).sqrt()
+    h = _log_snr(alpha_bar_s) - _log_snr(alpha_bar_t)
+    D = x_0
+    if previous is not None:
+        t_prev, x_0_prev = previous
+        h_prev = _log_snr(alpha_bar_t) - _log_snr(schedule.alpha_bar_at(t_prev, x_t))
+        D = x_0 + h / (2 * h_prev) * (x_0 - x_0_prev)
+        D = torch.where(alpha_bar_s == 1, x_0.double() if D.dtype == torch.float64 else x_0, D)
+    return (sigma_s / sigma_t * x_t - a_s * torch.expm1(-h) * D).to(x_t.dtype)
+
+
+def _log_snr(alpha_bar: Tensor) -> Tensor:
+    r"""lambda = log(a / sigma), half the logarithm of the signal-to-noise ratio; infinite for the clean picture."""
+    return 0.5 * (alpha_bar.log() - torch.log1p(-alpha_bar))
+
+
+def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -> Callable:
+    r"""Classifier-free guidance (Ho and Salimans 2022, equation 6, in the form with scale = 1 + w).
+
+    $$\hat\epsilon = \epsilon_\theta(z_t, t, \varnothing)
+    + s \left(\epsilon_\theta(z_t, t, c) - \epsilon_\theta(z_t, t, \varnothing)\right)$$
+
+    s = 1 is the conditional model and s = 0 the unconditional one; both then ask the network once, not twice.
+
+    Args:
+        network: callable (z_t, t, context) -> (B, ...), the UNet; the formula holds for eps, v and x_0 alike.
+        context, negative: (B, M, D) states of the prompts and of the negative, or empty, ones.
+
+    Returns: callable (z_t, t) -> (B, ...).
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"expected a finite guidance scale, got {scale}")
+    if scale in (0.0, 1.0):
+        only = context if scale == 1.0 else negative
+        return lambda z_t, t: network(z_t, t, only)
+    both = torch.cat([negative, context])
+
+    def denoise(z_t: Tensor, t: Tensor) -> Tensor:
+        uncond, cond = network(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    return denoise
+
+
+SAMPLERS = ("ddpm", "ddim", "dpm++")
+
+
+def sample_loop(
+    schedule: Schedule,
+    denoise: Callable,
+    x_T: Tensor,
+    draw: Callable[[], Tensor],
+    sampler: str = "dpm++",
+    steps: int = 20,
+    prediction: str = "eps",
+    eta: float = 0.0,
+    variance: str = "posterior",
+    spacing: str = "trailing",
+) -> Iterator[State]:
+    r"""Walk from x_T to the clean sample, yielding the state after every step; the last state's x is the result.
+
+    Args:
+        denoise: callable (x_t, t) -> (B, ...), the network with condition and guidance filled in.
+        x_T: (B, ...) standard normal.
+        draw: returns fresh standard normal noise like x_T; called once a step by the samplers that add noise.
+        steps: 1..T.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"expected a sampler out of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if not (math.isfinite(eta) and 0 <= eta <= 1):
+        raise ValueError(f"expected eta in [0, 1], got {eta}")
+    times = timesteps(schedule, steps, spacing)
+    x, previous = x_T, None
+    for i, (now, then) in enumerate(zip(times, [*times[1:], -1], strict=True)):
+        t, s = (torch.full((len(x),), time, device=x.device) for time in (now, then))
+        x_0, eps = x_0_and_eps(schedule, x, t, denoise(x, t).to(x.dtype), prediction)
+        if sampler == "ddpm":
+            x = ddpm_step(schedule, x, t, s, x_0, draw(), variance)
+        elif sampler == "ddim":
+            x = ddim_step(schedule, x, t, s, x_0, eps, draw() if eta else torch.zeros_like(x), eta)
+        else:
+            x = dpmpp_2m_step(schedule, x, t, s, x_0, previous)
+            previous = (t, x_0)
+        yield State(i, now, then, x, x_0)

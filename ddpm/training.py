@@ -1,0 +1,268 @@
+r"""The two training stages as generators: they compute, their caller logs, samples and saves.
+
+Every random number of step n comes from a stream named (seed, stage, n), and the data order of an epoch from (seed,
+stage, epoch). So a run that goes on from a checkpoint takes the steps it would have taken.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.cache import Latents, Pictures, Texts
+from ddpm.config import Config, UserError
+from ddpm.data import TRAIN
+from ddpm.diffusion import diffusion_loss
+from ddpm.model import TextToImage, autocast
+from ddpm.seeding import generator, seed_of
+from ddpm.vae import vae_loss
+
+BAD_STEPS = 5  # non-finite steps in a row after which a run stops
+
+
+@dataclass(frozen=True)
+class Report:
+    r"""One step: its number from 1, means over the batch, the learning rate, and how far the stage is, 0..1."""
+
+    stage: str
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    progress: float
+    finite: bool
+
+
+@dataclass
+class Bound:
+    r"""When a stage ends: after `steps`, or when `clock` passes `until` seconds, whichever comes first.
+
+    Args:
+        clock: seconds that the whole command has taken, earlier sessions included.
+        since, until: the stage's share of the clock; until None: no bound on time.
+    """
+
+    steps: int
+    clock: Callable[[], float] = time.monotonic
+    since: float = 0.0
+    until: float | None = None
+
+    def progress(self, step: int) -> float:
+        r"""How much of the stage is over after `step` steps, 0..1."""
+        by_steps = step / self.steps
+        by_time = 0.0 if self.until is None else (self.clock() - self.since) / max(self.until - self.since, 1e-9)
+        return min(1.0, max(by_steps, by_time))
+
+
+class EMA:
+    r"""Running average of a network's parameters, whose decay warms up so that the start is soon forgotten.
+
+    $$\bar\theta \leftarrow d\, \bar\theta + (1 - d)\, \theta, \qquad
+    d = \min\left(d_{\max},\ \frac{1 + n}{10 + n}\right)$$
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay = decay
+        self.shadow = {name: p.detach().clone() for name, p in network.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, n: int):
+        r"""Take in the parameters after update number n, from 1."""
+        d = min(self.decay, (1 + n) / (10 + n))
+        parameters = [p.detach() for p in network.parameters()]
+        torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - d)
+
+    @contextmanager
+    def applied(self, network: nn.Module):
+        r"""Within this context the network has the averaged parameters."""
+        own = {name: p.detach().clone() for name, p in network.named_parameters()}
+        network.load_state_dict(self.shadow)
+        try:
+            yield
+        finally:
+            network.load_state_dict(own)
+
+
+class Optimization:
+    r"""One network under AdamW: learning rate, gradient clipping, loss scaling, EMA and the count of steps.
+
+    `state_dict` holds all that a resumed run needs, weights included.
+    """
+
+    def __init__(self, network: nn.Module, config: Config, lr: float, bound: Bound, ema: bool, precision: str):
+        t = config.training
+        self.network, self.lr, self.warmup, self.clip, self.bound = network, lr, t.warmup, t.clip, bound
+        device = next(network.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr, weight_decay=t.weight_decay, fused=device.type in ("cuda", "cpu")
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.ema = EMA(network, t.ema_decay) if ema else None
+        self.step = 0
+        self.bad = 0
+
+    def learning_rate(self, progress: float) -> float:
+        r"""Linear warm-up over the first steps, then down along a cosine to 1 % as progress goes to 1."""
+        warm = min(1.0, (self.step + 1) / max(1, self.warmup))
+        return self.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def update(self, stage: str, losses: Iterator[Tensor]) -> Report:
+        r"""One step from the losses of the parts of a batch, each already divided by their number."""
+        progress = self.bound.progress(self.step)
+        lr = self.learning_rate(progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = 0.0
+        for loss in losses:
+            self.scaler.scale(loss).backward()
+            total += loss.item()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip or math.inf).item()
+        finite = math.isfinite(total) and math.isfinite(norm)
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if finite and self.ema is not None:
+            self.ema.update(self.network, self.step)
+        self.bad = 0 if finite else self.bad + 1
+        if self.bad >= BAD_STEPS:
+            raise UserError(
+                f"the {stage} loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; "
+                "lower --lr or --vae-lr, or use --precision bf16 or fp32"
+            )
+        return Report(stage, self.step, total, lr, norm, progress, finite)
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "since": self.bound.since,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.shadow if self.ema else {},
+        }
+
+    def load_state_dict(self, state: dict):
+        self.step, self.bound.since = state["step"], state["since"]
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            for name, tensor in self.ema.shadow.items():
+                tensor.copy_(state["ema"][name])
+
+
+def batch_rows(rows: np.ndarray, batch: int, step: int, *name) -> tuple[np.ndarray, int]:
+    r"""Which pictures step number `step` (from 0) sees, and the epoch it is in.
+
+    Every epoch is a permutation of `rows` of its own; an incomplete last batch is left out. Data smaller than a batch is repeated.
+    """
+    if len(rows) < batch:
+        rows = np.resize(rows, batch)
+    per_epoch = len(rows) // batch
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng(seed_of(*name, "order", epoch)).permutation(len(rows))
+    return rows[order[place * batch : (place + 1) * batch]], epoch
+
+
+def timestep_batch(batch: int, T: int, g: torch.Generator) -> Tensor:
+    r"""(B,) times, each uniform on 0..T-1, together spread evenly (Variational Diffusion Models, appendix I.1)."""
+    u = (torch.rand(1, generator=g) + torch.arange(batch) / batch) % 1
+    return (u * T).long()[torch.randperm(batch, generator=g)]
+
+
+def train_vae(
+    model: TextToImage, pictures: Pictures, config: Config, opt: Optimization, precision: str
+) -> Iterator[Report]:
+    r"""First stage: the VAE learns to give pictures back; yields a `Report` a step until its bound."""
+    t = config.training
+    rows = pictures.rows(TRAIN)
+    perceptual = perceptual_loss(model.device) if t.perceptual_weight else None
+    while opt.bound.progress(opt.step) < 1:
+        model.vae.train()
+        g = generator(t.seed, "vae", opt.step)
+        chosen, _ = batch_rows(rows, t.batch_size, opt.step, t.seed, "vae")
+        x = pictures.batch(chosen, flip=torch.rand(len(chosen), generator=g) < 0.5)
+
+        def losses(x=x, g=g) -> Iterator[Tensor]:
+            for part in x.chunk(t.accumulation):
+                part = part.to(model.device).contiguous(memory_format=torch.channels_last)
+                with autocast(model.device, precision):
+                    posterior = model.vae.encode(part)
+                    posterior.mu, posterior.logvar = posterior.mu.float(), posterior.logvar.float()
+                    x_hat = model.vae.decode(posterior.sample(g))
+                _, loss = vae_loss(part, x_hat, posterior, t.kl_weight, t.reconstruction)
+                if perceptual is not None:
+                    loss = loss + t.perceptual_weight * perceptual(part, x_hat.float())
+                yield loss / t.accumulation
+
+        yield opt.update("vae", losses())
+
+
+def train_unet(
+    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, config: Config, opt: Optimization, precision: str,
+) -> Iterator[Report]:  # fmt: skip
+    r"""Second stage: the UNet learns to denoise latents (DDPM, algorithm 1); yields a `Report` a step until its bound."""
+    t = config.training
+    rows = pictures.rows(TRAIN)
+    while opt.bound.progress(opt.step) < 1:
+        model.unet.train()
+        g = generator(t.seed, "unet", opt.step)
+        chosen, epoch = batch_rows(rows, t.batch_size, opt.step, t.seed, "unet")
+        q = latents.gaussian(chosen, flip=torch.rand(len(chosen), generator=g) < 0.5)
+        z_0 = q.sample(g) * model.latent_scale
+        times = timestep_batch(len(chosen), model.schedule.timesteps, g)
+        eps = torch.randn(z_0.shape, generator=g)
+        dropped = torch.rand(len(chosen), generator=g) < model.config.caption_drop
+        captions = [pictures.caption(i, t.seed, epoch % t.caption_variants) for i in chosen]
+        context = texts(["" if drop else c for c, drop in zip(captions, dropped, strict=True)])
+
+        def losses(batch=(z_0, times, eps, context)) -> Iterator[Tensor]:
+            for part in zip(*(tensor.chunk(t.accumulation) for tensor in batch), strict=True):
+                z, at, noise, c = (tensor.to(model.device) for tensor in part)
+
+                def denoise(z_t: Tensor, t: Tensor, c=c) -> Tensor:
+                    with autocast(model.device, precision):
+                        return model.unet(z_t.contiguous(memory_format=torch.channels_last), t, c)
+
+                loss = diffusion_loss(model.schedule, denoise, z, at, noise, model.config.prediction)
+                yield loss.mean() / t.accumulation
+
+        yield opt.update("unet", losses())
+
+
+def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""Distance between VGG16 features of two batches of pictures in [-1, 1] (Johnson et al. 2016).
+
+    The features after the first three groups of convolutions, each normalised over its channels.
+
+    Raises: UserError when torchvision cannot get the network's weights.
+    """
+    from torchvision.models import VGG16_Weights, vgg16
+
+    try:
+        features = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features
+    except Exception as error:  # the network, the host, the checksum
+        raise UserError(f"could not get VGG16's weights ({error}); leave --perceptual-weight at 0") from None
+    features = features.to(device).eval().requires_grad_(False)
+    groups = [features[:4], features[4:9], features[9:16]]
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        x, y = (((picture + 1) / 2 - mean) / std for picture in (x, y))
+        total = x.new_zeros(())
+        for group in groups:
+            x, y = group(x), group(y)
+            total = total + (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()
+        return total
+
+    return distance

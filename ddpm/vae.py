@@ -1,0 +1,196 @@
+r"""The variational autoencoder that makes a picture small: 64 x 64 x 3 -> 32 x 32 x 4 by default, and back.
+
+Letters: B batch, H and W the picture's height and width, h = H / f and w = W / f the latent's, c latent channels, and
+f = 2^(number of channel widths - 1) the factor by which the encoder shrinks a side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.attention import PixelAttention
+from ddpm.layers import Downsample, ResBlock, Upsample, group_norm
+
+EPS = 1e-6
+
+
+class DiagonalGaussian:
+    r"""What the encoder says of a picture: each latent number is normal with its own mean and variance.
+
+    $$q(z \mid x) = \mathcal N\left(z;\ \mu(x),\ \mathrm{diag}\, \sigma^2(x)\right), \qquad \log\sigma^2 \in [-30, 20]$$
+
+    Attributes: `mu` and `logvar`, each (B, c, h, w).
+    """
+
+    def __init__(self, mu: Tensor, logvar: Tensor):
+        self.mu = mu
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def mode(self) -> Tensor:
+        r"""The most likely z, which is mu."""
+        return self.mu
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        r"""z = mu + sigma eps with eps drawn from `generator` (Kingma and Welling, section 2.4)."""
+        eps = torch.randn(self.mu.shape, generator=generator, dtype=self.mu.dtype)
+        return self.mu + (self.logvar / 2).exp() * eps.to(self.mu.device)
+
+    def kl(self) -> Tensor:
+        r"""Distance from the standard normal in nats, summed over each latent; (B,) (Kingma and Welling, appendix B).
+
+        $$\mathrm{KL}\left(q(z \mid x)\, \Vert\, \mathcal N(0, \mathbf I)\right)
+        = \tfrac12 \sum \left(\mu^2 + \sigma^2 - 1 - \log \sigma^2\right)$$
+        """
+        return 0.5 * (self.mu**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(dim=1)
+
+
+class MidBlock(nn.Module):
+    r"""ResBlock, attention over all pixels, ResBlock, at the smallest size."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(channels, channels, eps=EPS) for _ in range(2)])
+        self.attentions = nn.ModuleList([PixelAttention(channels, EPS)])
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](h)))
+
+
+class DownLevel(nn.Module):
+    r"""The ResBlocks of one width, then half the size (but for the last level)."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, last: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList(
+            [ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)]
+        )
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels, asymmetric=True)])
+
+    def forward(self, h: Tensor) -> Tensor:
+        for block in (*self.resnets, *self.downsamplers):
+            h = block(h)
+        return h
+
+
+class UpLevel(nn.Module):
+    r"""The ResBlocks of one width, then twice the size (but for the last level)."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, last: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList(
+            [ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)]
+        )
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
+
+    def forward(self, h: Tensor) -> Tensor:
+        for block in (*self.resnets, *self.upsamplers):
+            h = block(h)
+        return h
+
+
+class Encoder(nn.Module):
+    r"""Picture to the numbers of a Gaussian: (B, 3, H, W) -> (B, 2c, h, w)."""
+
+    def __init__(self, channels: tuple[int, ...], layers: int, latent_channels: int):
+        super().__init__()
+        inputs = (channels[0], *channels[:-1])
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            [
+                DownLevel(i, o, layers, last=k == len(channels) - 1)
+                for k, (i, o) in enumerate(zip(inputs, channels, strict=True))
+            ]
+        )
+        self.mid_block = MidBlock(channels[-1])
+        self.conv_norm_out = group_norm(channels[-1], EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down_blocks:
+            h = level(h)
+        h = self.mid_block(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class Decoder(nn.Module):
+    r"""Latent to picture: (B, c, h, w) -> (B, 3, H, W); the encoder's mirror with one more ResBlock a level."""
+
+    def __init__(self, channels: tuple[int, ...], layers: int, latent_channels: int):
+        super().__init__()
+        outputs = tuple(reversed(channels))
+        inputs = (outputs[0], *outputs[:-1])
+        self.conv_in = nn.Conv2d(latent_channels, outputs[0], 3, padding=1)
+        self.mid_block = MidBlock(outputs[0])
+        self.up_blocks = nn.ModuleList(
+            [
+                UpLevel(i, o, layers + 1, last=k == len(outputs) - 1)
+                for k, (i, o) in enumerate(zip(inputs, outputs, strict=True))
+            ]
+        )
+        self.conv_norm_out = group_norm(outputs[-1], EPS)
+        self.conv_out = nn.Conv2d(outputs[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            h = level(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class KLVAE(nn.Module):
+    r"""The compact KL-regularised autoencoder of Latent Diffusion (section 3.1), trained with `vae_loss`.
+
+    Args:
+        channels: one width a level; each step from one to the next halves the side, so (64, 128) gives 64 -> 32 and
+            (32, 64, 128) gives 64 -> 16. Multiples of 32.
+        layers: ResBlocks a level in the encoder; the decoder has one more.
+        latent_channels: c.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (64, 128), layers: int = 2, latent_channels: int = 4):
+        super().__init__()
+        self.factor = 2 ** (len(channels) - 1)
+        self.latent_channels = latent_channels
+        self.encoder = Encoder(channels, layers, latent_channels)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.decoder = Decoder(channels, layers, latent_channels)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        r"""q(z | x) of pictures x (B, 3, H, W) in [-1, 1]; H and W multiples of `factor`."""
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(
+                f"expected pictures of shape (B, 3, H, W) with H and W multiples of {self.factor}, got {tuple(x.shape)}"
+            )
+        mu, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return DiagonalGaussian(mu, logvar)
+
+    def decode(self, z: Tensor) -> Tensor:
+        r"""Pictures (B, 3, H, W), about in [-1, 1] and not clipped, of latents z (B, c, h, w) as `encode` gives them."""
+        if z.ndim != 4 or z.shape[1] != self.latent_channels:
+            raise ValueError(f"expected latents of shape (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
+        return self.decoder(self.post_quant_conv(z))
+
+
+def vae_loss(
+    x: Tensor, x_hat: Tensor, posterior: DiagonalGaussian, kl_weight: float, norm: str = "l1"
+) -> tuple[Tensor, Tensor]:
+    r"""Reconstruction error and the whole loss, each averaged over the batch (Kingma and Welling, equation 3).
+
+    $$\mathcal L = \frac1n \lVert x - \hat x \rVert_{1\ \mathrm{or}\ 2} + \lambda \frac1m
+    \mathrm{KL}\left(q(z \mid x)\, \Vert\, \mathcal N(0, \mathbf I)\right)$$
+
+    n and m are the numbers of elements of a picture and of a latent: both terms are means. Latent Diffusion sums both
+    with a KL weight of 1e-6; at 64 x 64 x 3 -> 32 x 32 x 4 the same balance is 3.3e-7 here.
+
+    Returns: the reconstruction term and the sum, two scalars.
+    """
+    if norm not in ("l1", "l2"):
+        raise ValueError(f"expected the reconstruction norm l1 or l2, got {norm!r}")
+    error = (x - x_hat.float()).abs() if norm == "l1" else (x - x_hat.float()) ** 2
+    reconstruction = error.mean()
+    elements = posterior.mu[0].numel()
+    return reconstruction, reconstruction + kl_weight * posterior.kl().mean() / elements
