@@ -44,8 +44,20 @@ class Attention(nn.Module):
             rearrange(tokens, "b l (n d) -> b n l d", n=self.heads)
             for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v)
         return self.to_out(rearrange(h, "b n l d -> b l (n d)"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    r"""softmax(Q K^T / sqrt(d)) V of every head; (B, N, L, d), (B, N, M, d) twice -> (B, N, L, d).
+
+    Torch's fused kernel never holds the L x M weights. On the CPU its backward pass is slow, so that where
+    something is to be learned and the weights are few, they are held.
+    """
+    if q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= 2**17:
+        weights = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+        return weights.softmax(dim=3) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class PixelAttention(Attention):

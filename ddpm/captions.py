@@ -17,16 +17,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 # The names and the order of list_attr_celeba.txt.
-ATTRIBUTES: tuple[str, ...] = tuple(
-    """
+NAMES = """
     5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
     Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses
     Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes
     No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling
     Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace
     Wearing_Necktie Young
-    """.split()
-)
+"""
+ATTRIBUTES: tuple[str, ...] = tuple(NAMES.split())
 
 
 # ---------------------------------------------------------------------------------------------- the phrases
@@ -237,11 +236,10 @@ def _sentence(places: dict[str, list[str]], rng: np.random.Generator | None) -> 
         for texts in (has, wears, qualities):
             rng.shuffle(texts)
         opening = opening or [OPENINGS[rng.integers(len(OPENINGS))]]
+    adjectives = [", ".join(qualities), *places["age"]]  # a smiling young woman
     if sometimes():
-        qualities = [", ".join(places["age"] + qualities)]  # a young, smiling woman
-    else:
-        qualities = [", ".join(qualities), *places["age"]]  # a smiling young woman
-    person = _join(*qualities, *places["haired"], *(places["noun"] or ["person"]))
+        adjectives = [", ".join(places["age"] + qualities)]  # a young, smiling woman
+    person = _join(*adjectives, *places["haired"], *(places["noun"] or ["person"]))
     article = "an" if person[0] in "aeiou" else "a"
     clauses = _clauses(has, places["without"], wears, who=sometimes(), wearing_first=sometimes())
     return _join(*opening, article, person, clauses)
@@ -289,7 +287,7 @@ SPELLINGS = """
     nosed=nose faced=face mouthed=mouth
 """
 SPELLING = dict(pair.split("=") for pair in SPELLINGS.split())
-NEGATORS = set("no not non without neither never lacks lacking isn't doesn't isnt doesnt".split())
+NEGATORS = {"no", "not", "non", "without", "neither", "never", "lacks", "lacking", "isn't", "isnt", "doesn't"}
 NEGATION_REACH = 4  # words from a negator to what it negates: "not wearing any kind of hat"
 PUNCTUATION = set(",.;:!?")
 STOPS = PUNCTUATION | {"and", "but", "with", "who", "that", "wearing", "is", "has"}  # end a served negation

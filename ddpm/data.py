@@ -1,11 +1,11 @@
 r"""Pictures on disk, in any layout people have them in, as one table.
 
-`open_table` reads CelebA (the official text files, Kaggle's csv, torchvision's folder) and any folder of pictures
-with a csv into an `ImageTable`. `read_image` turns one of its files into a square of pixels, by
+`open_table` reads CelebA (the official text files, Kaggle's csv, torchvision's folder) and any folder of
+pictures with a csv into an `ImageTable`. `read_image` turns one of its files into a square of pixels, by
 `crop_and_resize`: the one crop of this project, for training data and for statistics alike.
 
-What cannot be used is told in one line: a `DataError` where the data as a whole is wrong, a `BadImage` where a
-single picture is.
+What cannot be used is told in one line: a `DataError` where the data as a whole is wrong, a `BadImage` where
+a single picture is.
 """
 
 import csv
@@ -57,7 +57,7 @@ class ImageTable:
         return len(self.files)
 
     def subset(self, index) -> "ImageTable":
-        r"""The rows that `index` picks, in its order: integers, a mask `(N,)` such as `split == VALID`, a slice."""
+        r"""The rows that `index` picks, in its order: integers, a mask like `split == VALID`, a slice."""
         rows = np.arange(len(self))[index]
         return replace(
             self,
@@ -73,16 +73,16 @@ def open_table(path) -> ImageTable:
 
     Looked for in this order:
 
-    - CelebA: `list_attr_celeba.txt` or `.csv` in the folder, in its `Anno/`, or the same below `celeba/`; pictures
-      in `img_align_celeba/` (nested in itself, in `Img/`, as PNG) or beside the list; the split from
+    - CelebA: `list_attr_celeba.txt` or `.csv` in the folder, in its `Anno/`, or the same below `celeba/`;
+      pictures in `img_align_celeba/` (nested in itself, in `Img/`, as PNG) or beside the list; the split from
       `list_eval_partition.txt` or `.csv`, beside the list or in `Eval/`, if it is there.
-    - your own: `captions.csv`, `metadata.csv`, `metadata.jsonl`, or the only csv there. One column of file names,
-      and either `caption` (or `text`) or some of the 40 attributes, the others then counting as absent. A column
-      `split` is optional. Paths are relative to the folder, or to its `images/`.
+    - your own: `captions.csv`, `metadata.csv`, `metadata.jsonl`, or the only csv there. One column of file
+      names, and either `caption` (or `text`) or some of the 40 attributes, the others being 0. `split`
+      is an optional column. Paths are relative to the folder, or to its `images/`.
 
-    Rows whose picture is not there are left out, so a part of CelebA opens too. Without a split, about 90 / 5 / 5 %
-    of the pictures are train / valid / test by a hash of each file's name. Where a given split has nothing in valid
-    (the first thousands of CelebA are all train), the same 5 % of its train become valid.
+    Rows whose picture is not there are left out, so a part of CelebA opens too. Without a split, about
+    90 / 5 / 5 % of the pictures are train / valid / test by a hash of each file's name. Where a given split
+    has nothing in valid (the first thousands of CelebA are all train), 5 % of its train become valid.
 
     Args:
         path: the folder.
@@ -158,7 +158,7 @@ def _existing_folder(path) -> Path:
         raise _wrong(folder, "a folder of pictures", "nothing of that name", "check the path")
     if not folder.is_dir():
         kind = _kind(folder.read_bytes()[:512]) if folder.is_file() else ""
-        step = "unpack it first and give the folder" if "archive" in kind else f"give its folder, {folder.parent}"
+        step = "unpack it and give the folder" if "archive" in kind else f"give its folder, {folder.parent}"
         raise _wrong(folder, "a folder of pictures", kind or "a file", step)
     return folder
 
@@ -181,18 +181,18 @@ def _own_list(folder: Path) -> Path:
         raise _wrong(folder, "one csv", f"{len(tables)}: {_few(tables)}", "name the right one captions.csv")
     others = [name for name in names if not _is_image_name(name)]
     pictures = len(names) - len(others)
-    found = [f"{pictures:,} pictures without annotations"] * (pictures > 0) + [_few(others)] * (len(others) > 0)
+    found = [f"{pictures:,} pictures without annotations"] * (pictures > 0) + [_few(others)] * (others != [])
     step = "put one of these beside the pictures"
     if above := _find(folder.parent, "Anno", "list_attr_celeba"):
         step = f"give the folder with {above.name}, {folder.parent}"
     elif any(name.lower().endswith(ARCHIVES) for name in names):
         step = "unpack the archive first"
-    expected = "list_attr_celeba.txt or .csv (CelebA), or captions.csv, metadata.csv or metadata.jsonl (your own)"
+    expected = "list_attr_celeba.txt or .csv (CelebA), captions.csv, metadata.csv or .jsonl (your own)"
     raise _wrong(folder, expected, " and ".join(found) or "an empty folder", step)
 
 
 def _present(sheet: "_Sheet", table: ImageTable, folders: list[Path]) -> ImageTable:
-    r"""The rows whose picture is in one of the folders: the first that holds any. Lists a folder once, stats nothing."""
+    r"""The rows whose picture is in the first folder that holds any. Lists folders, touches no file."""
     as_png = tuple(os.path.splitext(name)[0] + ".png" for name in table.files)  # CelebA is also given as PNG
     for files in (table.files, as_png):
         for folder in folders:
@@ -215,7 +215,8 @@ def _listing(folder: Path, subfolders: set[str]) -> set[str]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:
-            raise _wrong(folder / sub, "a folder that can be read", _short(str(error)), "correct it") from error
+            got = _short(str(error))
+            raise _wrong(folder / _short(sub), "a folder that can be read", got, "correct it") from error
     return names
 
 
@@ -243,7 +244,7 @@ class _Sheet:
 
 
 def _read_sheet(file: Path) -> _Sheet:
-    r"""Reads a csv, a table split on white space, or a jsonl; checks the count in its first line, if there is one."""
+    r"""Reads a csv, a table split on white space, or a jsonl; checks the count in line 1, if there is one."""
     text = _read_text(file).replace("\r\n", "\n").replace("\r", "\n")
     first, _, rest = text.partition("\n")
     counted = first.strip().isdecimal()
@@ -278,8 +279,8 @@ def _plain_cells(body: str) -> Iterator[tuple[int, list[str]]]:
 
 def _csv_cells(body: str) -> Iterator[tuple[int, list[str]]]:
     head = body.lstrip().partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(body, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    mark = max(",;\t", key=head.count)
+    reader = csv.reader(io.StringIO(body, newline=""), delimiter=mark, strict=True, skipinitialspace=True)
     return ((reader.line_num, cells) for cells in reader)
 
 
@@ -295,11 +296,11 @@ def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_text(file: Path) -> str:
-    r"""The text of a list: UTF-8 with or without a byte order mark, UTF-16 with one, latin-1 if names are ASCII."""
+    r"""The text of a list: UTF-8, UTF-16 with a byte order mark, or latin-1 where the names are ASCII."""
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise _wrong(file, "a list that can be read", f"{error.strerror}", "correct the permissions") from error
+        raise _wrong(file, "a list that can be read", _short(str(error)), "correct that") from error
     kind = _kind(data[:512])
     if kind or not data.strip():
         raise _wrong(file, "a list of pictures as text", kind or "an empty file", AGAIN)
@@ -314,7 +315,7 @@ def _read_text(file: Path) -> str:
 
 
 def _kind(head: bytes) -> str:
-    r"""What a file's first bytes show it to be, of the things people save by mistake; else an empty string."""
+    r"""What a file's first bytes show it to be, of the things saved by mistake; else an empty string."""
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|!--)", head, re.IGNORECASE):
         return "an HTML page (a saved error or quota page)"
     if head.startswith(b"version https://git-lfs"):
@@ -347,9 +348,9 @@ def _attribute_columns(sheet: _Sheet) -> dict[str, int]:
 
 
 def _named_rows(sheet: _Sheet) -> Iterator[tuple[int, str, list[str]]]:
-    r"""Line, file name and cells of each row, once they are checked: as many cells as columns, each picture once."""
+    r"""Line, file name and cells of each row, checked: a cell for each column, each picture once."""
     start = sheet.rows[0][1]
-    by_look = [column for column, cell in enumerate(start) if _is_image_name(cell)]  # pandas puts an index first
+    by_look = [column for column, cell in enumerate(start) if _is_image_name(cell)]  # after pandas' index
     by_name = [column for column, name in enumerate(sheet.header) if name in FILE_COLUMNS]
     if not by_look + by_name:
         got = f"{_few(sheet.header) or 'none'} with {_short(' '.join(start))}"
@@ -376,7 +377,7 @@ def _inner_path(sheet: _Sheet, line: int, name: str) -> str:
 
 
 def _all_rows(sheet: _Sheet, columns: dict[str, int], caption: int | None = None) -> ImageTable:
-    r"""The table of all rows: captions from their column if there is one, else attributes; everything in train."""
+    r"""The table of all rows: captions if there is a column of them, else attributes; all of it in train."""
     files, captions, bits = [], [], bytearray()
     for line, name, cells in _named_rows(sheet):
         files.append(name)
@@ -412,7 +413,7 @@ def _split_column(sheet: _Sheet, column: int) -> np.ndarray:
 
 
 def _read_partition(file: Path, table: ImageTable) -> np.ndarray:
-    r"""The split of the table's pictures, (N,) uint8, from CelebA's `list_eval_partition`: its last column."""
+    r"""The split of the table's pictures, (N,) uint8, from the last column of `list_eval_partition`."""
     sheet = _read_sheet(file)
     names = [os.path.splitext(name)[0] for _, name, _ in _named_rows(sheet)]
     split_of = dict(zip(names, _split_column(sheet, -1), strict=True))
@@ -431,12 +432,12 @@ def _unit_hash(files: Sequence[str]) -> np.ndarray:
 
 
 def _split_by_name(files: Sequence[str]) -> np.ndarray:
-    r"""About 90 % train, 5 % valid, 5 % test by a hash of each name: neither order nor the other files matter.
+    r"""About 90 % train, 5 % valid, 5 % test by a hash of each name: order and other files do not matter.
 
     Only among a few pictures, where train or valid would be empty, one is moved there.
 
     >>> np.bincount(_split_by_name([f"{i:06}.jpg" for i in range(2000)]))
-    array([1800,  100,  100])
+    array([1824,   88,   88])
     """
     u = _unit_hash(files)
     split = np.select([u < 0.05, u < 0.10], [VALID, TEST], TRAIN).astype(np.uint8)
@@ -448,7 +449,7 @@ def _split_by_name(files: Sequence[str]) -> np.ndarray:
 
 
 def _with_valid(split: np.ndarray, files: Sequence[str]) -> np.ndarray:
-    r"""A given split as it is; but if nothing is valid, the 5 % of train that `_split_by_name` would take are."""
+    r"""A given split; where nothing in it is valid, the 5 % of train that `_split_by_name` would take."""
     train = np.flatnonzero(split == TRAIN)
     if (split == VALID).any() or len(train) < 2:
         return split
@@ -477,16 +478,17 @@ TURNS = {  # EXIF orientation -> what sets the picture upright
 def crop_and_resize(image: Image.Image, size: int = 64, crop: int = 0) -> Image.Image:
     r"""The centre square of a picture, in RGB, at `size` x `size`: the one crop, for data and for statistics.
 
-    CelebA's aligned photographs, 178 x 218, are cropped to the 148 x 148 in the middle (left 15, top 35). Numbers
-    from different crops do not compare: a Frechet distance on 178 x 178 or on DDIM's 128 x 128 is another quantity.
-    The picture is turned upright by its EXIF; what is transparent becomes white; of 16 bits the upper 8 are kept.
-    Resized by an antialiased bicubic filter, after a box filter where the square is over six times too large.
+    CelebA's aligned photographs, 178 x 218, are cropped to the 148 x 148 in the middle (left 15, top 35).
+    Numbers from different crops do not compare: a Frechet distance on 178 x 178 or on DDIM's 128 x 128 is
+    another quantity. The picture is turned upright by its EXIF; what is transparent becomes white; of 16 bits
+    the upper 8 are kept. Resized by an antialiased bicubic filter, after a box filter where the square is at
+    least six times too large.
 
     Args:
         image: any Pillow image.
         size: side of the result, at least 1.
-        crop: side of the square that is kept, never more than the picture has; 0 means 148 for a picture of exactly
-            178 x 218, and the largest square for any other.
+        crop: side of the square that is kept, never more than the picture has; 0 means 148 for a picture of
+            exactly 178 x 218, and the largest square for any other.
     Returns:
         A new RGB image, `size` x `size`; with the same bytes if the picture was one already.
     Raises:
@@ -497,7 +499,7 @@ def crop_and_resize(image: Image.Image, size: int = 64, crop: int = 0) -> Image.
     (64, 64)
     """
     if size < 1 or crop < 0:
-        raise _wrong("crop_and_resize", "size >= 1 and crop >= 0", f"size {size} and crop {crop}", "correct them")
+        raise _wrong("crop", "size >= 1 and crop >= 0", f"size {size}, crop {crop}", "correct that")
     image = _upright(image)
     width, height = image.size
     side = min(width, height, crop or (148 if (width, height) == (178, 218) else width))
@@ -510,6 +512,7 @@ def crop_and_resize(image: Image.Image, size: int = 64, crop: int = 0) -> Image.
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # Pillow itself turns a TIFF when it loads one
     try:
         turn = TURNS.get(image.getexif().get(0x0112))
     except Exception:  # broken EXIF, of which Pillow raises all sorts, does not make a picture bad
@@ -542,8 +545,8 @@ def read_image(path, size: int = 64, crop: int = 0) -> np.ndarray:
     Returns:
         `(size, size, 3)` uint8, 0..255.
     Raises:
-        BadImage: whatever is wrong with the file, as a short reason: missing, zero bytes, an HTML page, truncated,
-            below 8 or above 8,192 pixels a side, above 50 megapixels, not a picture.
+        BadImage: whatever is wrong with the file, as a short reason: missing, zero bytes, an HTML page,
+            truncated, below 8 or above 8,192 pixels a side, above 50 megapixels, not a picture.
         DataError: size below 1 or crop below 0.
     """
     try:
@@ -551,21 +554,19 @@ def read_image(path, size: int = 64, crop: int = 0) -> np.ndarray:
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
             raise BadImage("not a file" if not stat.S_ISREG(status.st_mode) else "zero bytes")
         with open(path, "rb") as file:
-            image = _open_image(file)
-            image.load()
-            return np.array(crop_and_resize(image, size, crop))
+            return np.array(crop_and_resize(_open_image(file), size, crop))
     except (BadImage, DataError):
         raise
     except FileNotFoundError:
         raise BadImage("missing") from None
-    except Exception as error:  # on damaged files Pillow raises all sorts: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # Pillow on damaged files: OSError, SyntaxError, struct.error, ...
         if "truncated" in str(error).lower():
             raise BadImage("truncated") from error
         raise BadImage(f"cannot be read: {type(error).__name__} {_short(str(error))}") from error
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
-    r"""Reads the header and no more; raises BadImage if it is none, or if the picture is too small or too large."""
+    r"""Reads the header and no more; BadImage if it is none, or of a picture too small or too large."""
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
@@ -577,7 +578,7 @@ def _open_image(file: BinaryIO) -> Image.Image:
     if min(width, height) < MIN_SIDE:
         raise BadImage(f"too small: {width} x {height}, below {MIN_SIDE} pixels a side")
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise BadImage(f"too large: {width} x {height}, above {MAX_SIDE} a side or {MAX_PIXELS // 10**6} megapixels")
+        raise BadImage(f"too large: {width} x {height}, above {MAX_SIDE} pixels a side or 50 megapixels")
     return image
 
 
@@ -587,8 +588,8 @@ def _open_image(file: BinaryIO) -> Image.Image:
 def download_celeba(folder) -> Path:
     r"""Downloads CelebA (1.4 GB) by torchvision, which needs the package gdown, or says where else to get it.
 
-    The host often refuses. Whatever fails, nothing is left behind: the files arrive in a temporary folder beside
-    `folder`, which takes its name once complete. A folder that `open_table` opens already is left as it is.
+    The host often refuses. Whatever fails, nothing is left behind: the files arrive in a temporary folder
+    beside `folder`, which takes its name once complete. What `open_table` opens already is left as it is.
 
     Args:
         folder: new or empty; afterwards what `open_table` opens.
@@ -612,14 +613,15 @@ def download_celeba(folder) -> Path:
             folder.rmdir()
         unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
         unfinished.rename(folder)
-    except Exception as error:  # no gdown, no network, quota, 403, checksum, a full disk: the advice is the same
-        raise _wrong(folder, "to download CelebA", f"{type(error).__name__} {_short(str(error))}", ELSEWHERE) from error
+    except Exception as error:  # no gdown, no network, quota, 403, checksum, a full disk: the same advice
+        got = f"{type(error).__name__} {_short(str(error))}"
+        raise _wrong(folder, "to download CelebA", got, ELSEWHERE) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
 ELSEWHERE = (
-    "get it from Kaggle (jessicali9530/celeba-dataset), the project page of MMLAB CUHK or a Hugging Face copy, "
-    "and put img_align_celeba/ and list_attr_celeba.txt (or .csv) into this folder"
+    "get it from Kaggle (jessicali9530/celeba-dataset), the project page of MMLAB CUHK or a copy on Hugging "
+    "Face, and put img_align_celeba/ and list_attr_celeba.txt (or .csv) into this folder"
 )

@@ -19,12 +19,11 @@ from PIL import Image, ImageDraw
 
 from ddpm.captions import ATTRIBUTES, FACIAL_HAIR, consistent
 
-VISIBLE: tuple[str, ...] = tuple(
-    """
-    Bald Bangs Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Eyeglasses Goatee Gray_Hair Male
-    Mouth_Slightly_Open Mustache No_Beard Pale_Skin Rosy_Cheeks Smiling Straight_Hair Wavy_Hair
-    Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
-    """.split()
+VISIBLE: tuple[str, ...] = (
+    *("Bald", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Bangs", "Straight_Hair", "Wavy_Hair"),
+    *("No_Beard", "Mustache", "Goatee", "Bushy_Eyebrows", "Pale_Skin", "Rosy_Cheeks", "Smiling"),
+    *("Mouth_Slightly_Open", "Eyeglasses", "Wearing_Earrings", "Wearing_Hat", "Wearing_Lipstick"),
+    *("Wearing_Necklace", "Wearing_Necktie", "Male", "Young"),
 )
 
 Colour = tuple[int, ...]  # red, green, blue and perhaps alpha, 0..255
@@ -255,7 +254,7 @@ def draw_cheeks(pen: Pen, look: Look) -> None:
 
 
 def draw_eyes(pen: Pen, look: Look) -> None:
-    r"""White, iris, pupil, highlight and lid; raised lower lids where one smiles, lashes where a woman looks."""
+    r"""White, iris, pupil, highlight and lid; a smile raises the lower lids, women have lashes."""
     rx, ry = (2.9, 2.3) if look.male else (3.2, 2.9)
     ry -= 0 if look.young else 0.5
     for side in (-1, 1):
