@@ -15,7 +15,7 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(__doc__)
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw; "" is anything')
     p.add_argument("--model", metavar="RUN", help="a run folder [the weights that ship]")
     p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")

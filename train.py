@@ -9,6 +9,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,12 +17,13 @@ from pathlib import Path
 from ddpm import cli
 from ddpm.config import PRESETS, Config, UserError, add_flags, given_flags
 
+STARTED = time.monotonic()  # of this command: --max-minutes counts from here
 STAGES = ("vae", "unet")
 COLUMNS = ("stage", "step", "seconds", "loss", "lr", "grad_norm", "images_per_second", "psnr", "ssim", "val_loss")
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(__doc__)
     p.add_argument("--preset", choices=PRESETS, help="named settings; drawn64 for drawn faces, celeba64 (the spec) with --data")
     p.add_argument("--out", help="run folder to make [runs/PRESET]")
     p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
@@ -72,17 +74,25 @@ class Run:
         if resume:
             self._reopen()
         else:
-            self._create()
-        self.started = time.monotonic() - (self.state["elapsed"] if self.state else 0.0)
-        from ddpm.model import write_atomically
+            self._check_new()
+        self.started = STARTED - (self.state["elapsed"] if self.state else 0.0)
 
-        self.write = write_atomically
-        self.write(folder / "config.json", config.to_json().encode())
-
-    def _create(self):
+    def _check_new(self):
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"expected a new folder for the run, {self.folder} exists; choose another --out, or --resume {self.folder}")
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise UserError(f"expected a folder that can be written to, {there} cannot; choose another --out")
+
+    def create(self):
+        r"""Make the folder, once everything that can be refused has been looked at."""
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        self.write("config.json", self.config.to_json().encode())
+
+    def write(self, name: str, content):
+        from ddpm.model import write_atomically
+
+        write_atomically(self.folder / name, content)
 
     def _reopen(self):
         import torch
@@ -99,7 +109,6 @@ class Run:
             with open(metrics, encoding="utf-8", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row.get("stage") in STAGES]
             self.rows = [row for row in rows if (STAGES.index(row["stage"]), int(row["step"])) <= place]
-        (self.folder / "samples").mkdir(exist_ok=True)
 
     def clock(self) -> float:
         r"""Seconds of all sessions of this run."""
@@ -113,14 +122,14 @@ class Run:
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()
         writer.writerows(self.rows)
-        self.write(self.folder / "metrics.csv", text.getvalue().encode())
+        self.write("metrics.csv", text.getvalue().encode())
         plot_losses(self.folder / "loss.png", self.rows)
 
     def save_state(self, stage: str, optimization):
         import torch
 
         state = {"stage": stage, "step": optimization.step, "elapsed": self.clock(), stage: optimization.state_dict()}
-        self.write(self.folder / "state.pt", lambda to: torch.save(state, to))
+        self.write("state.pt", lambda to: torch.save(state, to))
         self.save_metrics()
 
 
@@ -163,13 +172,13 @@ def say(text: str):
     tqdm.write(text)
 
 
-def load_pictures(config: Config, cache: Path):
+def load_pictures(config: Config, table, cache: Path):
     from ddpm.cache import drawn_pictures, photographs
 
     t, size = config.training, config.model.image_size
-    if t.data == "drawn":
+    if table is None:
         return drawn_pictures(cache, t.drawn_images, t.seed, size, progress_bar)
-    pictures = photographs(cache, t.data, size, t.crop, t.max_bad_images, progress_bar)
+    pictures = photographs(cache, table, size, t.crop, t.max_bad_images, progress_bar)
     if pictures.bad:
         few = ", ".join(f"{name} ({reason})" for name, reason in pictures.bad[:3])
         say(f"skipped {len(pictures.bad)} unreadable pictures: {few}")
@@ -182,7 +191,8 @@ def stage_steps(config: Config, stage: str, pictures) -> int:
     t = config.training
     if not t.epochs:
         return getattr(t, f"{stage}_steps")
-    return t.epochs * (t.steps_per_epoch or max(1, len(pictures.rows(TRAIN)) // t.batch_size))
+    batch = t.vae_batch_size if stage == "vae" else t.batch_size
+    return t.epochs * (t.steps_per_epoch or max(1, len(pictures.rows(TRAIN)) // batch))
 
 
 class Trainer:
@@ -216,6 +226,7 @@ class Trainer:
         total = None if opt.bound.until is not None else opt.bound.steps
         bar = tqdm(total=total, initial=opt.step, desc=stage, unit="step", disable=None)
         mean, validated, last = None, False, time.monotonic()
+        batch, told = t.vae_batch_size if stage == "vae" else t.batch_size, last
         for report in reports:
             seconds = time.monotonic() - last
             last = time.monotonic()
@@ -224,8 +235,11 @@ class Trainer:
                 say(f"skipped {stage} step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}")
             row = {"stage": stage, "step": report.step, "seconds": f"{self.run.clock():.1f}", "loss": f"{report.loss:.6g}",
                    "lr": f"{report.lr:.4g}", "grad_norm": f"{report.grad_norm:.4g}",
-                   "images_per_second": f"{t.batch_size / max(seconds, 1e-9):.1f}"}  # fmt: skip
+                   "images_per_second": f"{batch / max(seconds, 1e-9):.1f}"}  # fmt: skip
             bar.update()
+            if bar.disable and time.monotonic() - told >= 30:
+                told = time.monotonic()
+                say(f"{stage} step {report.step}: loss {mean:.4f}, {row['images_per_second']} images/s{self.time_left(opt, report.progress)}")
             left = self.time_left(opt, report.progress)
             bar.set_postfix_str(f"loss {mean:.4f}, {row['images_per_second']} images/s{left}", refresh=False)
             self.left = None if self.left is None else self.left - 1
@@ -382,24 +396,27 @@ def main(argv: list[str] | None = None):
     precision = cli.choose_precision(config.training.precision, device)
     if arguments.dry_run:
         return dry_run(config, device, precision)
-    if arguments.download:
-        from ddpm.data import download_celeba
-
-        download_celeba(config.training.data)
     run = Run(folder, config, resuming)
-    say(f"run {folder}, preset {config.preset}, {precision} on {device}")
-    cache = Path(arguments.cache or folder.parent / "cache")
-    pictures = load_pictures(config, cache)
-    from ddpm.data import TRAIN, VALID
-    from ddpm.model import TextToImage, write_atomically
+    from ddpm.data import TRAIN, VALID, download_celeba, open_table
+    from ddpm.model import TextToImage
     from ddpm.text import TextTower
 
-    say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
+    drawn = config.training.data == "drawn"
+    if arguments.download:
+        if drawn:
+            raise UserError("expected --data FOLDER to download CelebA into, got none")
+        download_celeba(config.training.data)
+    table = None if drawn else open_table(config.training.data)
     torch.manual_seed(config.training.seed)
     own_text = folder / "text.safetensors"
     model = TextToImage(config.model, TextTower.from_file(own_text) if own_text.is_file() else None)
+    cache = Path(arguments.cache or folder.parent / "cache")
+    pictures = load_pictures(config, table, cache)
+    run.create()
+    say(f"run {folder}, preset {config.preset}, {precision} on {device}")
+    say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
     if Path(config.model.text_weights).is_file() and not own_text.is_file():
-        write_atomically(own_text, model.text.save)  # the run stays whole when the file goes
+        run.write(own_text.name, model.text.save)  # the run stays whole when the file goes
     model.to(device, memory_format=torch.channels_last)
     model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
     trainer = Trainer(run, model, pictures, cache, precision, arguments.stop_after)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpm.captions import describe
 from ddpm.config import UserError
-from ddpm.data import TEST, TRAIN, VALID, BadImage, ImageTable, open_table, read_image
+from ddpm.data import TEST, TRAIN, VALID, BadImage, ImageTable, read_image
 from ddpm.faces import draw_many, drawn_rows
 from ddpm.model import autocast, write_atomically
 from ddpm.text import TOKENS, WIDTH, TextTower
@@ -120,13 +120,12 @@ def drawn_pictures(folder: Path, count: int, seed: int, size: int = 64, progress
 
 
 def photographs(
-    folder: Path, data: str, size: int = 64, crop: int = 0, max_bad: float = 0.01, progress: Progress = silent
+    folder: Path, table: ImageTable, size: int = 64, crop: int = 0, max_bad: float = 0.01, progress: Progress = silent
 ) -> Pictures:
-    r"""The pictures of a folder in any layout that `data.open_table` reads, each decoded once.
+    r"""The pictures of a table that `data.open_table` read, each decoded once.
 
     Unreadable ones are skipped and named in `bad`; UserError when they are more than the share `max_bad`.
     """
-    table = open_table(data)
     stats = [os.stat(table.root / name) for name in table.files]
     key = key_of("photographs", size, crop, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(table.files, stats, strict=True)])
     listing = folder / f"pictures-{key}.json"
@@ -145,7 +144,7 @@ def photographs(
     good = np.array([name not in skipped for name in table.files])
     pictures = Pictures(pixels, good, table.split, table.attributes, table.captions, bad, key)
     if not len(pictures.rows(TRAIN)):
-        raise UserError(f"expected pictures of the train split in {data}, found none; see the partition file")
+        raise UserError(f"expected pictures of the train split in {table.root}, found none; see the split or partition file")
     return pictures
 
 

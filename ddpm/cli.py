@@ -1,17 +1,29 @@
 r"""What the two commands share: one line for what a person can mend, exit code 2, and the choice of a device."""
 
+import argparse
 import sys
 import warnings
 from collections.abc import Callable
+
+
+class Parser(argparse.ArgumentParser):
+    r"""An argument parser whose complaint is one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     r"""Call `main`; print a UserError or an OSError as one line and return 2, Ctrl-C as 130."""
     from ddpm.config import UserError
 
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        main(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            main(argv)
         return 0
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

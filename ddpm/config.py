@@ -57,7 +57,8 @@ class TrainConfig:
     drawn_images: int = option(16_000, "how many faces to draw for --data drawn")
     crop: int = option(0, "side of the centre crop in pixels; 0: 148 for aligned CelebA, else the largest square")
     seed: int = option(0, "names every random number of the run")
-    batch_size: int = option(16, "pictures a step")
+    batch_size: int = option(16, "pictures a step of the UNet")
+    vae_batch_size: int = option(16, "pictures a step of the VAE")
     accumulation: int = option(1, "parts a batch is computed in, to save memory")
     vae_steps: int = option(30_000, "steps of the VAE stage")
     unet_steps: int = option(200_000, "steps of the UNet stage")
@@ -89,9 +90,9 @@ class TrainConfig:
 
 
 LAPTOP = {
-    "text_weights": "random", "prediction": "v", "schedule": "cosine", "vae_channels": (32, 64, 128), "vae_layers": 1,
-    "latent_channels": 8, "channels": (64, 128, 192), "attention_levels": (1, 2), "batch_size": 32,
-    "lr": 1e-3, "ema_decay": 0.998,
+    "text_weights": "random", "prediction": "v", "schedule": "cosine", "vae_channels": (32, 32, 64), "vae_layers": 1,
+    "latent_channels": 8, "channels": (64, 128, 192), "attention_levels": (1, 2), "res_blocks": 1, "batch_size": 32,
+    "lr": 1e-3, "ema_decay": 0.998, "vae_lr": 2e-3,
 }  # fmt: skip
 LAPTOP_STEPS = {"vae_steps": 1_000_000, "unet_steps": 1_000_000}  # the minutes end it first
 
@@ -105,7 +106,7 @@ PRESETS = {
     "tiny": {
         "text_weights": "random", "prediction": "v", "schedule": "cosine", "image_size": 32,
         "vae_channels": (32, 32), "vae_layers": 1, "channels": (32, 64), "attention_levels": (1,), "res_blocks": 1,
-        "batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128, "warmup": 5, "save_every": 10,
+        "batch_size": 8, "vae_batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128, "warmup": 5, "save_every": 10,
         "sample_every": 20,
     },
 }  # fmt: skip
@@ -149,13 +150,14 @@ class Config:
         for name in ("vae_layers", "latent_channels", "res_blocks"):
             _require(1 <= getattr(m, name) <= 64, f"{name} from 1 to 64", getattr(m, name))
         _require(0 <= m.caption_drop < 1, "caption_drop in [0, 1)", m.caption_drop)
-        for name in ("batch_size", "accumulation", "vae_steps", "unet_steps", "drawn_images", "caption_variants",
+        for name in ("batch_size", "vae_batch_size", "accumulation", "vae_steps", "unet_steps", "drawn_images", "caption_variants",
                      "save_every", "sample_every"):  # fmt: skip
             _require(getattr(t, name) >= 1, f"{name} of at least 1", getattr(t, name))
         for name in ("crop", "seed", "steps_per_epoch", "epochs", "max_minutes", "vae_lr", "lr", "warmup", "weight_decay",
                      "clip", "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images"):  # fmt: skip
             _require(getattr(t, name) >= 0, f"{name} not below 0", getattr(t, name))
-        _require(t.batch_size % t.accumulation == 0, f"an accumulation that divides the batch of {t.batch_size}", t.accumulation)
+        _require(t.batch_size % t.accumulation == t.vae_batch_size % t.accumulation == 0,
+                 f"an accumulation that divides the batches of {t.batch_size} and {t.vae_batch_size}", t.accumulation)  # fmt: skip
         _require(0 <= t.ema_decay < 1, "ema_decay in [0, 1)", t.ema_decay)
         _require(0 < t.vae_share < 1, "vae_share in (0, 1)", t.vae_share)
         return self

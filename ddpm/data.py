@@ -602,8 +602,11 @@ def download_celeba(folder) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         open_table(folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".unfinished", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".unfinished", dir=folder.parent))
+    except OSError as error:
+        raise _wrong(folder, "a place to write to", _short(str(error)), "choose another") from error
     try:
         from torchvision.datasets import CelebA
 

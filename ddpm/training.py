@@ -189,7 +189,7 @@ def train_vae(
     while opt.bound.progress(opt.step) < 1:
         model.vae.train()
         g = generator(t.seed, "vae", opt.step)
-        chosen, _ = batch_rows(rows, t.batch_size, opt.step, t.seed, "vae")
+        chosen, _ = batch_rows(rows, t.vae_batch_size, opt.step, t.seed, "vae")
         x = pictures.batch(chosen, flip=torch.rand(len(chosen), generator=g) < 0.5)
 
         def losses(x=x, g=g) -> Iterator[Tensor]:

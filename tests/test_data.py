@@ -737,6 +737,9 @@ def test_a_download_never_replaces_something_else(tmp_path):
     put(tmp_path / "thesis" / "chapter.tex", "x")
     message_of(lambda: download_celeba(tmp_path / "thesis"))
     assert os.listdir(tmp_path / "thesis") == ["chapter.tex"]
+    assert "expected a place to write to" in message_of(
+        lambda: download_celeba(tmp_path / "thesis" / "chapter.tex" / "celeba")
+    )
 
 
 # ------------------------------------------------------------------------------------------- the real thing
