@@ -17,7 +17,6 @@ from pathlib import Path
 from ddpm import cli
 from ddpm.config import PRESETS, Config, UserError, add_flags, given_flags
 
-STARTED = time.monotonic()  # of this command: --max-minutes counts from here
 STAGES = ("vae", "unet")
 COLUMNS = ("stage", "step", "seconds", "loss", "lr", "grad_norm", "images_per_second", "psnr", "ssim", "val_loss")
 
@@ -68,14 +67,14 @@ def configuration(arguments: argparse.Namespace) -> Config:
 class Run:
     r"""The run's folder: configuration, weights, resume state, metrics, pictures."""
 
-    def __init__(self, folder: Path, config: Config, resume: bool):
+    def __init__(self, folder: Path, config: Config, resume: bool, started: float):
         self.folder, self.config = folder, config
         self.rows, self.state = [], None
         if resume:
             self._reopen()
         else:
             self._check_new()
-        self.started = STARTED - (self.state["elapsed"] if self.state else 0.0)
+        self.started = started - (self.state["elapsed"] if self.state else 0.0)
 
     def _check_new(self):
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -386,6 +385,7 @@ def dry_run(config: Config, device, precision: str):
 
 
 def main(argv: list[str] | None = None):
+    started = time.monotonic()  # --max-minutes counts from here
     arguments = parser().parse_args(argv)
     config = configuration(arguments)
     resuming = arguments.resume is not None
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None):
     precision = cli.choose_precision(config.training.precision, device)
     if arguments.dry_run:
         return dry_run(config, device, precision)
-    run = Run(folder, config, resuming)
+    run = Run(folder, config, resuming, started)
     from ddpm.data import TRAIN, VALID, download_celeba, open_table
     from ddpm.model import TextToImage
     from ddpm.text import TextTower
@@ -425,7 +425,7 @@ def main(argv: list[str] | None = None):
     if has_vae and (arguments.stage != "vae" or not run.state or run.state["stage"] == "unet"):
         model.load_vae(folder)
     elif arguments.stage == "unet":
-        raise UserError(f"expected {folder / 'vae.safetensors'} for the second stage; train the VAE first with --stage vae --out {folder}")
+        raise UserError(f"expected {folder / 'vae.safetensors'} for the second stage; train it first: --stage vae --out {folder}, then --resume {folder}")
     elif not trainer.train_vae():
         return None
     if arguments.stage != "vae" and trainer.train_unet():

@@ -31,7 +31,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     over Gaussian windows of 11 x 11, sigma 1.5, without padding; C_1 = 0.01^2 and C_2 = 0.03^2 for pictures in
     [0, 1]; averaged over windows and the three colours.
     """
-    x, y = (x.clamp(-1, 1) + 1) / 2, (y.clamp(-1, 1) + 1) / 2
+    x, y = ((picture.double().clamp(-1, 1) + 1) / 2 for picture in (x, y))  # double: variances are small differences
     channels = x.shape[1]
     line = torch.exp(-(torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2 / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2).expand(channels, 1, 11, 11)

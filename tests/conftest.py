@@ -1,0 +1,41 @@
+r"""What several test files share: one random text tower, a tiny model, and weights that are nowhere zero."""
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm.config import ModelConfig
+from ddpm.model import TextToImage
+from ddpm.text import TextTower
+
+TINY = ModelConfig(
+    image_size=16, vae_channels=(32, 32), vae_layers=1, channels=(32, 64), attention_levels=(1,), res_blocks=1,
+    text_weights="random",
+)  # fmt: skip
+
+
+def without_zeros(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
+    r"""`module` with every layer that starts at zero drawn at random, so that its output depends on its inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tower() -> TextTower:
+    r"""The random text tower; drawing its 63 million weights takes a second. Tests only read it."""
+    return TextTower.random()
+
+
+@pytest.fixture
+def tiny(tower) -> TextToImage:
+    r"""An untrained model of 16 x 16 pictures whose UNet listens to the time and to the caption."""
+    torch.manual_seed(0)
+    model = TextToImage(TINY, tower).eval()
+    without_zeros(model.vae, seed=1)
+    without_zeros(model.unet, seed=2)
+    model.latent_scale = 1.25
+    return model

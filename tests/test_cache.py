@@ -1,0 +1,130 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm.cache import PER_ROW, Latents, Texts, cached_array, drawn_pictures, encode_latents, photographs
+from ddpm.config import UserError
+from ddpm.data import TRAIN, VALID, open_table
+from ddpm.faces import write_celeba
+from ddpm.vae import KLVAE
+
+
+@pytest.fixture
+def celeba(tmp_path):
+    write_celeba(tmp_path / "celeba", 40, seed=3)
+    return tmp_path / "celeba"
+
+
+def test_an_array_is_filled_once_and_read_from_its_file_after(tmp_path):
+    calls = []
+
+    def fill(array):
+        calls.append(1)
+        array[:] = 7
+
+    for _ in range(2):
+        array = cached_array(tmp_path / "a.npy", (3, 2), np.uint8, fill)
+        assert isinstance(array, np.memmap) and (array == 7).all()
+    assert len(calls) == 1
+
+
+def test_an_array_whose_filling_fails_leaves_nothing_behind(tmp_path):
+    def fill(array):
+        raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError):
+        cached_array(tmp_path / "a.npy", (3,), np.uint8, fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drawn_splits_share_no_row_of_attributes(tmp_path):
+    pictures = drawn_pictures(tmp_path, 40 * PER_ROW, seed=0, size=16)
+    assert len(pictures.rows(TRAIN)) == 36 * PER_ROW and len(pictures.rows(VALID)) == 2 * PER_ROW
+    row = np.arange(40 * PER_ROW) // PER_ROW
+    assert not set(row[pictures.rows(TRAIN)]) & set(row[pictures.rows(VALID)])
+
+
+def test_pictures_of_equal_attributes_share_their_caption(tmp_path):
+    pictures = drawn_pictures(tmp_path, 4 * PER_ROW, seed=0, size=16)
+    captions = [pictures.caption(i, seed=0) for i in range(4 * PER_ROW)]
+    assert len(set(captions)) <= 4
+    assert captions[0] == captions[PER_ROW - 1]
+    assert {pictures.caption(0, seed=0, variant=v) for v in range(20)} != {captions[0]}
+
+
+def test_a_batch_is_mirrored_where_it_is_said(tmp_path):
+    pictures = drawn_pictures(tmp_path, 8, seed=0, size=16)
+    rows = np.array([1, 2])
+    plain, mixed = pictures.batch(rows), pictures.batch(rows, flip=torch.tensor([False, True]))
+    assert plain.min() >= -1 and plain.max() <= 1 and plain.shape == (2, 3, 16, 16)
+    assert torch.equal(mixed[0], plain[0]) and torch.equal(mixed[1], plain[1].flip(2))
+
+
+def test_photographs_are_decoded_once_and_again_when_a_file_changes(celeba, tmp_path):
+    def load():
+        return photographs(tmp_path / "cache", open_table(celeba), size=32)
+
+    first = load()
+    assert first.pixels.shape == (40, 32, 32, 3) and first.good.all()
+    assert load().key == first.key
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(celeba / "img_align_celeba" / "000001.jpg")
+    changed = load()
+    assert changed.key != first.key
+    assert changed.pixels[0].mean(axis=(0, 1)) == pytest.approx([255, 0, 0], abs=2)
+
+
+def test_a_few_bad_pictures_are_skipped_and_named(celeba, tmp_path):
+    (celeba / "img_align_celeba" / "000002.jpg").write_bytes(b"<html>quota exceeded</html>")
+    pictures = photographs(tmp_path / "cache", open_table(celeba), size=16, max_bad=0.1)
+    again = photographs(tmp_path / "cache", open_table(celeba), size=16, max_bad=0.1)
+    for p in (pictures, again):
+        assert [name.endswith("000002.jpg") for name, _ in p.bad] == [True]
+        assert 1 not in p.rows(TRAIN) and not p.good[1]
+
+
+def test_too_many_bad_pictures_stop_the_run_and_leave_no_cache(celeba, tmp_path):
+    for i in range(1, 11):
+        (celeba / "img_align_celeba" / f"{i:06d}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="unreadable pictures of 40.*000001.jpg.*--max-bad-images") as error:
+        photographs(tmp_path / "cache", open_table(celeba), size=16, max_bad=0.1)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
+def test_latents_hold_both_ways_round_and_follow_the_weights(tmp_path):
+    torch.manual_seed(0)
+    pictures = drawn_pictures(tmp_path, 8, seed=0, size=16)
+    vae = KLVAE((32, 32), 1, 4)
+    latents = encode_latents(tmp_path, vae, pictures, batch=3)
+    rows = np.arange(8)
+    for flip in (torch.zeros(8, dtype=torch.bool), torch.ones(8, dtype=torch.bool)):
+        with torch.no_grad():
+            expected = vae.encode(pictures.batch(rows, flip))
+        q = latents.gaussian(rows, flip)
+        assert (q.mu - expected.mu).abs().max() < 5e-3  # kept as float16, numbers of size 1
+        assert (q.logvar - expected.logvar).abs().max() < 5e-3
+    torch.nn.init.normal_(vae.quant_conv.weight)
+    assert not np.array_equal(encode_latents(tmp_path, vae, pictures).moments, latents.moments)
+    assert isinstance(latents, Latents) and len(list(tmp_path.glob("latents-*.npy"))) == 2
+
+
+def test_captions_are_embedded_once_and_come_back_as_the_tower_gives_them(tmp_path, tower):
+    sentences = ["a man", "a woman", "a man"]
+    texts = Texts(tmp_path, tower, sentences)
+    assert texts.states.shape == (3, 77, 512)  # two sentences and the empty one
+    assert (texts(["a woman", ""]) - tower(["a woman", ""])).abs().max() < 5e-3  # kept as float16
+    assert (texts(["never seen"]) - tower(["never seen"])).abs().max() == 0
+
+
+def test_captions_beyond_the_limit_go_through_the_tower(tmp_path, tower):
+    texts = Texts(tmp_path, tower, ["a man", "a woman"], limit_gb=0.0)
+    assert not texts.cached and not list(tmp_path.iterdir())
+    assert torch.equal(texts(["a man"]), tower(["a man"]))
+
+
+def test_the_list_of_skipped_pictures_is_json(celeba, tmp_path):
+    photographs(tmp_path / "cache", open_table(celeba), size=16)
+    assert json.loads(next((tmp_path / "cache").glob("*.json")).read_text()) == []

@@ -1,0 +1,240 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train
+from ddpm import cli
+from ddpm.config import PRESETS
+from ddpm.faces import write_celeba
+from ddpm.text import TextTower
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "40", "--device", "cpu"]
+QUICK += ["--sample-every", "4", "--save-every", "2", "--warmup", "2", "--precision", "fp32"]
+
+
+@pytest.fixture(autouse=True)
+def one_tower(tower, monkeypatch):
+    monkeypatch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+
+
+def run_train(*arguments) -> int:
+    return cli.run(train.main, [str(a) for a in arguments])
+
+
+def run_sample(*arguments) -> int:
+    return cli.run(sample.main, [str(a) for a in arguments])
+
+
+def losses(folder) -> list[tuple[str, str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [(row["stage"], row["step"], row["loss"]) for row in csv.DictReader(file)]
+
+
+def refused(capsys, call, *arguments) -> str:
+    r"""The one line that `call` prints while it returns 2."""
+    try:
+        code = call(*arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    error = capsys.readouterr().err.strip()
+    assert code == 2, error
+    assert error.startswith("error: ") and "\n" not in error and "Traceback" not in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tower):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+        assert run_train(*QUICK, "--max-steps", 6, "--out", folder) == 0
+    return folder
+
+
+def test_a_run_folder_holds_what_the_contract_says(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert names == {
+        "config.json", "vae.safetensors", "unet.safetensors", "ema.safetensors", "state.pt", "metrics.csv", "loss.png", "samples",
+    }  # fmt: skip
+    assert [p.name for p in sorted((trained / "samples").iterdir())] == ["step_000004.png", "step_000006.png"]
+
+
+def test_metrics_have_one_row_a_step_and_held_out_figures(trained):
+    with open(trained / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [(r["stage"], int(r["step"])) for r in rows if r["loss"]]
+    assert steps == [(stage, n) for stage in ("vae", "unet") for n in range(1, 7)]
+    assert [r["stage"] for r in rows if r["psnr"] and r["ssim"]] == ["vae", "vae"]
+    assert [r["stage"] for r in rows if r["val_loss"]] == ["unet", "unet"]
+
+
+@pytest.mark.parametrize("slices", [(3, 6), (6, 3)])
+def test_a_run_in_slices_ends_with_the_weights_of_a_whole_run_bit_for_bit(slices, trained, tmp_path):
+    folder = tmp_path / "sliced"
+    assert run_train(*QUICK, "--max-steps", 6, "--out", folder, "--stop-after", slices[0]) == 0
+    assert run_train("--resume", folder, "--stop-after", slices[1], "--device", "cpu") == 0
+    assert run_train("--resume", folder, "--device", "cpu") == 0
+    for name in ("vae", "unet", "ema"):
+        whole, sliced = (load_file(f / f"{name}.safetensors") for f in (trained, folder))
+        for key in whole:
+            assert torch.equal(whole[key], sliced[key]), (name, key)
+    assert losses(trained) == losses(folder)
+
+
+def test_a_resumed_run_may_move_its_bound(tmp_path):
+    folder = tmp_path / "run"
+    assert run_train(*QUICK, "--max-steps", 2, "--out", folder) == 0
+    assert run_train("--resume", folder, "--max-steps", 4, "--device", "cpu") == 0
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [(r["stage"], int(r["step"])) for r in csv.DictReader(file) if r["loss"]]
+    assert rows == [("vae", 1), ("vae", 2), ("unet", 1), ("unet", 2), ("unet", 3), ("unet", 4)]
+
+
+def test_the_stages_may_be_run_apart(tmp_path):
+    folder = tmp_path / "run"
+    assert run_train(*QUICK, "--max-steps", 2, "--stage", "vae", "--out", folder) == 0
+    assert not (folder / "unet.safetensors").exists()
+    assert run_train("--resume", folder, "--stage", "unet", "--device", "cpu") == 0
+    assert (folder / "ema.safetensors").exists()
+
+
+def test_photographs_in_celebas_layout_train(tmp_path):
+    write_celeba(tmp_path / "celeba", 60, seed=1)
+    out = tmp_path / "runs" / "photos"
+    assert run_train(*QUICK, "--max-steps", 2, "--data", tmp_path / "celeba", "--out", out) == 0
+    assert (out / "ema.safetensors").exists()
+
+
+def test_images_with_captions_train(tmp_path):
+    data = tmp_path / "mine"
+    data.mkdir()
+    for i in range(12):
+        Image.new("RGB", (40, 30), (i * 20, 90, 120)).save(data / f"{i}.png")
+    (data / "captions.csv").write_text("file,caption\n" + "".join(f"{i}.png,a flat colour number {i}\n" for i in range(12)))
+    assert run_train(*QUICK, "--max-steps", 2, "--data", data, "--out", tmp_path / "runs" / "mine") == 0
+
+
+def test_a_grid_and_single_pictures_carry_prompt_seed_and_settings(trained, tmp_path):
+    prompts = ["a bald man", ""]
+    common = [*prompts, "--model", trained, "--steps", 2, "--seed", 5, "--num", 2, "--device", "cpu"]
+    assert run_sample(*common, "--out", tmp_path / "grid.png") == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        text = grid.text
+    assert json.loads(text["prompt"]) == ["a bald man", "a bald man", "", ""]
+    assert (text["seed"], text["steps"], text["sampler"]) == ("5", "2", "dpm++")
+    assert run_sample(*common, "--out", tmp_path / "single") == 0
+    files = sorted((tmp_path / "single").iterdir())
+    assert len(files) == 4
+    with Image.open(files[0]) as picture:
+        assert picture.size == (16, 16) and picture.text["prompt"] == "a bald man"
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_every_sampler_makes_a_picture_and_a_film(sampler, trained, tmp_path):
+    film = tmp_path / ("film.gif" if sampler == "ddim" else "film.png")
+    common = ["--model", trained, "--steps", 3, "--sampler", sampler, "--eta", 0.5, "--device", "cpu"]
+    assert run_sample("a woman", *common, "--out", tmp_path / "s.png", "--film", film) == 0
+    with Image.open(film) as picture:
+        assert picture.size[0] == 3 * 64 if film.suffix == ".png" else picture.n_frames == 3
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_train(*QUICK, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "parameters" in printed and "peak about" in printed and "a step" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--preset", "imagenet"], "imagenet"),
+        (["--sampler", "ddim"], "--sampler"),
+        (["--data", "/no/such/folder"], "/no/such/folder"),
+        (["--batch-size", "0"], "batch_size"),
+        (["--batch-size", "many"], "many"),
+        (["--lr", "nan"], "nan"),
+        (["--channels", "64,x"], "64,x"),
+        (["--channels", "48"], "32 divides"),
+        (["--max-steps", "0"], "max-steps"),
+        (["--stop-after", "-1"], "stop-after"),
+        (["--resume", "/no/such/run"], "/no/such/run"),
+        (["--resume", ".", "--out", "x"], "--resume"),
+        (["--resume", "."], "config.json"),
+        (["--stage", "unet"], "vae.safetensors"),
+        (["--download"], "--data"),
+        (["--text-weights", "no_such_tag"], "no_such_tag"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_a_wrong_train_command_is_told_in_one_line_and_makes_nothing(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    preset = [] if {"--preset", "--resume"} & set(arguments) else QUICK
+    assert told in refused(capsys, run_train, *preset, "--cache", "cache", *arguments)
+    left = {p.name for p in tmp_path.iterdir()} - {"cache"}
+    assert left <= {"runs"} and not list(tmp_path.glob("runs/*/*.safetensors"))
+
+
+def test_an_output_folder_that_is_taken_a_file_or_not_writable_is_refused(trained, tmp_path, capsys):
+    assert "--resume" in refused(capsys, run_train, *QUICK, "--out", trained)
+    (tmp_path / "file").write_text("mine")
+    refused(capsys, run_train, *QUICK, "--out", tmp_path / "file")
+    refused(capsys, run_train, *QUICK, "--out", tmp_path / "file" / "below")
+    refused(capsys, run_train, *QUICK, "--out", "/proc/run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_resumed_run_names_the_settings_that_differ(trained, capsys):
+    told = refused(capsys, run_train, "--resume", trained, "--lr", "0.5", "--channels", "64,64")
+    assert "lr (is" in told and "channels (is" in told
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--sampler", "euler"], "euler"),
+        (["--steps", "0"], "steps"),
+        (["--steps", "5000"], "1000"),
+        (["--guidance", "nan"], "guidance"),
+        (["--guidance", "inf"], "guidance"),
+        (["--eta", "2"], "eta"),
+        (["--num", "0"], "num"),
+        (["--model", "/no/such/run"], "/no/such/run"),
+        (["--out", "picture.jpg"], "picture.jpg"),
+        (["--out", "no/such/folder/x.png"], "no/such/folder"),
+        (["--film", "film.mp4"], "film.mp4"),
+        (["--device", "cuda"], "cuda"),
+    ],
+)
+def test_a_wrong_sample_command_is_told_in_one_line(arguments, told, trained, tmp_path, monkeypatch, capsys):
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    model = [] if "--model" in arguments else ["--model", trained]
+    assert told in refused(capsys, run_sample, "a man", *model, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_run_says_how_to_go_on(trained, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((trained / "config.json").read_bytes())
+    assert "--resume" in refused(capsys, run_sample, "a man", "--model", tmp_path)
+    (tmp_path / "vae.safetensors").write_bytes(b"cut")
+    (tmp_path / "ema.safetensors").write_bytes(b"cut")
+    assert "vae.safetensors" in refused(capsys, run_sample, "a man", "--model", tmp_path)
+
+
+def test_help_comes_without_torch_and_lists_every_preset():
+    code = "import sys, train\ntry: train.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for preset in PRESETS:
+        assert preset in printed

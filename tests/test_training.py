@@ -1,0 +1,233 @@
+import math
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ddpm.cache import Latents, Texts, drawn_pictures
+from ddpm.config import Config, UserError
+from ddpm.data import TRAIN
+from ddpm.evaluation import loss_by_timestep, measure_latent_scale, psnr, reconstruction_quality, ssim
+from ddpm.model import TextToImage
+from ddpm.training import EMA, Bound, Optimization, batch_rows, timestep_batch, train_unet, train_vae
+
+SMALL = {"image_size": 16, "channels": (32, 32), "drawn_images": 32, "accumulation": 1, "warmup": 2}
+
+
+@pytest.fixture
+def small(tower):
+    config = Config.from_preset("tiny", **SMALL)
+    torch.manual_seed(0)
+    return config, TextToImage(config.model, tower)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return drawn_pictures(tmp_path, 32, seed=0, size=16)
+
+
+def test_the_average_of_a_constant_is_the_constant():
+    network = nn.Linear(3, 3)
+    ema = EMA(network, 0.999)
+    for n in range(1, 50):
+        ema.update(network, n)
+    for name, p in network.named_parameters():
+        assert torch.equal(ema.shadow[name], p)
+
+
+def test_the_average_follows_its_formula_and_its_decay_warms_up():
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(network.weight, 0.0)
+    ema, expected = EMA(network, 0.9), 0.0
+    for n in range(1, 200):
+        nn.init.constant_(network.weight, float(n))
+        ema.update(network, n)
+        d = min(0.9, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * n
+    assert abs(ema.shadow["weight"].item() - expected) < 1e-3  # fp32 sums of numbers up to 200
+
+
+def test_the_averaged_weights_are_lent_and_given_back():
+    network = nn.Linear(2, 2)
+    ema = EMA(network, 0.5)
+    own = network.weight.detach().clone()
+    nn.init.zeros_(network.weight)
+    with ema.applied(network):
+        assert torch.equal(network.weight, own)
+    assert torch.equal(network.weight, torch.zeros(2, 2))
+
+
+def test_an_epoch_sees_every_picture_once_and_the_next_in_another_order():
+    rows = np.arange(100, 124)
+    epochs = [np.concatenate([batch_rows(rows, 8, 3 * e + k, 0)[0] for k in range(3)]) for e in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == rows.tolist()
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert [batch_rows(rows, 8, step, 0)[1] for step in range(6)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_data_smaller_than_a_batch_is_repeated():
+    rows, _ = batch_rows(np.array([4, 7]), 5, 0, 0)
+    assert sorted(set(rows.tolist())) == [4, 7] and len(rows) == 5
+
+
+def test_times_of_a_batch_are_spread_over_the_chain_and_uniform():
+    g = torch.Generator().manual_seed(0)
+    batches = [timestep_batch(10, 1000, g) for _ in range(2000)]
+    for t in batches:
+        assert sorted((t // 100).tolist()) in ([*range(10)], sorted((t // 100).tolist()))
+        gaps = t.sort().values.diff()
+        assert gaps.min() >= 99 and gaps.max() <= 101
+    counts = torch.bincount(torch.cat(batches) // 10, minlength=100)
+    assert counts.min() > 0.7 * 200 and counts.max() < 1.3 * 200  # 200 expected; 0.3 is four standard deviations
+
+
+def test_progress_is_whichever_bound_comes_first():
+    now = [0.0]
+    bound = Bound(steps=100, clock=lambda: now[0], since=10.0, until=20.0)
+    now[0] = 12.0
+    assert bound.progress(10) == pytest.approx(0.2)
+    assert bound.progress(50) == pytest.approx(0.5)
+    now[0] = 25.0
+    assert bound.progress(0) == 1.0
+
+
+def test_the_learning_rate_warms_up_and_comes_down(small):
+    config, model = small
+    opt = Optimization(model.unet, config, 1.0, Bound(100), ema=False, precision="fp32")
+    assert opt.learning_rate(0.0) == pytest.approx(0.5)  # first of two steps of warm-up
+    opt.step = 50
+    assert opt.learning_rate(0.5) == pytest.approx(0.505)
+    assert opt.learning_rate(1.0) == pytest.approx(0.01)
+
+
+def run_vae(config, model, pictures, steps, state=None, take=None):
+    opt = Optimization(model.vae, config, 2e-3, Bound(steps), ema=False, precision="fp32")
+    if state:
+        opt.load_state_dict(state)
+    return opt, list(islice(train_vae(model, pictures, config, opt, "fp32"), take))
+
+
+def prepared_unet(tmp_path, config, model, pictures):
+    r"""Latents of unit variance and little noise, as those of a trained VAE are, and the captions' states."""
+    moments = np.random.default_rng(0).normal(size=(32, 2, 2, *model.latent_shape)).astype(np.float16)
+    moments[:, :, 1] = -8.0
+    latents = Latents(moments)
+    texts = Texts(tmp_path, model.text, {pictures.caption(i, 0) for i in range(32)})
+    return latents, texts
+
+
+def run_unet(config, model, pictures, latents, texts, steps, state=None, take=None):
+    opt = Optimization(model.unet, config, 1e-3, Bound(steps), ema=True, precision="fp32")
+    if state:
+        opt.load_state_dict(state)
+    return opt, list(islice(train_unet(model, latents, texts, pictures, config, opt, "fp32"), take))
+
+
+def test_the_vae_learns_to_give_pictures_back(small, pictures):
+    config, model = small
+    before, _ = reconstruction_quality(model, pictures, pictures.rows(TRAIN))
+    _, reports = run_vae(config, model, pictures, 80)
+    after, _ = reconstruction_quality(model, pictures, pictures.rows(TRAIN))
+    assert after > before + 4  # decibels
+    assert [r.step for r in reports] == list(range(1, 81))
+
+
+def test_the_unet_learns_a_latent_by_heart(small, pictures, tmp_path):
+    config, model = small
+    latents, texts = prepared_unet(tmp_path, config, model, pictures)
+    latents.moments[:, :, 0] = latents.moments[0, 0, 0, :, :1, :1]  # one and the same, flat
+    _, reports = run_unet(config, model, pictures, latents, texts, 80)
+    first, last = (np.mean([r.loss for r in part]) for part in (reports[:5], reports[-5:]))
+    assert last < 0.7 * first
+
+
+@pytest.mark.parametrize("stage", ["vae", "unet"])
+def test_n_and_m_steps_equal_n_steps_a_checkpoint_and_m_steps_bit_for_bit(stage, small, pictures, tmp_path, tower):
+    config, _ = small
+
+    def fresh():
+        torch.manual_seed(1)
+        return TextToImage(config.model, tower)
+
+    def go(model, **how):
+        if stage == "vae":
+            return run_vae(config, model, pictures, 6, **how)
+        return run_unet(config, model, pictures, *prepared_unet(tmp_path, config, model, pictures), 6, **how)
+
+    whole, _ = go(fresh())
+    part, _ = go(fresh(), take=3)
+    torch.save(part.state_dict(), tmp_path / "state.pt")
+    rest, reports = go(fresh(), state=torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [r.step for r in reports] == [4, 5, 6]
+    for a, b in zip(whole.network.parameters(), rest.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    if whole.ema:
+        for name in whole.ema.shadow:
+            assert torch.equal(whole.ema.shadow[name], rest.ema.shadow[name])
+
+
+def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(small, pictures, tmp_path, tower):
+    config, _ = small
+    results = []
+    for accumulation in (1, 4):
+        torch.manual_seed(2)
+        model = TextToImage(config.model, tower)
+        changed = config.with_training(accumulation=accumulation)
+        latents, texts = prepared_unet(tmp_path, changed, model, pictures)
+        _, reports = run_unet(changed, model, pictures, latents, texts, 3)
+        results.append([r.loss for r in reports])
+    assert np.allclose(*results, rtol=1e-4)  # sums in another order, in fp32
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run(small):
+    config, model = small
+    opt = Optimization(model.unet, config, 1e-3, Bound(100), ema=True, precision="fp32")
+    before = [p.detach().clone() for p in model.unet.parameters()]
+    broken = [next(model.unet.parameters()).sum() * math.nan]
+    assert not opt.update("unet", iter(broken)).finite
+    for a, b in zip(before, model.unet.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UserError, match="not finite for 5 steps"):
+        for _ in range(5):
+            opt.update("unet", iter([next(model.unet.parameters()).sum() * math.nan]))
+
+
+def test_the_latent_scale_makes_the_mean_square_one():
+    g = np.random.default_rng(0)
+    moments = np.zeros((500, 2, 2, 4, 8, 8), np.float16)
+    moments[:, :, 0] = g.normal(0, 3, (500, 2, 4, 8, 8))
+    moments[:, :, 1] = math.log(16.0)
+    scale = measure_latent_scale(Latents(moments), np.arange(500))
+    assert abs(scale - 1 / 5) < 2e-3  # variance 9 of mu and 16 of the noise
+
+
+def test_validation_loss_is_the_same_each_time_and_one_for_a_network_that_says_nothing(small, pictures, tmp_path):
+    config, model = small
+    latents, texts = prepared_unet(tmp_path, config, model, pictures)
+    rows = pictures.rows(TRAIN)
+    losses = loss_by_timestep(model, latents, texts, pictures, rows)
+    assert losses == loss_by_timestep(model, latents, texts, pictures, rows)
+    assert np.mean(losses) == pytest.approx(1.0, abs=0.1)  # conv_out starts at zero and v has mean square one
+
+
+def test_psnr_of_a_known_error():
+    x = torch.zeros(2, 3, 8, 8)
+    assert torch.allclose(psnr(x, x + 0.2), torch.full((2,), 20.0), atol=1e-4)  # (2 / 0.2)^2 is 20 dB
+
+
+def test_ssim_is_one_for_equal_pictures_and_falls_with_noise_and_blur():
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
+    noise = torch.randn(x.shape, generator=g)
+    values = [ssim(x, (x + amount * noise)).mean().item() for amount in (0.0, 0.1, 0.5)]
+    assert values[0] == pytest.approx(1.0, abs=1e-5)
+    assert values[0] > values[1] > values[2]
+
+
+def test_ssim_of_two_flat_pictures_is_the_luminance_term():
+    x, y = torch.full((1, 3, 16, 16), 0.0), torch.full((1, 3, 16, 16), 0.5)  # 0.5 and 0.75 in [0, 1]
+    expected = (2 * 0.5 * 0.75 + 1e-4) / (0.5**2 + 0.75**2 + 1e-4)
+    assert ssim(x, y).item() == pytest.approx(expected, abs=1e-4)
