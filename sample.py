@@ -1,6 +1,6 @@
 r"""Pictures from prompts.
 
-    python sample.py "a smiling woman with blond hair and eyeglasses" "a bald man with a mustache" --model runs/drawn64
+python sample.py "a smiling woman with blond hair and eyeglasses" "a bald man with a mustache" --model runs/drawn64
 """
 
 import argparse
@@ -20,16 +20,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="RUN", help="a run folder [the weights that ship]")
     p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
     p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
-    p.add_argument("--guidance", type=float, default=3.0, help="how strongly to follow the prompt; 1 plain, 0 ignores it [3]")
+    p.add_argument(
+        "--guidance", type=float, default=3.0, help="how strongly to follow the prompt; 1 plain, 0 ignores it [3]"
+    )
     p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1 [0]")
     p.add_argument("--negative", default=None, help="what to lead away from")
     p.add_argument("--seed", type=int, default=0, help="[0]")
     p.add_argument("--num", type=int, default=1, help="pictures a prompt [1]")
-    p.add_argument("--out", default="samples.png", help="a PNG for one labelled grid, or a folder for single PNGs [samples.png]")
+    p.add_argument(
+        "--out", default="samples.png", help="a PNG for one labelled grid, or a folder for single PNGs [samples.png]"
+    )
     p.add_argument("--film", metavar="FILE", help="the denoising steps: .gif for a film, .png for a strip")
     p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="[fp32]")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="[auto]")
+    p.add_argument("--device", choices=cli.DEVICES, default="auto", help="[auto]")
     return p
 
 
@@ -92,7 +96,9 @@ def main(argv: list[str] | None = None):
     }  # fmt: skip
     out = Path(a.out)
     if out.suffix.lower() == ".png":
-        save_png(out, labelled_grid(x, prompts, a.num if a.num > 1 else None), {"prompt": json.dumps(prompts), **settings})
+        save_png(
+            out, labelled_grid(x, prompts, a.num if a.num > 1 else None), {"prompt": json.dumps(prompts), **settings}
+        )
     else:
         from PIL import Image
 

@@ -26,9 +26,7 @@ class Attention(nn.Module):
     Shapes: x (B, L, D), context (B, M, context_width) -> (B, L, D).
     """
 
-    def __init__(
-        self, width: int, context_width: int | None = None, head_width: int = 32, qkv_bias: bool = False
-    ):
+    def __init__(self, width: int, context_width: int | None = None, head_width: int = 32, qkv_bias: bool = False):
         super().__init__()
         if width % head_width:
             raise ValueError(f"expected a head width that divides the layer's width {width}, got {head_width}")

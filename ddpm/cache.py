@@ -22,10 +22,10 @@ from ddpm.data import TEST, TRAIN, VALID, BadImage, ImageTable, read_image
 from ddpm.faces import draw_many, drawn_rows
 from ddpm.model import autocast, write_atomically
 from ddpm.text import TOKENS, WIDTH, TextTower
-from ddpm.vae import DiagonalGaussian, KLVAE
+from ddpm.vae import KLVAE, DiagonalGaussian
 
 VERSION = 1  # of the files' layout, of the crop and of the drawing
-PER_ROW = 8  # drawn faces that share one row of attributes, and so one caption
+PER_ROW = 4  # drawn faces that share one row of attributes, and so one caption
 Progress = Callable[[Iterable, int, str], Iterable]
 
 
@@ -52,7 +52,9 @@ def cached_array(path: Path, shape: tuple[int, ...], dtype, fill: Callable[[np.n
         write_atomically(path, build)
     array = np.load(path, mmap_mode="r")
     if array.shape != shape or array.dtype != dtype:
-        raise UserError(f"expected {shape} {np.dtype(dtype)} in the cache {path}, got {array.shape} {array.dtype}; delete the file")
+        raise UserError(
+            f"expected {shape} {np.dtype(dtype)} in the cache {path}, got {array.shape} {array.dtype}; delete the file"
+        )
     return array
 
 
@@ -85,7 +87,8 @@ class Pictures:
     def caption(self, i: int, seed: int, variant: int = 0) -> str:
         r"""Training caption of picture i: its own sentence, or its attributes told in wording number `variant`.
 
-        The wording follows from the attributes, not from the picture: equal rows share their captions, and each is embedded once.
+        The wording follows from the attributes, not from the picture: equal rows share their captions, and each
+        is embedded once.
         """
         if self.captions is not None:
             return self.captions[i]
@@ -127,7 +130,9 @@ def photographs(
     Unreadable ones are skipped and named in `bad`; UserError when they are more than the share `max_bad`.
     """
     stats = [os.stat(table.root / name) for name in table.files]
-    key = key_of("photographs", size, crop, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(table.files, stats, strict=True)])
+    key = key_of(
+        "photographs", size, crop, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(table.files, stats, strict=True)]
+    )
     listing = folder / f"pictures-{key}.json"
 
     def fill(pixels: np.ndarray):
@@ -144,7 +149,9 @@ def photographs(
     good = np.array([name not in skipped for name in table.files])
     pictures = Pictures(pixels, good, table.split, table.attributes, table.captions, bad, key)
     if not len(pictures.rows(TRAIN)):
-        raise UserError(f"expected pictures of the train split in {table.root}, found none; see the split or partition file")
+        raise UserError(
+            f"expected pictures of the train split in {table.root}, found none; see the split or partition file"
+        )
     return pictures
 
 
@@ -171,8 +178,8 @@ def _refuse_bad(table: ImageTable, bad: Sequence, max_bad: float, of: int):
     if len(bad) > max_bad * of:
         few = ", ".join(f"{name} ({reason})" for name, reason in bad[:3])
         raise UserError(
-            f"expected at most {max_bad:.1%} unreadable pictures of {of} in {table.root}, got {len(bad)} so far: {few}; "
-            "mend them, or raise --max-bad-images"
+            f"expected at most {max_bad:.1%} unreadable pictures of {of} in {table.root}, got {len(bad)} so far: "
+            f"{few}; mend them, or raise --max-bad-images"
         )
 
 

@@ -5,6 +5,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 
 class Parser(argparse.ArgumentParser):
     r"""An argument parser whose complaint is one line."""
@@ -45,7 +47,9 @@ def choose_device(name: str):
     if name == "auto":
         name = next(n for n, is_there in there.items() if is_there)
     if not there.get(name, False):
-        raise UserError(f"expected a device out of {', '.join(n for n, ok in there.items() if ok)} on this machine, got {name!r}")
+        raise UserError(
+            f"expected a device out of {', '.join(n for n, ok in there.items() if ok)} on this machine, got {name!r}"
+        )
     return torch.device(name)
 
 

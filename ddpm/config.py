@@ -54,7 +54,7 @@ class TrainConfig:
     r"""The training: data, budgets, optimizer."""
 
     data: str = option("drawn", "`drawn` for drawn faces, or a folder: CelebA in any layout, or images with a csv")
-    drawn_images: int = option(16_000, "how many faces to draw for --data drawn")
+    drawn_images: int = option(8_000, "how many faces to draw for --data drawn")
     crop: int = option(0, "side of the centre crop in pixels; 0: 148 for aligned CelebA, else the largest square")
     seed: int = option(0, "names every random number of the run")
     batch_size: int = option(16, "pictures a step of the UNet")
@@ -65,8 +65,9 @@ class TrainConfig:
     steps_per_epoch: int = option(0, "steps that count as one epoch; 0: once through the data")
     epochs: int = option(0, "bound each stage by epochs instead of steps; 0: not")
     max_minutes: float = option(
-        0.0, "bound the whole command, caches and both stages, in minutes; 0: not. The learning rate then follows "
-        "the clock, so the run is not reproducible bit for bit; bounded by steps it is"
+        0.0,
+        "bound the whole command, caches and both stages, in minutes; 0: not. The learning rate then follows "
+        "the clock, so the run is not reproducible bit for bit; bounded by steps it is",
     )
     vae_share: float = option(0.35, "share of --max-minutes after which the VAE stage ends")
     vae_lr: float = option(1e-3, "peak learning rate of the VAE")
@@ -99,17 +100,27 @@ LAPTOP_STEPS = {"vae_steps": 1_000_000, "unet_steps": 1_000_000}  # the minutes 
 PRESETS = {
     "drawn64": LAPTOP | LAPTOP_STEPS | {"max_minutes": 12.0, "vae_share": 0.35},
     "celeba64": {},
-    "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"max_minutes": 60.0, "vae_share": 0.25},
+    "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"vae_channels": (32, 64, 64), "max_minutes": 60.0, "vae_share": 0.25},
     "lowvram": {
         "batch_size": 16, "accumulation": 8, "gradient_checkpointing": True, "steps_per_epoch": 100, "epochs": 3,
     },
     "tiny": {
         "text_weights": "random", "prediction": "v", "schedule": "cosine", "image_size": 32,
         "vae_channels": (32, 32), "vae_layers": 1, "channels": (32, 64), "attention_levels": (1,), "res_blocks": 1,
-        "batch_size": 8, "vae_batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128, "warmup": 5, "save_every": 10,
-        "sample_every": 20,
+        "batch_size": 8, "vae_batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128, "warmup": 5,
+        "save_every": 10, "sample_every": 20,
     },
 }  # fmt: skip
+
+
+AT_LEAST_ONE = (
+    "batch_size", "vae_batch_size", "accumulation", "vae_steps", "unet_steps", "drawn_images", "caption_variants",
+    "save_every", "sample_every",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "crop", "seed", "steps_per_epoch", "epochs", "max_minutes", "vae_lr", "lr", "warmup", "weight_decay", "clip",
+    "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,10 +148,16 @@ class Config:
             _check_types(section)
         m, t = self.model, self.training
         halvings = len(m.vae_channels) + len(m.channels) - 2
-        _require(1 <= len(m.vae_channels) <= 6 and 1 <= len(m.channels) <= 6, "1 to 6 widths in vae_channels and channels")
+        _require(
+            1 <= len(m.vae_channels) <= 6 and 1 <= len(m.channels) <= 6, "1 to 6 widths in vae_channels and channels"
+        )
         widths = m.vae_channels + m.channels
         _require(all(c > 0 and c % 32 == 0 for c in widths), "widths that 32 divides", widths)
-        _require(m.image_size > 0 and m.image_size % 2**halvings == 0, f"an image_size that {2**halvings} divides", m.image_size)
+        _require(
+            m.image_size > 0 and m.image_size % 2**halvings == 0,
+            f"an image_size that {2**halvings} divides",
+            m.image_size,
+        )
         _require(m.image_size <= 1024, "an image_size of at most 1024", m.image_size)
         _require(m.head_width > 0 and all(c % m.head_width == 0 for c in m.channels),
                  f"a head_width that divides the UNet's widths {m.channels}", m.head_width)  # fmt: skip
@@ -150,14 +167,12 @@ class Config:
         for name in ("vae_layers", "latent_channels", "res_blocks"):
             _require(1 <= getattr(m, name) <= 64, f"{name} from 1 to 64", getattr(m, name))
         _require(0 <= m.caption_drop < 1, "caption_drop in [0, 1)", m.caption_drop)
-        for name in ("batch_size", "vae_batch_size", "accumulation", "vae_steps", "unet_steps", "drawn_images", "caption_variants",
-                     "save_every", "sample_every"):  # fmt: skip
+        for name in AT_LEAST_ONE:
             _require(getattr(t, name) >= 1, f"{name} of at least 1", getattr(t, name))
-        for name in ("crop", "seed", "steps_per_epoch", "epochs", "max_minutes", "vae_lr", "lr", "warmup", "weight_decay",
-                     "clip", "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images"):  # fmt: skip
+        for name in NOT_NEGATIVE:
             _require(getattr(t, name) >= 0, f"{name} not below 0", getattr(t, name))
-        _require(t.batch_size % t.accumulation == t.vae_batch_size % t.accumulation == 0,
-                 f"an accumulation that divides the batches of {t.batch_size} and {t.vae_batch_size}", t.accumulation)  # fmt: skip
+        for batch in (t.batch_size, t.vae_batch_size):
+            _require(batch % t.accumulation == 0, f"an accumulation that divides the batch of {batch}", t.accumulation)
         _require(0 <= t.ema_decay < 1, "ema_decay in [0, 1)", t.ema_decay)
         _require(0 < t.vae_share < 1, "vae_share in (0, 1)", t.vae_share)
         return self
@@ -180,12 +195,14 @@ class Config:
         if not isinstance(values, dict) or not all(isinstance(values.get(k), dict) for k in ("model", "training")):
             raise UserError(f"expected config.json with the sections model and training, got something else in {path}")
         if values.get("format") != 1:
-            raise UserError(f"expected config.json of format 1, got {values.get('format')!r} in {path}; it needs another version of ddpm")
+            raise UserError(
+                f"expected config.json of format 1, got {values.get('format')!r} in {path}; another version made it"
+            )
         sections = {}
         for name, section in (("model", ModelConfig), ("training", TrainConfig)):
             unknown = set(values[name]) - set(fields_of(section))
             if unknown:
-                raise UserError(f"unknown settings in {path}: {', '.join(sorted(unknown))}; it needs another version of ddpm")
+                raise UserError(f"unknown settings in {path}: {', '.join(sorted(unknown))}; another version made it")
             sections[name] = _build(section, values[name])
         return cls(**sections, preset=str(values.get("preset", ""))).checked()
 
@@ -207,8 +224,10 @@ def add_flags(parser: argparse.ArgumentParser):
             if kind is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
             else:
-                group.add_argument(flag, type=PARSERS.get(kind, kind), choices=f.metadata["choices"] or None,
-                                   metavar=None if f.metadata["choices"] else name.split("_")[-1].upper(), help=help_text)  # fmt: skip
+                choices = f.metadata["choices"] or None
+                shown_as = None if choices else name.split("_")[-1].upper()
+                parse = PARSERS.get(kind, kind)
+                group.add_argument(flag, type=parse, choices=choices, metavar=shown_as, help=help_text)
 
 
 def given_flags(arguments: argparse.Namespace) -> dict:
@@ -221,7 +240,9 @@ def _widths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas such as 64,128,256, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers with commas such as 64,128,256, got {text!r}"
+        ) from None
 
 
 def _number(text: str) -> float:

@@ -71,14 +71,15 @@ def q_posterior(
 
 
 def v_from(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    r"""The velocity (Progressive Distillation, appendix D): $v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$."""
+    r"""The velocity of x_t along the chain (Progressive Distillation, appendix D).
+
+    $$v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$$
+    """
     alpha_bar_t = schedule.alpha_bar_at(t, x_0)
     return (alpha_bar_t.sqrt() * eps - (1 - alpha_bar_t).sqrt() * x_0).to(x_0.dtype)
 
 
-def x_0_and_eps(
-    schedule: Schedule, x_t: Tensor, t: Tensor, output: Tensor, prediction: str
-) -> tuple[Tensor, Tensor]:
+def x_0_and_eps(schedule: Schedule, x_t: Tensor, t: Tensor, output: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     r"""Read a network's output as the picture and the noise that make up x_t, whichever of the three it predicts.
 
     $$\hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\, \hat\epsilon}{\sqrt{\bar\alpha_t}}
@@ -107,9 +108,7 @@ def training_target(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, pre
     return {"eps": lambda: eps, "x_0": lambda: x_0, "v": lambda: v_from(schedule, x_0, t, eps)}[prediction]()
 
 
-def diffusion_loss(
-    schedule: Schedule, denoise, z_0: Tensor, t: Tensor, eps: Tensor, prediction: str = "eps"
-) -> Tensor:
+def diffusion_loss(schedule: Schedule, denoise, z_0: Tensor, t: Tensor, eps: Tensor, prediction: str = "eps") -> Tensor:
     r"""The simplified objective, one number for each batch element (DDPM, equation 14; the spec's objective).
 
     $$\mathcal L = \mathbb E_{z_0,\, \epsilon \sim \mathcal N(0, \mathbf I),\, t}

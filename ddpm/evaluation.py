@@ -33,7 +33,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """
     x, y = ((picture.double().clamp(-1, 1) + 1) / 2 for picture in (x, y))  # double: variances are small differences
     channels = x.shape[1]
-    line = torch.exp(-(torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2 / (2 * 1.5**2))
+    line = torch.exp(-((torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2) / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2).expand(channels, 1, 11, 11)
 
     def mean(picture: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def loss_by_timestep(
     model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, rows: np.ndarray,
     precision: str = "fp32", buckets: int = 10, seed: int = 0,
 ) -> list[float]:  # fmt: skip
-    r"""Validation loss in each tenth of the time axis, on fixed pictures, noise and captions; their mean is the loss."""
+    r"""Validation loss in each tenth of the time axis, on fixed pictures, noise and captions."""
     T = model.schedule.timesteps
     g = generator(seed, "validation")
     q = latents.gaussian(rows, torch.zeros(len(rows), dtype=torch.bool))

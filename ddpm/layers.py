@@ -99,7 +99,7 @@ class Upsample(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    r"""Group normalisation (Wu and He 2018, equation 1): each group of channels of each picture to mean 0 and variance 1.
+    r"""Group normalisation (Wu and He 2018, equation 1): each group of channels to mean 0 and variance 1.
 
     $$y = \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \varepsilon}}\, \gamma + \beta$$
 

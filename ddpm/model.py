@@ -121,7 +121,9 @@ class TextToImage(nn.Module):
         try:
             self.latent_scale = float(metadata["latent_scale"])
         except (KeyError, ValueError):
-            raise UserError(f"expected the latent scale in the metadata of {folder / 'vae.safetensors'}, found none") from None
+            raise UserError(
+                f"expected the latent scale in the metadata of {folder / 'vae.safetensors'}, found none"
+            ) from None
 
     def save(self, folder: str | Path, preset: str = ""):
         r"""Write config.json, vae.safetensors and ema.safetensors: a folder that `load` reads."""
@@ -145,17 +147,25 @@ class TextToImage(nn.Module):
         if weights not in ("ema", "unet"):
             raise ValueError(f"expected weights ema or unet, got {weights!r}")
         if folder is None and not SHIPPED.is_dir():
-            raise UserError("no weights ship with this version; run `python train.py` first, then pass --model runs/drawn64")
+            raise UserError(
+                "no weights ship with this version; run `python train.py` first, then pass --model runs/drawn64"
+            )
         folder = SHIPPED if folder is None else Path(folder)
         if not folder.is_dir():
-            raise UserError(f"expected the folder of a run, {folder} is {'a file' if folder.exists() else 'not there'}; see ls runs/")
+            raise UserError(
+                f"expected the folder of a run, {folder} is {'a file' if folder.exists() else 'not there'}; "
+                "your runs are in runs/"
+            )
         if not (folder / "config.json").is_file():
-            raise UserError(f"expected a run with config.json in {folder}, found none; train one with train.py --out {folder}")
+            raise UserError(
+                f"expected a run with config.json in {folder}, found none; train one with train.py --out {folder}"
+            )
         config = Config.read(folder / "config.json").model
         for part in ("vae", weights):
             if not (folder / f"{part}.safetensors").is_file():
                 raise UserError(
-                    f"{folder} has no {part}.safetensors: its training is not finished; go on with train.py --resume {folder}"
+                    f"{folder} has no {part}.safetensors: its training is not finished; "
+                    f"go on with python train.py --resume {folder}"
                 )
         own_text = folder / "text.safetensors"
         text = TextTower.from_file(own_text) if own_text.is_file() else None
@@ -203,7 +213,10 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             for name in names ^ set(wanted):
-                raise UserError(f"expected the weights of this configuration in {path}; {name} is {'too much' if name in names else 'missing'}")
+                raise UserError(
+                    f"expected the weights of this configuration in {path}; "
+                    f"{name} is {'too much' if name in names else 'missing'}"
+                )
             for name in names:
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(wanted[name].shape):
@@ -211,7 +224,9 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
             module.load_state_dict({name: file.get_tensor(name) for name in names})
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"could not read the weights in {path}: {error}; if it is damaged, train again or fetch it again") from None
+        raise UserError(
+            f"could not read the weights in {path}: {error}; if it is damaged, train again or fetch it again"
+        ) from None
 
 
 def _checked_prompts(prompts, name: str) -> list[str]:

@@ -21,7 +21,7 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def labelled_grid(x: Tensor, labels: Sequence[str], columns: int | None = None, side: int = 128) -> Image.Image:
-    r"""Pictures (B, 3, H, W) in [-1, 1] in rows, each enlarged to about `side` pixels with its label wrapped beneath."""
+    r"""Pictures (B, 3, H, W) in [-1, 1] in rows, enlarged to about `side` pixels, each with its label beneath."""
     if len(labels) != len(x):
         raise ValueError(f"expected a label for each of {len(x)} pictures, got {len(labels)}")
     columns = min(len(x), columns or max(1, min(8, round(len(x) ** 0.5 + 0.49)))) or 1

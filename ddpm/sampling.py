@@ -81,7 +81,8 @@ def ddim_step(
 ) -> Tensor:
     r"""One step of DDIM (equation 12; its alpha is our alpha_bar).
 
-    $$x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s - \sigma^2}\, \hat\epsilon + \sigma\, \epsilon', \qquad
+    $$x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s - \sigma^2}\, \hat\epsilon
+    + \sigma\, \epsilon', \qquad
     \sigma^2 = \eta^2\, \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} \left(1 - \frac{\bar\alpha_t}{\bar\alpha_s}\right)$$
 
     eta = 0 is deterministic, eta = 1 has the variance of DDPM.
@@ -114,8 +115,8 @@ def dpmpp_2m_step(
     if previous is not None:
         t_prev, x_0_prev = previous
         h_prev = _log_snr(alpha_bar_t) - _log_snr(schedule.alpha_bar_at(t_prev, x_t))
-        D = x_0 + h / (2 * h_prev) * (x_0 - x_0_prev)
-        D = torch.where(alpha_bar_s == 1, x_0.double() if D.dtype == torch.float64 else x_0, D)
+        of_difference = torch.where(alpha_bar_s < 1, h / (2 * h_prev), 0.0)
+        D = x_0 + of_difference * (x_0 - x_0_prev)
     return (sigma_s / sigma_t * x_t - a_s * torch.expm1(-h) * D).to(x_t.dtype)
 
 

@@ -46,13 +46,15 @@ class TextTower(nn.Module):
         self.requires_grad_(False).eval()
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        r"""Token numbers (B, 77): start, words, end, zeros. A prompt that is too long is cut, with a warning that names what was cut."""
+        r"""Token numbers (B, 77): start, words, end, zeros; warns and names what it cuts of a prompt too long."""
         for prompt in prompts:
             words = self.tokenizer.encode(prompt)
             if len(words) > TOKENS - 2:
                 cut = self.tokenizer.decode(words[TOKENS - 2 :]).strip()
                 cut = cut if len(cut) <= 200 else cut[:200] + "..."
-                warnings.warn(f"a prompt of {len(words)} tokens is cut to {TOKENS - 2}; left out: {cut!r}", stacklevel=3)
+                warnings.warn(
+                    f"a prompt of {len(words)} tokens is cut to {TOKENS - 2}; left out: {cut!r}", stacklevel=3
+                )
         return self.tokenizer(prompts, context_length=TOKENS)
 
     @torch.no_grad()
@@ -121,7 +123,8 @@ class TextTower(nn.Module):
         tags = open_clip.list_pretrained_tags_by_model(ARCHITECTURE)
         if tag not in tags:
             raise UserError(
-                f"expected text weights `random`, a file, or an OpenCLIP tag of {ARCHITECTURE} ({', '.join(tags[:5])}, ...), got {tag!r}"
+                f"expected text weights `random`, a file that is there, or an OpenCLIP tag of {ARCHITECTURE} "
+                f"({', '.join(tags[:5])}, ...), got {tag!r}"
             )
         settings = open_clip.get_pretrained_cfg(ARCHITECTURE, tag)
         try:
@@ -136,7 +139,10 @@ class TextTower(nn.Module):
 
     @classmethod
     def from_file(cls, path: Path, quick_gelu: bool = False) -> "TextTower":
-        r"""Weights in a file that OpenCLIP published (both towers together) or that a run saved; .safetensors or a pickle of tensors."""
+        r"""Weights in a file that OpenCLIP published (both towers together) or that a run saved.
+
+        A .safetensors file, or a pickle of tensors alone (.bin, .pt), from which nothing is executed.
+        """
         state, metadata = _read_state(path)
         state = {k.removeprefix("module."): v for k, v in state.items()}
         quick_gelu = metadata.get("quick_gelu", str(quick_gelu)) == "True"
@@ -148,8 +154,9 @@ class TextTower(nn.Module):
         if wrong:
             came = picked[wrong[0]]
             raise UserError(
-                f"expected {path} to hold OpenCLIP's {ARCHITECTURE} text tower; {wrong[0]} should be {tuple(wanted[wrong[0]].shape)}, "
-                f"got {'nothing' if came is None else tuple(came.shape)} ({len(wrong)} of {len(wanted)} tensors do not fit)"
+                f"expected {path} to hold OpenCLIP's {ARCHITECTURE} text tower; "
+                f"{len(wrong)} of {len(wanted)} tensors do not fit: {wrong[0]} should be "
+                f"{tuple(wanted[wrong[0]].shape)}, got {'nothing' if came is None else tuple(came.shape)}"
             )
         tower.tower.load_state_dict(picked)
         return tower

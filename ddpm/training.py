@@ -163,7 +163,8 @@ class Optimization:
 def batch_rows(rows: np.ndarray, batch: int, step: int, *name) -> tuple[np.ndarray, int]:
     r"""Which pictures step number `step` (from 0) sees, and the epoch it is in.
 
-    Every epoch is a permutation of `rows` of its own; an incomplete last batch is left out. Data smaller than a batch is repeated.
+    Every epoch is a permutation of `rows` of its own; an incomplete last batch is left out. Data smaller than a
+    batch is repeated.
     """
     if len(rows) < batch:
         rows = np.resize(rows, batch)
@@ -171,6 +172,15 @@ def batch_rows(rows: np.ndarray, batch: int, step: int, *name) -> tuple[np.ndarr
     epoch, place = divmod(step, per_epoch)
     order = np.random.default_rng(seed_of(*name, "order", epoch)).permutation(len(rows))
     return rows[order[place * batch : (place + 1) * batch]], epoch
+
+
+def stage_steps(config: Config, stage: str, pictures: Pictures) -> int:
+    r"""The bound of a stage, vae or unet, in steps; epochs count where the configuration sets them."""
+    t = config.training
+    if not t.epochs:
+        return t.vae_steps if stage == "vae" else t.unet_steps
+    batch = t.vae_batch_size if stage == "vae" else t.batch_size
+    return t.epochs * (t.steps_per_epoch or max(1, len(pictures.rows(TRAIN)) // batch))
 
 
 def timestep_batch(batch: int, T: int, g: torch.Generator) -> Tensor:
@@ -208,9 +218,10 @@ def train_vae(
 
 
 def train_unet(
-    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, config: Config, opt: Optimization, precision: str,
+    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures,
+    config: Config, opt: Optimization, precision: str,
 ) -> Iterator[Report]:  # fmt: skip
-    r"""Second stage: the UNet learns to denoise latents (DDPM, algorithm 1); yields a `Report` a step until its bound."""
+    r"""Second stage: the UNet learns to denoise latents (DDPM, algorithm 1); yields a `Report` a step."""
     t = config.training
     rows = pictures.rows(TRAIN)
     while opt.bound.progress(opt.step) < 1:

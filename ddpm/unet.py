@@ -82,7 +82,7 @@ class UpLevel(Level):
 
 
 class UNet(nn.Module):
-    r"""eps_theta(z_t, t, c): the noise (or v, or x_0) in a latent, given the time and the caption (Latent Diffusion, figure 3).
+    r"""eps_theta(z_t, t, c): the noise (or v, or x_0) in a latent, given time and caption (Latent Diffusion, figure 3).
 
     The defaults are the spec's: 18,773,444 parameters, laid out like diffusers' UNet2DConditionModel.
 
@@ -109,9 +109,7 @@ class UNet(nn.Module):
         self.factor = 2 ** (len(channels) - 1)
         time_width = 4 * channels[0]
         attention = {"context_width": context_width, "head_width": head_width}
-        levels = [
-            (width, attention if k in attention_levels else None, k) for k, width in enumerate(channels)
-        ]
+        levels = [(width, attention if k in attention_levels else None, k) for k, width in enumerate(channels)]
 
         self.time_embedding = TimeEmbedding(channels[0], time_width)
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
@@ -152,7 +150,12 @@ class UNet(nn.Module):
                 module.gradient_checkpointing = on
 
     def _check(self, z_t: Tensor, t: Tensor, context: Tensor):
-        if z_t.ndim != 4 or z_t.shape[1] != self.in_channels or z_t.shape[2] % self.factor or z_t.shape[3] % self.factor:
+        if (
+            z_t.ndim != 4
+            or z_t.shape[1] != self.in_channels
+            or z_t.shape[2] % self.factor
+            or z_t.shape[3] % self.factor
+        ):
             raise ValueError(
                 f"expected z_t of shape (B, {self.in_channels}, h, w) with h and w multiples of {self.factor}, "
                 f"got {tuple(z_t.shape)}"

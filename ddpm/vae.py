@@ -62,9 +62,7 @@ class DownLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, layers: int, last: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList(
-            [ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)]
-        )
+        self.resnets = nn.ModuleList([ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)])
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels, asymmetric=True)])
 
     def forward(self, h: Tensor) -> Tensor:
@@ -79,9 +77,7 @@ class UpLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, layers: int, last: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList(
-            [ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)]
-        )
+        self.resnets = nn.ModuleList([ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)])
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
     def forward(self, h: Tensor) -> Tensor:
@@ -169,7 +165,7 @@ class KLVAE(nn.Module):
         return DiagonalGaussian(mu, logvar)
 
     def decode(self, z: Tensor) -> Tensor:
-        r"""Pictures (B, 3, H, W), about in [-1, 1] and not clipped, of latents z (B, c, h, w) as `encode` gives them."""
+        r"""Pictures (B, 3, H, W), about in [-1, 1] and not clipped, of latents z (B, c, h, w)."""
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
             raise ValueError(f"expected latents of shape (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
         return self.decoder(self.post_quant_conv(z))

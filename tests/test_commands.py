@@ -63,7 +63,8 @@ def trained(tmp_path_factory, tower):
 def test_a_run_folder_holds_what_the_contract_says(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
-        "config.json", "vae.safetensors", "unet.safetensors", "ema.safetensors", "state.pt", "metrics.csv", "loss.png", "samples",
+        "config.json", "vae.safetensors", "unet.safetensors", "ema.safetensors", "state.pt", "metrics.csv", "loss.png",
+        "samples",
     }  # fmt: skip
     assert [p.name for p in sorted((trained / "samples").iterdir())] == ["step_000004.png", "step_000006.png"]
 
@@ -119,7 +120,9 @@ def test_images_with_captions_train(tmp_path):
     data.mkdir()
     for i in range(12):
         Image.new("RGB", (40, 30), (i * 20, 90, 120)).save(data / f"{i}.png")
-    (data / "captions.csv").write_text("file,caption\n" + "".join(f"{i}.png,a flat colour number {i}\n" for i in range(12)))
+    (data / "captions.csv").write_text(
+        "file,caption\n" + "".join(f"{i}.png,a flat colour number {i}\n" for i in range(12))
+    )
     assert run_train(*QUICK, "--max-steps", 2, "--data", data, "--out", tmp_path / "runs" / "mine") == 0
 
 

@@ -65,7 +65,8 @@ def test_cosine_alpha_bar_follows_the_squared_cosine_until_beta_is_cut():
 
 
 @pytest.mark.parametrize(
-    "name, terminal, tolerance", [("linear", 4.04e-5, 1e-7), ("scaled_linear", 4.66e-3, 1e-5), ("cosine", 2.43e-9, 1e-11)]
+    "name, terminal, tolerance",
+    [("linear", 4.04e-5, 1e-7), ("scaled_linear", 4.66e-3, 1e-5), ("cosine", 2.43e-9, 1e-11)],
 )
 def test_the_signal_left_at_the_end_is_what_the_papers_say(name, terminal, tolerance):
     r"""Tolerances: the last of the printed digits. Cosine: sin^2(pi / 2000 / 1.008) / cos^2(0.008 ...) times 0.001."""
