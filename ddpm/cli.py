@@ -31,6 +31,11 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)):
+            raise
+        print("error: out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
+              "--preset lowvram; --dry-run tells what is needed", file=sys.stderr)  # fmt: skip
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -147,7 +147,7 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
     both = torch.cat([negative, context])
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
-        uncond, cond = network(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2)
+        uncond, cond = network(torch.cat([z_t, z_t]), torch.cat([t, t]), both).to(z_t.dtype).chunk(2)
         return uncond + scale * (cond - uncond)
 
     return denoise

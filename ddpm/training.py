@@ -132,7 +132,9 @@ class Optimization:
         self.step += 1
         if finite and self.ema is not None:
             self.ema.update(self.network, self.step)
-        self.bad = 0 if finite else self.bad + 1
+        overflow = not finite and math.isfinite(total) and self.scaler.get_scale() > 1
+        if not overflow:  # fp16's scaler still comes down, which is no failure
+            self.bad = 0 if finite else self.bad + 1
         if self.bad >= BAD_STEPS:
             raise UserError(
                 f"the {stage} loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; "
