@@ -7,6 +7,7 @@ python train.py --resume runs/NAME        go on as if never stopped
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from ddpm import cli
 from ddpm.config import PRESETS, Config, UserError, add_flags, given_flags
+
+ENOUGH_PSNR = 20  # decibels on held-out pictures; below, the second stage learns to draw blur
 
 
 def parser() -> argparse.ArgumentParser:
@@ -146,10 +149,10 @@ class Trainer:
         from ddpm.evaluation import reconstruction_quality
         from ddpm.training import train_vae
 
-        t, model, rows = self.config.training, self.model, self.pictures.rows(VALID)[:256]
+        t, model, valid = self.config.training, self.model, self.pictures.rows(VALID)
         opt = self.optimization("vae", model.vae, t.vae_lr, ema=False)
 
-        def validate() -> dict:
+        def validate(rows=valid[:256]) -> dict:
             model.vae.eval()
             psnr, ssim = reconstruction_quality(model, self.pictures, rows, self.precision)
             say(f"vae step {opt.step}: held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f} on {len(rows)} pictures")
@@ -158,6 +161,8 @@ class Trainer:
         reports = train_vae(model, self.pictures, self.config, opt, self.precision)
         if not self.train(opt, reports, t.vae_batch_size, validate, "vae"):
             return False
+        if float(validate(valid)["psnr"]) < ENOUGH_PSNR:
+            say(f"warning: below {ENOUGH_PSNR} dB the VAE blurs what the UNet draws; give the first stage more time")
         self.encode()
         model.save_vae(self.run.folder)
         say(f"latents {model.latent_shape}, scale {model.latent_scale:.4f}")
@@ -242,6 +247,8 @@ def open_data(config: Config, download: bool):
 def main(argv: list[str] | None = None):
     started = time.monotonic()  # --max-minutes counts from here
     a = parser().parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("expected one process, got several from torchrun; training on several is not there yet")
     config = configuration(a)
     folder = Path(a.resume or a.out or Path("runs") / config.preset)
     device = cli.choose_device(a.device)

@@ -108,7 +108,8 @@ class Pictures:
 def drawn_pictures(folder: Path, count: int, seed: int, size: int = 64, progress: Progress = silent) -> Pictures:
     r"""`count` drawn faces: 90 % train, 5 % valid, 5 % test, no row of attributes in two of them."""
     attributes = drawn_rows(count, seed, PER_ROW)
-    key = key_of("drawn", count, seed, size, hashlib.sha256(attributes.tobytes()).hexdigest())
+    first = next(draw_many(attributes, seed, size))  # another way of drawing is another cache
+    key = key_of("drawn", count, seed, size, hashlib.sha256(attributes.tobytes() + first.tobytes()).hexdigest())
 
     def fill(pixels: np.ndarray):
         for i, face in enumerate(progress(draw_many(attributes, seed, size), count, "drawing faces")):

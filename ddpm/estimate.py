@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddpm.config import Config
 from ddpm.model import TextToImage, autocast
+from ddpm.text import TextTower
 
 MIB = 2**20
 
@@ -19,7 +20,8 @@ def estimate(config: Config, device: torch.device, precision: str, steps: int = 
     one part of a batch, counted by autograd's saved-tensor hooks.
     """
     m, t = config.model, config.training
-    model = TextToImage(m).to(device, memory_format=torch.channels_last)
+    text = TextTower()  # no weights are read: none are needed to know what they take
+    model = TextToImage(m, text).to(device, memory_format=torch.channels_last)
     model.unet.train().set_gradient_checkpointing(t.gradient_checkpointing)
     yield (
         f"preset {config.preset}: pictures {m.image_size} x {m.image_size} x 3, latents "

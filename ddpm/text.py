@@ -4,10 +4,15 @@ The image tower is never built. Weights come from an OpenCLIP tag, from a file, 
 frozen random tower still tells prompts apart, and needs no download.
 """
 
+import contextlib
 import hashlib
+import logging
 import math
+import socket
 import warnings
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import safe_open
@@ -127,10 +132,13 @@ class TextTower(nn.Module):
                 f"({', '.join(tags[:5])}, ...), got {tag!r}"
             )
         settings = open_clip.get_pretrained_cfg(ARCHITECTURE, tag)
+        reachable = True
         try:
-            path = download_pretrained(settings)
+            with _impatient_hub() as reachable:
+                path = download_pretrained(settings)
         except Exception as error:  # whatever the network, the hub or the proxy makes of it
-            reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            reason = reason if reachable else "no connection, and not in the cache"
             raise UserError(
                 f"could not download the text weights {tag!r} ({reason}); pass --text-weights random, "
                 "or --text-weights FILE with a file fetched elsewhere"
@@ -160,6 +168,32 @@ class TextTower(nn.Module):
             )
         tower.tower.load_state_dict(picked)
         return tower
+
+
+@contextlib.contextmanager
+def _impatient_hub():
+    r"""Let the Hugging Face hub answer from its cache at once where the host is out of reach, and log only errors.
+
+    Left alone it tries each file six times, with longer and longer waits and a line of log for each.
+    """
+    from huggingface_hub import constants
+
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level, constants.HF_HUB_OFFLINE
+    logger.setLevel(logging.ERROR)
+    reachable = True
+    if not getproxies():  # behind a proxy only the hub itself can tell
+        address = urlsplit(constants.ENDPOINT)
+        try:
+            socket.create_connection((address.hostname, address.port or 443), timeout=10).close()
+        except OSError:
+            reachable = False
+    constants.HF_HUB_OFFLINE = before[1] or not reachable
+    try:
+        yield reachable
+    finally:
+        level, constants.HF_HUB_OFFLINE = before
+        logger.setLevel(level)
 
 
 def _read_state(path: Path) -> tuple[dict, dict]:

@@ -197,6 +197,20 @@ def test_an_output_folder_that_is_taken_a_file_or_not_writable_is_refused(traine
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_several_processes_are_refused_until_they_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in refused(capsys, run_train, *QUICK, "--out", tmp_path / "run")
+
+
+def test_a_run_keeps_the_text_weights_that_came_from_a_file(tower, tmp_path):
+    tower.save(tmp_path / "mine.safetensors")
+    folder = tmp_path / "runs" / "own_text"
+    arguments = [*QUICK, "--text-weights", tmp_path / "mine.safetensors", "--max-steps", 2]
+    assert run_train(*arguments, "--out", folder) == 0
+    (tmp_path / "mine.safetensors").unlink()
+    assert run_sample("a man", "--model", folder, "--steps", 1, "--device", "cpu", "--out", tmp_path / "s.png") == 0
+
+
 def test_a_resumed_run_names_the_settings_that_differ(trained, capsys):
     told = refused(capsys, run_train, "--resume", trained, "--lr", "0.5", "--channels", "64,64")
     assert "lr (is" in told and "channels (is" in told

@@ -11,7 +11,7 @@ from ddpm.config import Config, UserError
 from ddpm.data import TRAIN
 from ddpm.evaluation import loss_by_timestep, measure_latent_scale, psnr, reconstruction_quality, ssim
 from ddpm.model import TextToImage
-from ddpm.training import EMA, Bound, Optimization, batch_rows, timestep_batch, train_unet, train_vae
+from ddpm.training import EMA, Bound, Optimization, batch_rows, perceptual_loss, timestep_batch, train_unet, train_vae
 
 SMALL = {"image_size": 16, "channels": (32, 32), "drawn_images": 32, "accumulation": 1, "warmup": 2}
 
@@ -231,3 +231,33 @@ def test_ssim_of_two_flat_pictures_is_the_luminance_term():
     x, y = torch.full((1, 3, 16, 16), 0.0), torch.full((1, 3, 16, 16), 0.5)  # 0.5 and 0.75 in [0, 1]
     expected = (2 * 0.5 * 0.75 + 1e-4) / (0.5**2 + 0.75**2 + 1e-4)
     assert ssim(x, y).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_perceptual_loss_is_zero_for_equal_pictures_and_grows_with_the_difference(monkeypatch):
+    import torchvision.models
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1) for i in range(16)]
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda weights: Features(layers))
+    distance = perceptual_loss(torch.device("cpu"))
+    x = torch.rand(2, 3, 8, 8) * 2 - 1
+    noise = torch.randn_like(x)
+    values = [distance(x, x + amount * noise).item() for amount in (0.0, 0.1, 0.5)]
+    assert values[0] == 0 and values[0] < values[1] < values[2]
+
+
+class Features(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.features = nn.Sequential(*layers)
+
+
+def test_weights_of_the_perceptual_loss_that_cannot_be_had_are_told_in_one_line(monkeypatch):
+    import torchvision.models
+
+    def refuse(weights):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "vgg16", refuse)
+    with pytest.raises(UserError, match="--perceptual-weight"):
+        perceptual_loss(torch.device("cpu"))

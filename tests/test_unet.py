@@ -129,6 +129,22 @@ def test_every_skip_reaches_the_output():
     )
 
 
+def test_a_skip_stands_behind_what_comes_from_below_and_the_last_one_down_is_the_first_one_up(unet):
+    r"""Checkpoints of Stable Diffusion count on this order of channels."""
+    seen = {}
+    parts = {"middle": unet.mid_block, "last": unet.down_blocks[-1].attentions[-1], "first": unet.conv_in}
+    hooks = [m.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o})) for name, m in parts.items()]
+    ends = {"up": unet.up_blocks[0].resnets[0], "top": unet.up_blocks[-1].resnets[-1]}
+    hooks += [
+        m.register_forward_pre_hook(lambda m, i, name=name: seen.update({name: i[0]})) for name, m in ends.items()
+    ]
+    unet(Z, T, C)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(seen["up"], torch.cat([seen["middle"], seen["last"]], dim=1))
+    assert torch.equal(seen["top"][:, -32:], seen["first"])
+
+
 def test_every_parameter_is_learned_from():
     unet = small()
     (unet(Z, T, C) ** 2).sum().backward()
