@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1 [0]")
     p.add_argument("--negative", default=None, help="what to lead away from")
+    p.add_argument("--columns", type=int, help="pictures a row of the grid [--num, or nearly square]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
     p.add_argument("--num", type=int, default=1, help="pictures a prompt [1]")
     p.add_argument(
@@ -43,6 +44,8 @@ def check(a: argparse.Namespace):
 
     if not 1 <= a.num <= 10_000:
         raise UserError(f"expected --num from 1 to 10000, got {a.num}")
+    if a.columns is not None and a.columns < 1:
+        raise UserError(f"expected --columns of at least 1, got {a.columns}")
     if a.steps < 1:
         raise UserError(f"expected --steps of at least 1, got {a.steps}")
     if not math.isfinite(a.guidance):
@@ -94,11 +97,9 @@ def main(argv: list[str] | None = None):
         "model": str(a.model or "shipped"), "sampler": a.sampler, "steps": str(a.steps), "guidance": str(a.guidance),
         "seed": str(a.seed), "negative": a.negative or "", "eta": str(a.eta), "weights": a.weights,
     }  # fmt: skip
-    out = Path(a.out)
+    out, columns = Path(a.out), a.columns or (a.num if a.num > 1 else None)
     if out.suffix.lower() == ".png":
-        save_png(
-            out, labelled_grid(x, prompts, a.num if a.num > 1 else None), {"prompt": json.dumps(prompts), **settings}
-        )
+        save_png(out, labelled_grid(x, prompts, columns), {"prompt": json.dumps(prompts), **settings})
     else:
         from PIL import Image
 

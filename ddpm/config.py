@@ -98,7 +98,7 @@ LAPTOP = {
 LAPTOP_STEPS = {"vae_steps": 1_000_000, "unet_steps": 1_000_000}  # the minutes end it first
 
 PRESETS = {
-    "drawn64": LAPTOP | LAPTOP_STEPS | {"max_minutes": 12.0, "vae_share": 0.35},
+    "drawn64": LAPTOP | LAPTOP_STEPS | {"max_minutes": 15.0, "vae_share": 0.3},
     "celeba64": {},
     "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"vae_channels": (32, 64, 64), "max_minutes": 60.0, "vae_share": 0.25},
     "lowvram": {
