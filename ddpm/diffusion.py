@@ -35,7 +35,7 @@ def q_sample(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon$$
     """
     _same_shape(x_0, eps)
-    alpha_bar_t = schedule.alpha_bar_at(t, x_0)
+    alpha_bar_t = schedule.alpha_bar_at(schedule.checked(t, x_0), x_0)
     x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps
     return x_t.to(x_0.dtype)
 
@@ -58,8 +58,11 @@ def q_posterior(
     Returns: the mean, like x_t, and the variance, (B, 1, ..., 1). At s = -1 they are x_0 and 0.
     """
     _same_shape(x_t, x_0)
-    alpha_bar_t = schedule.alpha_bar_at(t, x_t)
-    alpha_bar_s = schedule.alpha_bar_at(t - 1 if s is None else s, x_t)
+    t = schedule.checked(t, x_t)
+    s = t - 1 if s is None else schedule.checked(s, x_t, first=-1)
+    if not bool((s < t).all()):
+        raise ValueError(f"expected s before t, got s = {s.tolist()} and t = {t.tolist()}")
+    alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t, x_t), schedule.alpha_bar_at(s, x_t)
     alpha_ts = alpha_bar_t / alpha_bar_s
     beta_ts = 1 - alpha_ts
     mean = (
@@ -75,7 +78,8 @@ def v_from(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
     $$v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$$
     """
-    alpha_bar_t = schedule.alpha_bar_at(t, x_0)
+    _same_shape(x_0, eps)
+    alpha_bar_t = schedule.alpha_bar_at(schedule.checked(t, x_0), x_0)
     return (alpha_bar_t.sqrt() * eps - (1 - alpha_bar_t).sqrt() * x_0).to(x_0.dtype)
 
 
@@ -88,7 +92,7 @@ def x_0_and_eps(schedule: Schedule, x_t: Tensor, t: Tensor, output: Tensor, pred
     = \sqrt{1 - \bar\alpha_t}\, x_t + \sqrt{\bar\alpha_t}\, \hat v$$
     """
     _same_shape(x_t, output)
-    alpha_bar_t = schedule.alpha_bar_at(t, x_t)
+    alpha_bar_t = schedule.alpha_bar_at(schedule.checked(t, x_t), x_t)
     signal, noise = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
     if prediction == "eps":
         x_0, eps = (x_t - noise * output) / signal, output
@@ -125,7 +129,9 @@ def diffusion_loss(schedule: Schedule, denoise, z_0: Tensor, t: Tensor, eps: Ten
     """
     z_t = q_sample(schedule, z_0, t, eps)
     target = training_target(schedule, z_0, t, eps, prediction)
-    error = (target.float() - denoise(z_t, t).float()) ** 2
+    output = denoise(z_t, t)
+    _same_shape(target, output)
+    error = (target.float() - output.float()) ** 2
     return error.flatten(1).mean(dim=1)
 
 

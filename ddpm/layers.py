@@ -23,6 +23,8 @@ def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tens
 
     Returns: (B, width) float32 in [-1, 1], all cosines first.
     """
+    if width % 2:
+        raise ValueError(f"expected an even width of the time embedding, got {width}")
     half = width // 2
     frequency = torch.exp(-math.log(longest) * torch.arange(half, device=t.device) / half)
     angle = t.float()[:, None] * frequency
@@ -131,6 +133,7 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):
         x, gamma, mu, inverse_sigma = ctx.saved_tensors
         B, C, H, W = x.shape

@@ -1,6 +1,7 @@
 r"""TextToImage: the VAE, the text tower, the UNet and the schedule together; prompts in, pictures out."""
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from ddpm.config import Config, ModelConfig, UserError
 from ddpm.sampling import State, guided, sample_loop
 from ddpm.schedule import Schedule
 from ddpm.seeding import generator
-from ddpm.text import WIDTH, TextTower
+from ddpm.text import WIDTH, TextTower, list_of_strings
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
 
@@ -40,6 +41,7 @@ class TextToImage(nn.Module):
             config.latent_channels, config.latent_channels, config.channels, config.attention_levels,
             config.res_blocks, WIDTH, config.head_width,
         )  # fmt: skip
+        self.own_text = text is not None
         self.text = text if text is not None else TextTower.named(config.text_weights, config.text_quick_gelu)
         self.latent_scale = 1.0
 
@@ -79,12 +81,14 @@ class TextToImage(nn.Module):
             precision: fp32, bf16 or fp16 for the UNet and the decoder.
             batch_size: pictures computed at once. first: the number i of the first picture.
         """
-        prompts = _checked_prompts(prompts, "prompts")
+        prompts = list_of_strings(prompts, "prompts")
         if negative is None or isinstance(negative, str):
             negative = [negative or ""] * len(prompts)
-        negative = _checked_prompts(negative, "negative")
+        negative = list_of_strings(negative, "negative")
         if len(negative) != len(prompts):
             raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
+        if batch_size < 1:
+            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
         if guidance_scale not in (0, 1) and not self.config.caption_drop:
             warnings.warn("guidance has no unconditional model to lead away from: caption_drop was 0", stacklevel=2)
         self.eval()
@@ -96,7 +100,7 @@ class TextToImage(nn.Module):
             def draw(streams=streams) -> Tensor:
                 return torch.stack([torch.randn(self.latent_shape, generator=g) for g in streams]).to(self.device)
 
-            context, uncond = self.text([*prompts[part], *negative[part]]).chunk(2)
+            context, uncond = self.embed(prompts[part]), self.embed(negative[part])
             denoise = guided(self.unet, context, uncond, guidance_scale)
             with autocast(self.device, precision):
                 for state in sample_loop(self.schedule, denoise, draw(), draw, sampler, steps,
@@ -106,6 +110,12 @@ class TextToImage(nn.Module):
                 x = self.decode(state.x)
             pictures.append(x.float().clamp(-1, 1))
         return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.config.image_size, self.config.image_size)
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        r"""`text(prompts)` with each distinct prompt embedded once."""
+        distinct = list(dict.fromkeys(prompts))
+        states = self.text(distinct)
+        return states[[distinct.index(p) for p in prompts]]
 
     def decode(self, z: Tensor) -> Tensor:
         r"""Pictures of latents at the UNet's scale: decode(z / latent_scale)."""
@@ -119,7 +129,10 @@ class TextToImage(nn.Module):
         r"""Read vae.safetensors and the latent scale."""
         metadata = load_weights(folder / "vae.safetensors", self.vae)
         try:
-            self.latent_scale = float(metadata["latent_scale"])
+            scale = float(metadata["latent_scale"])
+            if not (math.isfinite(scale) and scale > 0):
+                raise ValueError(scale)
+            self.latent_scale = scale
         except (KeyError, ValueError):
             raise UserError(
                 f"expected the latent scale in the metadata of {folder / 'vae.safetensors'}, found none"
@@ -133,6 +146,8 @@ class TextToImage(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", Config(self.config, TrainConfig(), preset).to_json().encode())
         self.save_vae(folder)
+        if self.own_text and self.config.text_weights != "random":  # no name would bring this tower back
+            write_atomically(folder / "text.safetensors", self.text.save)
         save_weights(folder / "ema.safetensors", self.unet.state_dict())
 
     @classmethod
@@ -212,7 +227,7 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
     try:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
-            for name in names ^ set(wanted):
+            for name in sorted(names ^ set(wanted)):
                 raise UserError(
                     f"expected the weights of this configuration in {path}; "
                     f"{name} is {'too much' if name in names else 'missing'}"
@@ -227,9 +242,3 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
         raise UserError(
             f"could not read the weights in {path}: {error}; if it is damaged, train again or fetch it again"
         ) from None
-
-
-def _checked_prompts(prompts, name: str) -> list[str]:
-    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"expected {name} as a list of strings, got {type(prompts).__name__}")
-    return list(prompts)

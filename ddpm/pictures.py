@@ -62,7 +62,7 @@ def save_png(path: Path, image: Image.Image, text: dict[str, str] | None = None)
     r"""Write a PNG whose text chunks hold `text`: prompt, seed and settings."""
     info = PngInfo()
     for key, value in (text or {}).items():
-        info.add_itxt(key, value)
+        info.add_itxt(key, value.encode("utf-8", "replace").decode())
     write_atomically(path, lambda to: image.save(to, format="PNG", pnginfo=info))
 
 

@@ -67,12 +67,12 @@ def ddpm_step(
     Sigma is the posterior's variance or, for `variance="beta"`, beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s
     (DDPM, section 3.2). The last step adds no noise.
     """
+    if variance not in VARIANCES:
+        raise ValueError(f"expected a variance out of {', '.join(VARIANCES)}, got {variance!r}")
     mean, sigma_2 = q_posterior(schedule, x_0, x_t, t, s)
     if variance == "beta":
         beta_ts = 1 - schedule.alpha_bar_at(t, x_t) / schedule.alpha_bar_at(s, x_t)
         sigma_2 = torch.where(sigma_2 > 0, beta_ts, sigma_2)
-    elif variance != "posterior":
-        raise ValueError(f"expected a variance out of {', '.join(VARIANCES)}, got {variance!r}")
     return (mean + sigma_2.sqrt() * noise).to(x_t.dtype)
 
 
@@ -170,6 +170,8 @@ def sample_loop(
 ) -> Iterator[State]:
     r"""Walk from x_T to the clean sample, yielding the state after every step; the last state's x is the result.
 
+    A generator: what is wrong with the arguments is told when the first state is asked for.
+
     Args:
         denoise: callable (x_t, t) -> (B, ...), the network with condition and guidance filled in.
         x_T: (B, ...) standard normal.
@@ -178,6 +180,8 @@ def sample_loop(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"expected a sampler out of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if variance not in VARIANCES:
+        raise ValueError(f"expected a variance out of {', '.join(VARIANCES)}, got {variance!r}")
     if not (math.isfinite(eta) and 0 <= eta <= 1):
         raise ValueError(f"expected eta in [0, 1], got {eta}")
     times = timesteps(schedule, steps, spacing)

@@ -33,6 +33,8 @@ def scaled_linear_beta(timesteps: int, start: float = 0.00085, end: float = 0.01
 def cosine_beta(timesteps: int, offset: float = 0.008, largest: float = 0.999) -> Tensor:
     r"""alpha_bar falls along a squared cosine (Improved DDPM, equation 17). Returns (T,) float64.
 
+    With t from 1 to T, as in the paper:
+
     $$\bar\alpha_t = \frac{f(t)}{f(0)}, \quad f(t) = \cos^2\left(\frac{t/T + s}{1 + s} \cdot \frac{\pi}{2}\right),
     \quad \beta_t = \min\left(1 - \frac{\bar\alpha_t}{\bar\alpha_{t-1}},\ 0.999\right)$$
     """
@@ -75,8 +77,8 @@ class Schedule:
         r"""The schedule called `name`: linear, scaled_linear or cosine."""
         if name not in SCHEDULES:
             raise ValueError(f"expected a schedule out of {', '.join(SCHEDULES)}, got {name!r}")
-        if timesteps < 2:
-            raise ValueError(f"expected at least 2 timesteps, got {timesteps}")
+        if type(timesteps) is not int or timesteps < 2:
+            raise ValueError(f"expected a whole number, at least 2 timesteps, got {timesteps!r}")
         return cls(SCHEDULES[name](timesteps))
 
     @property
@@ -86,7 +88,7 @@ class Schedule:
 
     def beta_at(self, t: Tensor, like: Tensor) -> Tensor:
         r"""beta_t for each element of the batch, shaped to multiply `like`; see `alpha_bar_at`."""
-        return _lookup(self.beta, self._checked(t, like, first=0), like)
+        return _lookup(self.beta, self.checked(t, like), like)
 
     def alpha_bar_at(self, t: Tensor, like: Tensor) -> Tensor:
         r"""alpha_bar_t for each element of the batch, shaped to multiply `like`.
@@ -99,17 +101,20 @@ class Schedule:
         computed in double precision; the functions of `diffusion` round once, at their end.
         """
         with_clean = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar])
-        return _lookup(with_clean, self._checked(t, like, first=-1) + 1, like)
+        return _lookup(with_clean, self.checked(t, like, first=-1) + 1, like)
 
-    def _checked(self, t: Tensor, like: Tensor, first: int) -> Tensor:
-        if not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool:
+    def checked(self, t: Tensor, like: Tensor, first: int = 0) -> Tensor:
+        r"""`t` as (B,) int64 on the CPU; ValueError unless it is one integer in first..T-1 for each of `like`."""
+        last = self.timesteps - 1
+        if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             came = str(t.dtype) if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"expected t as a tensor of integers in {first}..{self.timesteps - 1}, got {came}")
-        if t.shape != like.shape[:1]:
-            raise ValueError(f"expected t of shape ({len(like)},), one time a batch element, got {tuple(t.shape)}")
+            raise ValueError(f"expected t as a tensor of integers in {first}..{last}, got {came}")
+        if like.ndim < 1 or t.shape != like.shape[:1]:
+            expected = f"t of shape {tuple(like.shape[:1])}, one time a batch element" if like.ndim else "a batch"
+            raise ValueError(f"expected {expected}, got {tuple(t.shape)}")
         t = t.detach().cpu().long()
-        if len(t) and not (first <= int(t.min()) and int(t.max()) < self.timesteps):
-            raise ValueError(f"expected t in {first}..{self.timesteps - 1}, got {int(t.min())}..{int(t.max())}")
+        if len(t) and not (first <= int(t.min()) and int(t.max()) <= last):
+            raise ValueError(f"expected t in {first}..{last}, got {int(t.min())}..{int(t.max())}")
         return t
 
 

@@ -8,8 +8,10 @@ import contextlib
 import hashlib
 import logging
 import math
+import os
 import socket
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -65,9 +67,7 @@ class TextTower(nn.Module):
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> Tensor:
         r"""States (B, 77, 512) float32 of B prompts; the empty prompt is the unconditional one."""
-        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"expected a list of strings, got {type(prompts).__name__}")
-        tokens = self.tokenize(list(prompts)).to(self.tower.positional_embedding.device)
+        tokens = self.tokenize(list_of_strings(prompts, "prompts")).to(self.tower.positional_embedding.device)
         return self.tower(tokens)[1].float()
 
     def save(self, path: Path):
@@ -88,7 +88,7 @@ class TextTower(nn.Module):
         r"""The tower with `weights`: `random`, a file, or an OpenCLIP tag of ViT-B-32; raises UserError."""
         if weights == "random":
             return cls.random()
-        if Path(weights).is_file():
+        if os.path.isfile(weights):
             return cls.from_file(Path(weights), quick_gelu)
         return cls.from_tag(weights)
 
@@ -170,6 +170,17 @@ class TextTower(nn.Module):
         return tower
 
 
+def list_of_strings(prompts: Iterable[str], name: str) -> list[str]:
+    r"""`prompts` as a list; ValueError unless it is some strings and not a single one."""
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise ValueError(f"expected {name} as a list of strings, got {type(prompts).__name__}")
+    prompts = list(prompts)
+    wrong = next((p for p in prompts if not isinstance(p, str)), "")
+    if wrong != "":
+        raise ValueError(f"expected {name} as a list of strings, got {type(wrong).__name__} in it")
+    return prompts
+
+
 @contextlib.contextmanager
 def _impatient_hub():
     r"""Let the Hugging Face hub answer from its cache at once where the host is out of reach, and log only errors.
@@ -182,7 +193,7 @@ def _impatient_hub():
     before = logger.level, constants.HF_HUB_OFFLINE
     logger.setLevel(logging.ERROR)
     reachable = True
-    if not getproxies():  # behind a proxy only the hub itself can tell
+    if not getproxies() and not constants.HF_HUB_OFFLINE:  # behind a proxy only the hub itself can tell
         address = urlsplit(constants.ENDPOINT)
         try:
             socket.create_connection((address.hostname, address.port or 443), timeout=10).close()
@@ -204,10 +215,10 @@ def _read_state(path: Path) -> tuple[dict, dict]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state) if isinstance(state, dict) else None
     except Exception as error:  # each reader has its own kinds
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
             f"expected a file of tensors (.safetensors, .bin or .pt) at {path}, could not read it: {reason}"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"expected a dictionary of tensors in {path}, got something else")
     return state, {}

@@ -105,6 +105,11 @@ class UNet(nn.Module):
         head_width: int = 32,
     ):
         super().__init__()
+        if not set(attention_levels) <= set(range(len(channels))) or res_blocks < 1:
+            raise ValueError(
+                f"expected attention_levels out of 0..{len(channels) - 1} and at least 1 res_blocks, "
+                f"got {attention_levels} and {res_blocks}"
+            )
         self.in_channels, self.context_width = in_channels, context_width
         self.factor = 2 ** (len(channels) - 1)
         time_width = 4 * channels[0]
@@ -160,8 +165,9 @@ class UNet(nn.Module):
                 f"expected z_t of shape (B, {self.in_channels}, h, w) with h and w multiples of {self.factor}, "
                 f"got {tuple(z_t.shape)}"
             )
-        if t.shape != z_t.shape[:1] or t.is_floating_point():
-            raise ValueError(f"expected t as ({len(z_t)},) integers, got {tuple(t.shape)} {t.dtype}")
+        if not isinstance(t, Tensor) or t.shape != z_t.shape[:1] or t.is_floating_point() or t.dtype == torch.bool:
+            came = f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"expected t as ({len(z_t)},) integers, got {came}")
         if context.ndim != 3 or len(context) != len(z_t) or context.shape[2] != self.context_width:
             raise ValueError(
                 f"expected context of shape ({len(z_t)}, M, {self.context_width}), got {tuple(context.shape)}"

@@ -312,3 +312,23 @@ def test_an_unknown_prediction_is_refused_and_the_known_ones_are_named():
     ):
         with pytest.raises(ValueError, match="eps, v, x_0, got 'epsilon'"):
             ask()
+
+
+def test_the_clean_picture_is_no_time_to_denoise_from_and_a_step_back_goes_back():
+    schedule, x = Schedule.named("linear"), torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=r"in 0\.\.999, got -1"):
+        x_0_and_eps(schedule, x, torch.tensor([-1]), x, "eps")
+    with pytest.raises(ValueError, match="s before t"):
+        q_posterior(schedule, x, x, torch.tensor([5]), torch.tensor([5]))
+
+
+def test_small_integer_types_do_not_wrap_around():
+    schedule, x = Schedule.named("linear"), torch.ones(1, 2)
+    mean, variance = q_posterior(schedule, x, x, torch.tensor([0], dtype=torch.uint8))
+    assert torch.equal(mean, x) and variance.item() == 0
+
+
+def test_a_network_that_answers_in_another_shape_is_refused():
+    schedule, z = Schedule.named("linear"), torch.zeros(2, 4, 4, 4)
+    with pytest.raises(ValueError, match="one shape"):
+        diffusion_loss(schedule, lambda z_t, t: z_t[:, :1], z, torch.tensor([0, 1]), z)

@@ -126,6 +126,10 @@ def test_negatives_are_one_for_all_or_one_each(tiny):
     one_for_all = tiny.sample(PROMPTS, steps=2, negative="eyeglasses")
     one_each = tiny.sample(PROMPTS, steps=2, negative=["eyeglasses"] * 3)
     assert far(one_for_all, one_each) < 1e-6
+    each_its_own = tiny.sample(PROMPTS, steps=2, negative=["eyeglasses", "a hat", "a beard"], batch_size=2)
+    alone = tiny.sample(PROMPTS[2:], steps=2, negative="a beard", first=2)
+    assert far(each_its_own[2:], alone) < 1e-4  # float32 in batches of another size
+    assert far(each_its_own[2:], one_for_all[2:]) > 1e-3
     nothing, empty = tiny.sample(PROMPTS, steps=2), tiny.sample(PROMPTS, steps=2, negative="")
     assert torch.equal(nothing, empty)
     with pytest.raises(ValueError, match="one negative prompt or 3, got 2"):
@@ -140,6 +144,12 @@ def test_the_callback_sees_every_step(tiny, sampler):
     assert all(state.x.shape == state.x_0.shape == (2, 4, 8, 8) for state in seen)
     with torch.no_grad():
         assert far(tiny.decode(seen[-1].x).clamp(-1, 1), pictures) < 1e-5
+
+
+def test_eta_reaches_ddim(tiny):
+    quiet, half, full = (tiny.sample(["a bald man"], "ddim", steps=3, eta=eta) for eta in (0.0, 0.5, 1.0))
+    assert far(quiet, half) > 1e-3
+    assert far(full, tiny.sample(["a bald man"], "ddpm", steps=3)) < 1e-3  # eta 1 is ddpm, up to float32
 
 
 def test_no_prompts_give_no_pictures(tiny):
@@ -166,8 +176,8 @@ def test_a_model_without_caption_drop_warns_that_guidance_has_nothing_to_lead_fr
     "settings, told",
     [
         ({"prompts": "a bald man"}, "prompts as a list of strings, got str"),
-        ({"prompts": ["a", 3]}, "prompts as a list of strings, got list"),
-        ({"negative": [None]}, "negative as a list of strings, got list"),
+        ({"prompts": ["a", 3]}, "prompts as a list of strings, got int in it"),
+        ({"negative": [None]}, "negative as a list of strings, got NoneType in it"),
         ({"sampler": "euler"}, "got 'euler'"),
         ({"steps": 0}, "1 to 1000 sampling steps, got 0"),
         ({"steps": 1001}, "1 to 1000 sampling steps, got 1001"),
@@ -349,3 +359,20 @@ def test_weights_come_back_bit_for_bit_whatever_their_layout(tmp_path):
     other = torch.nn.Conv2d(3, 8, 3)
     assert load_weights(tmp_path / "layer.safetensors", other) == {"format": "pt", "note": "x"}
     assert torch.equal(other.weight, layer.weight) and torch.equal(other.bias, layer.bias)
+
+
+def test_prompts_may_come_from_a_generator(tiny):
+    assert len(tiny.sample((p for p in ["a man", "a woman"]), steps=1)) == 2
+
+
+def test_a_batch_of_no_pictures_is_refused(tiny):
+    with pytest.raises(ValueError, match="batch_size of at least 1, got -1"):
+        tiny.sample(["a man"], steps=1, batch_size=-1)
+
+
+@pytest.mark.parametrize("scale", ["nan", "0", "-1", "inf", "wide"])
+def test_a_latent_scale_that_cannot_be_is_refused(scale, tiny, tmp_path):
+    tiny.save_vae(tmp_path)
+    save_weights(tmp_path / "vae.safetensors", tiny.vae.state_dict(), {"latent_scale": scale})
+    with pytest.raises(UserError, match="latent scale"):
+        tiny.load_vae(tmp_path)

@@ -1,5 +1,7 @@
 r"""A draw belongs to its name: the same name gives the same numbers, another name gives others."""
 
+import numpy as np
+import pytest
 import torch
 
 from ddpm.seeding import generator, seed_of
@@ -44,3 +46,9 @@ def test_streams_of_neighbouring_names_are_uncorrelated():
     n = 20_000
     x, y = (torch.randn(n, generator=generator(0, picture)) for picture in (0, 1))
     assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1].item()) < 5 * n**-0.5
+
+
+def test_equal_whole_numbers_of_any_type_name_one_stream_and_others_are_refused():
+    assert seed_of(np.int64(3), "unet") == seed_of(3, "unet") == seed_of(np.uint8(3), "unet")
+    with pytest.raises(TypeError):
+        seed_of(0.5)

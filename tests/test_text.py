@@ -2,6 +2,7 @@ r"""The text tower: OpenCLIP's numbers, causality, prompts of every length, and 
 
 import functools
 import json
+import logging
 import math
 import pickle
 import warnings
@@ -11,10 +12,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from open_clip import pretrained
 from open_clip import transformer as open_clip_transformer
 from safetensors.torch import save_file
 
+from ddpm import text as text_file
 from ddpm.config import UserError
 from ddpm.text import TextTower
 
@@ -165,7 +168,7 @@ def test_a_very_long_prompt_does_not_flood_the_screen(tower):
 
 @pytest.mark.parametrize("prompts", ["a bald man", ["a bald man", 3], [None]])
 def test_prompts_that_are_no_list_of_strings_are_refused(tower, prompts):
-    with pytest.raises(ValueError, match="expected a list of strings, got"):
+    with pytest.raises(ValueError, match="expected prompts as a list of strings, got"):
         tower(prompts)
 
 
@@ -228,25 +231,59 @@ def test_building_a_tower_draws_no_global_random_numbers():
 # ------------------------------------------------------------------------------------------- tags
 
 
-def no_network(*_, **__):
-    raise OSError("We couldn't connect to 'https://huggingface.co'\nto load the files\nand more lines")
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    r"""No test reaches out: behind a proxy the hub's host is not tried, and opening a connection fails."""
+
+    def refuse(*_, **__):
+        raise ConnectionError("a test reached out")
+
+    monkeypatch.setattr(text_file, "getproxies", lambda: {"https": "http://proxy"})
+    monkeypatch.setattr(text_file.socket, "create_connection", refuse)
+
+
+def fail_with(error, seen=None):
+    def download(settings):
+        if seen is not None:
+            seen.append(constants.HF_HUB_OFFLINE)
+        raise error
+
+    return download
 
 
 def test_a_tag_that_cannot_be_downloaded_is_one_line_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(pretrained, "download_pretrained", no_network)
+    error = OSError("403 from 'https://huggingface.co'\nfor these files\nand more lines")
+    monkeypatch.setattr(pretrained, "download_pretrained", fail_with(error))
     told = refusal_of(lambda: TextTower.named("laion2b_s34b_b79k"))
     assert "laion2b_s34b_b79k" in told
-    assert "couldn't connect" in told
+    assert "403 from 'https://huggingface.co'" in told
     assert "--text-weights random" in told
     assert "--text-weights FILE" in told
 
 
 def test_a_download_that_fails_without_a_word_is_still_explained(monkeypatch):
-    def silent(*_, **__):
-        raise TimeoutError
-
-    monkeypatch.setattr(pretrained, "download_pretrained", silent)
+    monkeypatch.setattr(pretrained, "download_pretrained", fail_with(TimeoutError()))
     assert "TimeoutError" in refusal_of(lambda: TextTower.named("openai"))
+
+
+def test_without_a_connection_the_hub_is_asked_for_its_cache_alone_and_left_as_it_was(monkeypatch):
+    logger, seen = logging.getLogger("huggingface_hub"), []
+    before = logger.level, constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(text_file, "getproxies", dict)
+    monkeypatch.setattr(pretrained, "download_pretrained", fail_with(OSError("offline mode is enabled"), seen))
+    told = refusal_of(lambda: TextTower.named("laion2b_s34b_b79k"))
+    assert "no connection, and not in the cache" in told
+    assert "--text-weights random" in told
+    assert seen == [True]
+    assert (logger.level, constants.HF_HUB_OFFLINE) == before
+
+
+def test_weights_in_the_cache_need_no_connection(small_towers, tmp_path, monkeypatch):
+    path = tmp_path / "open_clip_model.safetensors"
+    save_file(both_towers(small_tower(3), "plain"), path)
+    monkeypatch.setattr(text_file, "getproxies", dict)
+    monkeypatch.setattr(pretrained, "download_pretrained", lambda settings: str(path))
+    assert same_weights(TextTower.named("laion2b_s34b_b79k"), small_tower(3))
 
 
 @pytest.mark.parametrize("weights", ["laion9b", "", "no/such/file.safetensors"])
