@@ -16,8 +16,9 @@ MIB = 2**20
 def estimate(config: Config, device: torch.device, precision: str, steps: int = 3) -> Iterator[str]:
     r"""Take a few steps of both stages on random numbers; yields a line of text for the model and one for each stage.
 
-    The peak is weights, gradients, AdamW's two moments, the average (UNet), and what the backward pass keeps of
-    one part of a batch, counted by autograd's saved-tensor hooks.
+    The peak is at least weights, gradients, AdamW's two moments, the average (UNet), and what the backward pass
+    keeps of one part of a batch, counted by autograd's saved-tensor hooks; what a step holds for a moment comes
+    on top.
     """
     m, t = config.model, config.training
     text = TextTower()  # no weights are read: none are needed to know what they take
@@ -52,7 +53,7 @@ def estimate(config: Config, device: torch.device, precision: str, steps: int = 
         fixed = 4 * parameters * (5 if stage == "unet" else 4)
         yield (
             f"{stage}: {parameters:,} parameters; weights, gradients and optimizer {fixed / MIB:.0f} MiB, kept for the "
-            f"backward pass {bytes_kept / MIB:.0f} MiB, peak about {(fixed + bytes_kept) / MIB:.0f} MiB; "
+            f"backward pass {bytes_kept / MIB:.0f} MiB, peak at least {(fixed + bytes_kept) / MIB:.0f} MiB; "
             f"{min(seconds):.2f} s a step of {batch} in {t.accumulation} part{'s' * (t.accumulation > 1)}"
         )
 
