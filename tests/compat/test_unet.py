@@ -1,0 +1,124 @@
+r"""The UNet gives the numbers of diffusers' UNet2DConditionModel: same weights, outputs and gradients.
+
+Both compute in single precision with the same convolutions, but attention and sums in another order: each of some 40
+layers rounds at 6e-8 of values of size 1 to 10, which adds up to about 1e-6. Hence 1e-5 for outputs of size 1, and 1e-4
+for gradients, which are sums over pixels of size 10.
+"""
+
+import inspect
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compat.conftest import largest, normalisations, randomised
+from ddpm.config import PRESETS, Config, ModelConfig
+from ddpm.export import RENAMES, UNET_ALWAYS, unet_config, write_weights
+from ddpm.layers import timestep_embedding
+from ddpm.text import WIDTH
+from ddpm.unet import UNet
+
+diffusers = pytest.importorskip("diffusers")
+
+OUTPUT, GRADIENT = 1e-5, 1e-4
+ODD = ModelConfig(channels=(32, 64, 96, 96), attention_levels=(0, 3), res_blocks=3, head_width=16, latent_channels=5)
+CONFIGS = {name: Config.from_preset(name).model for name in PRESETS} | {"odd": ODD}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tmp_path_factory):
+    r"""Our UNet, and theirs with the weights that we wrote for it."""
+    c = CONFIGS[request.param]
+    torch.manual_seed(0)
+    ours = randomised(
+        UNet(c.latent_channels, c.latent_channels, c.channels, c.attention_levels, c.res_blocks, WIDTH, c.head_width)
+    )
+    path = tmp_path_factory.mktemp("unet") / "weights.safetensors"
+    write_weights(path, ours, RENAMES)
+    theirs = diffusers.UNet2DConditionModel.from_config(unet_config(c)).eval()
+    theirs.load_state_dict(load_file(path), strict=True)
+    return ours, theirs
+
+
+def inputs(unet: UNet, times: list[int], side: int = 8, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(len(times), unet.in_channels, side, side, generator=g)
+    context = torch.randn(len(times), 77, WIDTH, generator=g)
+    return z, torch.tensor(times), context
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_are_equal_at_the_ends_of_time_and_between(pair, seed):
+    ours, theirs = pair
+    times = [0, 999, *torch.randint(1, 999, (2,), generator=torch.Generator().manual_seed(seed)).tolist()]
+    z, t, context = inputs(ours, times, seed=seed)
+    with torch.no_grad():
+        y, expected = ours(z, t, context), theirs(z, t, context).sample
+    assert y.std() > 0.1  # there is something to compare
+    assert largest(expected, y) < OUTPUT
+
+
+def test_the_embedding_of_every_time_is_equal(pair):
+    ours, theirs = pair
+    t, width = torch.arange(1000), ours.time_embedding.channels
+    with torch.no_grad():
+        assert largest(theirs.time_proj(t), timestep_embedding(t, width)) == 0
+        assert largest(theirs.time_embedding(theirs.time_proj(t)), ours.time_embedding(t)) < OUTPUT
+
+
+def test_time_and_caption_are_heard(pair):
+    r"""Else equal outputs would say nothing of the branches that carry them."""
+    ours, _ = pair
+    z, t, context = inputs(ours, [10, 500])
+    with torch.no_grad():
+        y = ours(z, t, context)
+        assert largest(y, ours(z, t + 200, context)) > 1e-2
+        assert largest(y, ours(z, t, context.flip(0))) > 1e-2
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels-last"])
+def test_gradients_are_equal_for_every_weight_and_input(pair, layout):
+    r"""Channels-last maps of 256 pixels and more take the hand-written backward pass of the group norm."""
+    ours, theirs = pair
+    side = 16 if layout == torch.channels_last else 8
+    z, t, context = inputs(ours, [3, 700], side)
+    z = z.contiguous(memory_format=layout)
+    weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(5)) / side
+    gradients = []
+    for unet in (ours, theirs):
+        unet.train().zero_grad()
+        x, c = z.clone().requires_grad_(), context.clone().requires_grad_()
+        out = unet(x, t, c)
+        ((out if unet is ours else out.sample) * weight).sum().backward()
+        own = {name: p.grad for name, p in unet.named_parameters()}
+        gradients.append({"z": x.grad, "context": c.grad} | own)
+        unet.eval()
+    mine, expected = gradients
+    renamed = {renamed_as(name): g for name, g in mine.items()}
+    assert renamed.keys() == expected.keys()
+    assert max(g.abs().max().item() for g in expected.values()) > 0.1
+    worst = max(expected, key=lambda name: largest(expected[name], renamed[name]))
+    assert largest(expected[worst], renamed[worst]) < GRADIENT, worst
+
+
+def renamed_as(name: str) -> str:
+    for ours, theirs in RENAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def test_every_normalisation_is_the_same(pair):
+    ours, theirs = pair
+    assert normalisations(ours) == normalisations(theirs)
+
+
+def test_the_specs_unet_has_the_published_size():
+    theirs = diffusers.UNet2DConditionModel.from_config(unet_config(ModelConfig()))
+    assert len(theirs.state_dict()) == 496
+    assert sum(p.numel() for p in theirs.parameters()) == 18_773_444
+
+
+def test_what_our_unet_always_is_is_diffusers_default():
+    r"""A folder that leaves one of these out means the same by it."""
+    defaults = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
+    assert {key: defaults[key].default for key in UNET_ALWAYS} == UNET_ALWAYS

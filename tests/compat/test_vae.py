@@ -1,0 +1,104 @@
+r"""The VAE gives the numbers of diffusers' AutoencoderKL: moments, draws and pictures.
+
+Single precision on both sides, some 25 layers, values of size 1: differences of about 1e-6, hence 1e-5.
+"""
+
+import inspect
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compat.conftest import largest, normalisations, randomised
+from ddpm.config import PRESETS, Config, ModelConfig
+from ddpm.export import RENAMES, VAE_ALWAYS, vae_config, write_weights
+from ddpm.vae import KLVAE, DiagonalGaussian
+
+diffusers = pytest.importorskip("diffusers")
+
+TOLERANCE = 1e-5
+ODD = ModelConfig(vae_channels=(32, 96, 64), vae_layers=3, latent_channels=5)
+CONFIGS = {name: Config.from_preset(name).model for name in PRESETS} | {"odd": ODD}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tmp_path_factory):
+    r"""Our VAE, and theirs with the weights that we wrote for it."""
+    c = CONFIGS[request.param]
+    torch.manual_seed(0)
+    ours = randomised(KLVAE(c.vae_channels, c.vae_layers, c.latent_channels))
+    path = tmp_path_factory.mktemp("vae") / "weights.safetensors"
+    write_weights(path, ours, RENAMES)
+    theirs = diffusers.AutoencoderKL.from_config(vae_config(c)).eval()
+    theirs.load_state_dict(load_file(path), strict=True)
+    return ours, theirs
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@torch.no_grad()
+def test_the_encoders_moments_are_equal(pair, pictures):
+    ours, theirs = pair
+    q, expected = ours.encode(pictures), theirs.encode(pictures).latent_dist
+    assert q.mu.std() > 0.05
+    assert largest(expected.mean, q.mu) < TOLERANCE
+    assert largest(expected.logvar, q.logvar) < TOLERANCE
+    assert largest(expected.mode(), q.mode()) < TOLERANCE
+
+
+@torch.no_grad()
+def test_draws_with_one_generator_are_equal(pair, pictures):
+    ours, theirs = pair
+    mine, expected = (
+        vae.sample(generator=torch.Generator().manual_seed(7))
+        for vae in (ours.encode(pictures), theirs.encode(pictures).latent_dist)
+    )
+    assert largest(expected, mine) < TOLERANCE
+
+
+@torch.no_grad()
+def test_the_kl_term_is_equal(pair, pictures):
+    r"""A sum over some hundred to thousand latents; compared as a mean over them."""
+    ours, theirs = pair
+    q = ours.encode(pictures)
+    n = q.mu[0].numel()
+    assert largest(theirs.encode(pictures).latent_dist.kl() / n, q.kl() / n) < TOLERANCE
+
+
+@torch.no_grad()
+def test_decoded_pictures_are_equal(pair):
+    ours, theirs = pair
+    side = 32 // ours.factor
+    z = torch.randn(2, ours.latent_channels, side, side, generator=torch.Generator().manual_seed(2))
+    x, expected = ours.decode(z), theirs.decode(z).sample
+    assert x.shape == (2, 3, 32, 32)
+    assert x.std() > 0.05
+    assert largest(expected, x) < TOLERANCE
+
+
+def test_extreme_variances_are_clamped_alike():
+    mu, logvar = torch.zeros(4, 2, 1, 1), torch.tensor([-1e3, -29.0, 19.0, 1e3]).reshape(4, 1, 1, 1).expand(4, 2, 1, 1)
+    expected = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(torch.cat([mu, logvar], dim=1))
+    ours = DiagonalGaussian(mu, logvar)
+    assert torch.equal(ours.logvar, expected.logvar)
+    assert torch.equal(ours.kl(), expected.kl())
+
+
+def test_every_normalisation_is_the_same(pair):
+    ours, theirs = pair
+    assert normalisations(ours) == normalisations(theirs)
+
+
+def test_the_specs_vae_has_the_published_size():
+    theirs = diffusers.AutoencoderKL.from_config(vae_config(ModelConfig()))
+    assert len(theirs.state_dict()) == 156
+    assert sum(p.numel() for p in theirs.parameters()) == 3_346_471
+
+
+def test_what_our_vae_always_is_is_diffusers_default():
+    r"""A folder that leaves one of these out means the same by it."""
+    defaults = inspect.signature(diffusers.AutoencoderKL.__init__).parameters
+    assert {key: defaults[key].default for key in VAE_ALWAYS} == VAE_ALWAYS

@@ -1,0 +1,368 @@
+r"""The diffusers folder: what is in it, that it comes back bit for bit, what is refused; without diffusers.
+
+That diffusers and transformers open it and compute the same is in tests/compat.
+"""
+
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import TINY, without_zeros
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ddpm import cli, export
+from ddpm.config import PRESETS, Config, ModelConfig, UserError
+from ddpm.model import TextToImage
+from ddpm.text import TextTower
+from ddpm.unet import UNet
+from ddpm.vae import KLVAE
+
+CONFIG_FILES = {
+    "unet": "unet/config.json", "vae": "vae/config.json", "text": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json", "tokenizer": "tokenizer/tokenizer_config.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tower) -> TextToImage:
+    torch.manual_seed(0)
+    model = TextToImage(TINY, tower).eval()
+    without_zeros(model.vae, seed=1)
+    without_zeros(model.unet, seed=2)
+    model.latent_scale = 1.25
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    r"""The model's folder, written where diffusers and transformers cannot be imported."""
+    folder = tmp_path_factory.mktemp("export") / "new" / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "diffusers", None)
+        patch.setitem(sys.modules, "transformers", None)
+        export.export(model, folder)
+    yield folder
+    shutil.rmtree(folder)  # a quarter of a gigabyte
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    r"""A copy of the folder whose settings a test may change; the weights are linked."""
+    return shutil.copytree(folder, tmp_path / "copy", copy_function=lambda a, b: os.link(a, b))
+
+
+def settings(folder, part: str) -> dict:
+    return json.loads((folder / CONFIG_FILES[part]).read_text(encoding="utf-8"))
+
+
+def change(folder, part: str, **changes):
+    r"""Set keys of a settings file; one set to `...` is left out."""
+    path = folder / CONFIG_FILES[part]
+    values = {k: v for k, v in (settings(folder, part) | changes).items() if v is not ...}
+    path.unlink()  # the link, not the file that other tests read
+    path.write_text(json.dumps(values))
+
+
+def refusal_of(action, *arguments) -> str:
+    with pytest.raises(UserError) as refusal:
+        action(*arguments)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+# ------------------------------------------------------------------------------------------- what is written
+
+
+def test_the_folder_holds_what_the_pipeline_looks_for(folder):
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt",
+        "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
+    }  # fmt: skip
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["safety_checker"] == index["feature_extractor"] == index["image_encoder"] == [None, None]
+    assert index["requires_safety_checker"] is False
+
+
+def test_every_weights_file_says_that_it_is_pytorchs(folder):
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["format"] == "pt"
+
+
+def test_the_specs_model_is_described_in_diffusers_words():
+    r"""attention_head_dim is the number of heads: 2, 4 and 8 make every head 32 wide."""
+    unet, vae = export.unet_config(ModelConfig()), export.vae_config(ModelConfig())
+    assert unet["down_block_types"] == ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+    assert unet["up_block_types"] == ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
+    assert (unet["block_out_channels"], unet["attention_head_dim"]) == ([64, 128, 256], [2, 4, 8])
+    assert (unet["sample_size"], unet["cross_attention_dim"], unet["layers_per_block"]) == (32, 512, 2)
+    assert (vae["block_out_channels"], vae["layers_per_block"], vae["latent_channels"]) == ([64, 128], 2, 4)
+
+
+def test_the_latent_scale_is_the_vaes_scaling_factor(folder, model):
+    assert settings(folder, "vae")["scaling_factor"] == model.latent_scale == 1.25
+
+
+def test_the_version_is_late_enough_for_sample_size_to_stand(folder):
+    r"""Below 0.9.0 diffusers overwrites a sample_size under 64."""
+    major, minor, _ = settings(folder, "unet")["_diffusers_version"].split(".")
+    assert (int(major), int(minor)) >= (0, 9)
+    assert settings(folder, "unet")["sample_size"] == 8
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x_0"])
+@pytest.mark.parametrize("timesteps", [1000, 50])
+def test_the_schedules_ends_are_written_for_any_length(prediction, timesteps):
+    config = ModelConfig(schedule="linear", prediction=prediction, timesteps=timesteps)
+    written = export.schedule_config(config)
+    assert written["prediction_type"] == {"eps": "epsilon", "v": "v_prediction", "x_0": "sample"}[prediction]
+    assert written["beta_start"] == pytest.approx(1e-4 * 1000 / timesteps)
+    assert written["beta_end"] == pytest.approx(0.02 * 1000 / timesteps)
+
+
+def test_nothing_is_clipped_and_the_times_trail(folder):
+    written = settings(folder, "scheduler")
+    assert written["_class_name"] == "DPMSolverMultistepScheduler"
+    assert (written["clip_sample"], written["thresholding"]) == (False, False)
+    assert (written["timestep_spacing"], written["steps_offset"]) == ("trailing", 1)
+    assert (written["final_sigmas_type"], written["solver_order"]) == ("zero", 2)
+
+
+@pytest.mark.parametrize(("module", "renames"), [
+    (UNet, export.RENAMES), (KLVAE, export.RENAMES), (TextTower, export.TEXT_RENAMES),
+], ids=["unet", "vae", "text"])  # fmt: skip
+def test_no_two_tensors_get_one_name(module, renames):
+    with torch.device("meta"):
+        names = list(UNet().state_dict() if module is UNet else KLVAE().state_dict())
+    if module is TextTower:
+        names = list(TextTower().tower.state_dict())
+    theirs = [n for name in names for n in export.their_names(name, renames)]
+    assert len(set(theirs)) == len(theirs)
+    assert len(theirs) == {UNet: 496, KLVAE: 156, TextTower: 196}[module]
+
+
+def test_the_text_towers_one_matrix_becomes_three(folder, model):
+    tensors = load_file(folder / "text_encoder" / "model.safetensors")
+    q, k, v = (tensors[f"text_model.encoder.layers.3.self_attn.{part}_proj.weight"] for part in "qkv")
+    whole = model.text.tower.transformer.resblocks[3].attn.in_proj_weight
+    assert torch.equal(torch.cat([q, k, v]), whole)
+    assert q.shape == (512, 512)
+
+
+def test_the_vocabulary_is_open_clips_with_a_second_name_for_id_0(folder, model):
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    encoder = model.text.tokenizer.encoder
+    assert vocabulary.pop("<|pad|>") == 0 == vocabulary["!"]
+    assert (vocabulary.pop("<|startoftext|>"), vocabulary.pop("<|endoftext|>")) == (49406, 49407)
+    assert vocabulary == {token: i for token, i in encoder.items() if i < 49406}
+    merges = (folder / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert merges[0].startswith("#version") and len(merges) == 1 + 48894
+    assert [tuple(line.split(" ")) for line in merges[1:]] == list(model.text.tokenizer.bpe_ranks)
+
+
+def test_the_activation_is_written():
+    assert export.text_config(quick_gelu=False)["hidden_act"] == "gelu"
+    assert export.text_config(quick_gelu=True)["hidden_act"] == "quick_gelu"
+
+
+# ------------------------------------------------------------------------------------------- there and back
+
+
+def test_the_model_comes_back_bit_for_bit(folder, model):
+    back = export.import_diffusers(folder)
+    expected, came = model.state_dict(), back.state_dict()
+    assert came.keys() == expected.keys()
+    assert all(torch.equal(came[name], expected[name]) for name in expected)
+    assert back.latent_scale == model.latent_scale
+    assert torch.equal(back.schedule.alpha_bar, model.schedule.alpha_bar)
+    assert not back.training
+
+
+@pytest.mark.parametrize("c", [
+    *(Config.from_preset(name).model for name in PRESETS),
+    ModelConfig(schedule="scaled_linear", timesteps=250, prediction="x_0", channels=(32, 64, 96, 96), res_blocks=3,
+                attention_levels=(0, 3), head_width=16, latent_channels=5, text_quick_gelu=True),
+    ModelConfig(channels=(64,), attention_levels=(), vae_channels=(32,), image_size=8),
+], ids=[*PRESETS, "odd", "one-level"])  # fmt: skip
+def test_every_configuration_comes_back(copy, c):
+    change(copy, "unet", **export.unet_config(c))
+    change(copy, "vae", **export.vae_config(c))
+    change(copy, "text", **export.text_config(c.text_quick_gelu))
+    change(copy, "scheduler", **({"beta_start": ..., "beta_end": ...} | export.schedule_config(c)))
+    back = export.model_config(copy)
+    assert {**vars(back), "text_weights": c.text_weights} == vars(c)
+
+
+def test_half_precision_weights_are_read(copy, model):
+    path = copy / "unet" / export.WEIGHTS
+    tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
+    path.unlink()
+    save_file(tensors, path)
+    unet = UNet(4, 4, TINY.channels, TINY.attention_levels, TINY.res_blocks, 512, TINY.head_width)
+    export.read_weights(path, unet, export.RENAMES)
+    for ours, theirs in zip(model.unet.parameters(), unet.parameters(), strict=True):
+        assert theirs.dtype == torch.float32
+        assert (ours - theirs).abs().max() < 1e-3  # half precision keeps 11 bits of weights up to 1
+
+
+def test_settings_that_diffusers_leaves_to_their_default_may_be_missing(copy):
+    for part, always in (("unet", export.UNET_ALWAYS), ("vae", export.VAE_ALWAYS), ("text", export.TEXT_ALWAYS)):
+        change(copy, part, **dict.fromkeys(always, ...))
+    assert export.model_config(copy).channels == TINY.channels
+
+
+def test_an_activation_that_is_missing_is_transformers_default(copy):
+    change(copy, "text", hidden_act=...)
+    assert export.model_config(copy).text_quick_gelu is True
+
+
+@pytest.mark.parametrize("pad", ["!", "<|pad|>", {"content": "!", "special": True}], ids=str)
+def test_padding_with_id_0_has_several_names(copy, pad):
+    change(copy, "tokenizer", pad_token=pad)
+    assert export.model_config(copy).image_size == 16
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+REFUSED = {  # setting, its value, what the refusal names
+    "unet": [
+        ("act_fn", "gelu", "act_fn"), ("norm_eps", 1e-6, "norm_eps"), ("flip_sin_to_cos", False, "flip_sin_to_cos"),
+        ("cross_attention_dim", 768, "cross_attention_dim"), ("cross_attention_dim", ..., "cross_attention_dim"),
+        ("attention_head_dim", 8, "attention_head_dim"), ("attention_head_dim", 0, "attention_head_dim"),
+        ("attention_head_dim", "2", "attention_head_dim"), ("attention_head_dim", 5, "head_width"),
+        ("sample_size", ..., "sample_size"), ("sample_size", [8, 16], "sample_size"), ("sample_size", 7, "image_size"),
+        ("sample_size", 8.5, "image_size"), ("block_out_channels", [48, 96], "widths"),
+        ("block_out_channels", [], "block_out_channels"), ("block_out_channels", None, "block_out_channels"),
+        ("down_block_types", ["AttnDownBlock2D", "DownBlock2D"], "down_block_types"),
+        ("down_block_types", 3, "down_block_types"), ("up_block_types", ["UpBlock2D"] * 2, "up_block_types"),
+        ("layers_per_block", [1, 2], "layers_per_block"), ("in_channels", 9, "in_channels"),
+    ],
+    "vae": [
+        ("down_block_types", ["DownEncoderBlock2D"], "down_block_types"), ("shift_factor", 0.1, "shift_factor"),
+        ("latent_channels", 16, "in_channels"), ("use_quant_conv", False, "use_quant_conv"),
+    ],
+    "text": [("hidden_act", "relu", "hidden_act"), ("hidden_size", 768, "hidden_size")],
+    "scheduler": [
+        ("beta_schedule", "sigmoid", "beta_schedule"), ("beta_start", ..., "beta_start"), ("beta_end", 1, "beta_end"),
+        ("prediction_type", "flow_prediction", "prediction_type"), ("num_train_timesteps", True, "num_train_timesteps"),
+        ("num_train_timesteps", 1000.5, "timesteps"), ("trained_betas", [0.1], "trained_betas"),
+        ("rescale_betas_zero_snr", True, "rescale_betas_zero_snr"),
+    ],
+    "tokenizer": [("pad_token", "<|endoftext|>", "padding"), ("pad_token", ..., "padding")],
+}  # fmt: skip
+CASES = [(part, *case) for part, cases in REFUSED.items() for case in cases]
+
+
+@pytest.mark.parametrize(("part", "key", "value", "named"), CASES, ids=[f"{p}-{k}-{v}" for p, k, v, _ in CASES])
+def test_what_our_networks_are_not_is_refused_by_name(copy, part, key, value, named):
+    change(copy, part, **{key: value})
+    assert named in refusal_of(export.import_diffusers, copy)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "1.25", None, ...], ids=str)
+def test_a_scaling_factor_that_is_none_is_refused(copy, value):
+    change(copy, "vae", scaling_factor=value)
+    assert "scaling_factor" in refusal_of(export.import_diffusers, copy)
+
+
+@pytest.mark.parametrize("part", CONFIG_FILES)
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", "\udcff"], ids=["gone", "empty", "cut", "list", "bytes"])
+def test_a_damaged_settings_file_is_named(copy, part, content):
+    path = copy / CONFIG_FILES[part]
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content.encode(errors="surrogateescape"))
+    assert str(path) in refusal_of(export.import_diffusers, copy)
+
+
+@pytest.mark.parametrize("fault", ["gone", "damaged", "missing", "too many", "other shape"])
+def test_weights_that_do_not_fit_are_refused_by_name(copy, fault):
+    path = copy / "unet" / export.WEIGHTS
+    tensors = load_file(path)
+    name = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
+    whole = tensors[name]
+    path.unlink()
+    if fault == "damaged":
+        path.write_bytes(b"not a file of tensors")
+    elif fault != "gone":
+        del tensors[name]
+        tensors |= {"too many": {name: whole, "class_embedding.weight": torch.zeros(2)},
+                    "other shape": {name: torch.zeros(3)}}.get(fault, {})  # fmt: skip
+        save_file(tensors, path)
+    said = refusal_of(export.import_diffusers, copy)
+    assert str(path) in said
+    assert {"missing": name, "too many": "class_embedding.weight", "other shape": "(3,)"}.get(fault, "") in said
+
+
+def test_something_that_is_there_is_not_overwritten(model, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for taken in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
+        assert str(taken) in refusal_of(export.export, model, taken)
+    assert [p.name for p in tmp_path.rglob("*")] == ["full", "mine.txt"]
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_a_folder_appears_whole(tmp_path, there):
+    target = tmp_path / "a" / "b"
+    if there:
+        target.mkdir(parents=True)
+    with export.new_folder(target) as folder:
+        (folder / "file").write_text("whole")
+        assert not (target / "file").exists()
+    assert (target / "file").read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_an_export_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_weights", full)
+    with pytest.raises(OSError):
+        export.export(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_goes_there_and_back(model, tmp_path, capsys):
+    run, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
+    model.save(run)
+    for arguments in ([run, out], ["--reverse", out, back]):
+        assert cli.run(export.main, arguments) == 0
+        assert capsys.readouterr() == (f"wrote {arguments[-1]}\n", "")
+    again = TextToImage.load(back)
+    expected, came = model.state_dict(), again.state_dict()
+    assert all(torch.equal(came[name], expected[name]) for name in expected)
+    assert again.latent_scale == model.latent_scale
+    for folder in (run, out, back):
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("arguments", [["nowhere", "out"], ["--reverse", "nowhere", "out"]], ids=["there", "back"])
+def test_a_source_that_is_not_there_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(export.main, arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: expected") and err.count("\n") == 1 and "nowhere" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_arguments_are_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        export.main(["only-one"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the following arguments are required: DIR; see python -m ddpm.export --help\n"
+    )
