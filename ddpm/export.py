@@ -159,7 +159,7 @@ def write_tokenizer(folder: Path, text: TextTower):
     r"""OpenCLIP's byte-pair vocabulary as the files of transformers' `CLIPTokenizer`.
 
     OpenCLIP pads with id 0, which is also the letter "!". Were "!" the padding token, every "!" of a prompt would be
-    read as padding; so id 0 has a second name. transformers does not mend text as OpenCLIP does (ftfy): curly quotes,
+    read as padding; so id 0 has a second name. transformers 5 does not mend text as OpenCLIP does (ftfy): curly quotes,
     ligatures and HTML entities become other tokens there.
     """
     names = dict(zip(text.tokenizer.all_special_ids, (START, END), strict=True))

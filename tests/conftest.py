@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm.config import ModelConfig
+from ddpm.config import ModelConfig, UserError
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
 
@@ -22,6 +22,15 @@ def without_zeros(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Modu
             if parameter.ndim > 1 and not parameter.any():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std)
     return module
+
+
+def refusal_of(action):
+    r"""The text of the UserError that `action` raises, which must be one line."""
+    with pytest.raises(UserError) as refusal:
+        action()
+    told = str(refusal.value)
+    assert "\n" not in told
+    return told
 
 
 @pytest.fixture(scope="session")

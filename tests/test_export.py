@@ -319,6 +319,8 @@ def test_a_folder_appears_whole(tmp_path, there):
     with export.new_folder(target) as folder:
         (folder / "file").write_text("whole")
         assert not (target / "file").exists()
+        written = folder.stat().st_ino
+    assert target.stat().st_ino == written  # renamed, not copied
     assert (target / "file").read_text() == "whole"
     assert list(target.parent.iterdir()) == [target]
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, refusal_of
 from safetensors.torch import load_file, save_file
 
 import ddpm
@@ -31,15 +31,6 @@ def one_tower(tower, monkeypatch):
 def folder(tiny, tmp_path):
     tiny.save(tmp_path / "run")
     return tmp_path / "run"
-
-
-def refusal_of(action):
-    r"""The text of the UserError that `action` raises, which must be one line."""
-    with pytest.raises(UserError) as refusal:
-        action()
-    told = str(refusal.value)
-    assert "\n" not in told
-    return told
 
 
 def far(x, y):

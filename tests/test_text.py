@@ -12,13 +12,13 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refusal_of
 from huggingface_hub import constants
 from open_clip import pretrained
 from open_clip import transformer as open_clip_transformer
 from safetensors.torch import save_file
 
 from ddpm import text as text_file
-from ddpm.config import UserError
 from ddpm.text import TextTower
 
 FINGERPRINT = "68ae6f99df6f14024a2dcaf75495fcf0a2f5f72deaf2dadfcb5122d317140d5c"
@@ -29,15 +29,6 @@ START, END = 49406, 49407
 @pytest.fixture(scope="module")
 def states(tower):
     return tower(PROMPTS)
-
-
-def refusal_of(action):
-    r"""The text of the UserError that `action` raises, which must be one line."""
-    with pytest.raises(UserError) as refusal:
-        action()
-    told = str(refusal.value)
-    assert "\n" not in told
-    return told
 
 
 # ------------------------------------------------------------------------------------------- states

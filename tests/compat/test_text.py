@@ -87,6 +87,7 @@ def test_padding_is_id_zero_and_an_exclamation_mark_is_none(tokenizer):
     assert tokenizer("a man!").input_ids == [49406, 320, 786, 256, 49407]
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 mends text as OpenCLIP does")
 @pytest.mark.parametrize("prompt", ["“curly”", "ﬁne", "salt &amp; pepper"])
 def test_text_that_open_clip_mends_is_not_mended_there(tower, tokenizer, prompt):
     r"""Known difference: OpenCLIP runs ftfy over a prompt, transformers 5 does not. Told in `write_tokenizer`."""
