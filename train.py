@@ -92,7 +92,8 @@ class Trainer:
 
         t, until = self.config.training, None
         if t.max_minutes:
-            until = 60 * t.max_minutes * (t.vae_share if stage == "vae" else 0.98)  # the rest: last pictures, saving
+            whole = 60 * t.max_minutes
+            until = whole * t.vae_share if stage == "vae" else whole - max(10, 0.02 * whole)  # to save and draw
         bound = Bound(stage_steps(self.config, stage, self.pictures), self.run.clock, self.run.clock(), until)
         opt = Optimization(network, self.config, lr, bound, ema, self.precision)
         if self.run.state and self.run.state["stage"] == stage:
