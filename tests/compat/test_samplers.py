@@ -152,6 +152,17 @@ def test_the_tables_are_equal(name, length):
     assert (off / (1 - schedule.alpha_bar)).max() < 1e-3
 
 
+@pytest.mark.parametrize(("name", "theirs", "ends"), [
+    ("linear", "linear", (1e-4, 0.02)), ("scaled_linear", "scaled_linear", (0.00085, 0.012)),
+    ("cosine", "squaredcos_cap_v2", (0.0, 0.0)),
+])  # fmt: skip
+def test_the_named_schedules_have_the_published_ends(name, theirs, ends):
+    r"""DDPM's and Stable Diffusion's; the export would carry any others along."""
+    made = diffusers.DDIMScheduler(beta_schedule=theirs, beta_start=ends[0], beta_end=ends[1])
+    beta = Schedule.named(name).beta
+    assert ((made.betas.double() - beta).abs() / beta).max() < 1e-6
+
+
 LOOPS = {"dpm++": "DPMSolverMultistepScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
 
 
