@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ddpm import cli
+from ddpm.cli import progress_bar, say
 from ddpm.config import PRESETS, Config, UserError, add_flags, given_flags
 
 ENOUGH_PSNR = 20  # decibels on held-out pictures; below, the second stage learns to draw blur
@@ -65,18 +66,6 @@ def resumed_configuration(config: Config, flags: dict) -> Config:
     if differing:
         raise UserError(f"a resumed run keeps its settings, got others: {', '.join(differing)}; leave them out")
     return config.with_training(**{n: v for n, v in flags.items() if n in movable})
-
-
-def progress_bar(things: Iterable, total: int, label: str) -> Iterable:
-    from tqdm import tqdm
-
-    return tqdm(things, label, total, leave=False, disable=None)
-
-
-def say(text: str):
-    from tqdm import tqdm
-
-    tqdm.write(text)
 
 
 class Trainer:
@@ -147,7 +136,7 @@ class Trainer:
     def train_vae(self) -> bool:
         r"""First stage; False when it was stopped before its end."""
         from ddpm.data import VALID
-        from ddpm.evaluation import reconstruction_quality
+        from ddpm.metrics import reconstruction_quality
         from ddpm.training import train_vae
 
         t, model, valid = self.config.training, self.model, self.pictures.rows(VALID)
@@ -173,7 +162,7 @@ class Trainer:
         r"""All latents; their scale is measured on the train split and kept in the model."""
         from ddpm.cache import encode_latents
         from ddpm.data import TRAIN
-        from ddpm.evaluation import measure_latent_scale
+        from ddpm.metrics import measure_latent_scale
 
         self.model.vae.eval()
         latents = encode_latents(self.cache, self.model.vae, self.pictures, self.precision, progress_bar)
@@ -184,7 +173,7 @@ class Trainer:
         r"""Second stage; False when it was stopped before its end."""
         from ddpm.cache import Texts
         from ddpm.data import TRAIN, VALID
-        from ddpm.evaluation import loss_by_timestep
+        from ddpm.metrics import loss_by_timestep
         from ddpm.model import save_weights
         from ddpm.training import train_unet
 
@@ -221,28 +210,22 @@ class Trainer:
 
 def load_pictures(config: Config, table, cache: Path):
     r"""The decoded data set; skipped pictures are told."""
-    from ddpm.cache import drawn_pictures, photographs
+    from ddpm.cache import load_pictures
 
-    t, size = config.training, config.model.image_size
-    if table is None:
-        return drawn_pictures(cache, t.drawn_images, t.seed, size, progress_bar)
-    pictures = photographs(cache, table, size, t.crop, t.max_bad_images, progress_bar)
+    pictures = load_pictures(config, table, cache, progress_bar)
     if pictures.bad:
         few = ", ".join(f"{name} ({reason})" for name, reason in pictures.bad[:3])
         say(f"skipped {len(pictures.bad)} unreadable pictures: {few}")
     return pictures
 
 
-def open_data(config: Config, download: bool):
-    r"""The table of the data folder, or None for drawn faces."""
-    from ddpm.data import download_celeba, open_table
+def download(folder: str):
+    r"""CelebA into the data folder."""
+    from ddpm.data import download_celeba
 
-    folder = config.training.data
     if folder == "drawn":
-        if download:
-            raise UserError("expected --data FOLDER to download CelebA into, got none")
-        return None
-    return open_table(download_celeba(folder) if download else folder)
+        raise UserError("expected --data FOLDER to download CelebA into, got none")
+    download_celeba(folder)
 
 
 def main(argv: list[str] | None = None):
@@ -262,13 +245,16 @@ def main(argv: list[str] | None = None):
         return
     import torch
 
+    from ddpm.cache import open_data
     from ddpm.data import TRAIN, VALID
     from ddpm.model import TextToImage
     from ddpm.run import Run
     from ddpm.text import TextTower
 
     run = Run(folder, config, a.resume is not None, started)
-    table = open_data(config, a.download)
+    if a.download:
+        download(config.training.data)
+    table = open_data(config)
     own_text, own_vae = folder / "text.safetensors", folder / "vae.safetensors"
     if a.stage == "unet" and not own_vae.is_file():
         raise UserError(f"expected {own_vae} for the second stage; train it with --stage vae first, then --resume")

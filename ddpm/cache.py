@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ddpm.captions import describe
-from ddpm.config import UserError
-from ddpm.data import TEST, TRAIN, VALID, BadImage, ImageTable, read_image
+from ddpm.config import Config, UserError
+from ddpm.data import TEST, TRAIN, VALID, BadImage, ImageTable, open_table, read_image
 from ddpm.faces import draw_many, drawn_rows
 from ddpm.model import autocast, write_atomically
 from ddpm.text import TOKENS, WIDTH, TextTower
@@ -103,6 +103,19 @@ class Pictures:
         r"""Pictures as (B, 3, S, S) float32 in [-1, 1], mirrored where `flip` (B,) says so."""
         x = torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
         return x if flip is None else torch.where(flip[:, None, None, None], x.flip(3), x)
+
+
+def open_data(config: Config) -> ImageTable | None:
+    r"""The table of the run's data folder, or None for drawn faces."""
+    return None if config.training.data == "drawn" else open_table(config.training.data)
+
+
+def load_pictures(config: Config, table: ImageTable | None, folder: Path, progress: Progress = silent) -> Pictures:
+    r"""The run's data set, decoded or drawn at its size; `table` is what `open_data` found."""
+    t, size = config.training, config.model.image_size
+    if table is None:
+        return drawn_pictures(folder, t.drawn_images, t.seed, size, progress)
+    return photographs(folder, table, size, t.crop, t.max_bad_images, progress)
 
 
 def drawn_pictures(folder: Path, count: int, seed: int, size: int = 64, progress: Progress = silent) -> Pictures:

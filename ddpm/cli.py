@@ -1,9 +1,9 @@
-r"""What the two commands share: one line for what a person can mend, exit code 2, and the choice of a device."""
+r"""What the commands share: one line for what a person can mend, exit code 2, lines and bars, a device."""
 
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -69,3 +69,17 @@ def choose_precision(name: str, device) -> str:
     if device.type == "cpu":
         return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     return "fp32"
+
+
+def progress_bar(things: Iterable, total: int, label: str) -> Iterable:
+    r"""`things` with a bar on the terminal while they pass."""
+    from tqdm import tqdm
+
+    return tqdm(things, label, total, leave=False, disable=None)
+
+
+def say(text: str):
+    r"""A line on the screen, above a bar that is being drawn."""
+    from tqdm import tqdm
+
+    tqdm.write(text)

@@ -9,7 +9,7 @@ from torch import nn
 from ddpm.cache import Latents, Texts, drawn_pictures
 from ddpm.config import Config, UserError
 from ddpm.data import TRAIN
-from ddpm.evaluation import loss_by_timestep, measure_latent_scale, psnr, reconstruction_quality, ssim
+from ddpm.metrics import loss_by_timestep, measure_latent_scale, psnr, reconstruction_quality, ssim
 from ddpm.model import TextToImage
 from ddpm.training import EMA, Bound, Optimization, batch_rows, perceptual_loss, timestep_batch, train_unet, train_vae
 

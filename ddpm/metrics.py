@@ -1,4 +1,4 @@
-r"""How good it is: reconstruction (PSNR, SSIM), latent scale, validation loss by timestep."""
+r"""How good it is, in numbers: reconstruction (PSNR, SSIM), latent scale, validation loss by timestep."""
 
 import math
 
