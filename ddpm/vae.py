@@ -4,6 +4,8 @@ Letters: B batch, H and W the picture's height and width, h = H / f and w = W / 
 f = 2^(number of channel widths - 1) the factor by which the encoder shrinks a side.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +44,13 @@ class DiagonalGaussian:
         = \tfrac12 \sum \left(\mu^2 + \sigma^2 - 1 - \log \sigma^2\right)$$
         """
         return 0.5 * (self.mu**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(dim=1)
+
+    def entropy(self) -> Tensor:
+        r"""Entropy in nats, summed over each latent; (B,).
+
+        $$H(q) = \tfrac12 \sum \left(\log 2 \pi e + \log \sigma^2\right)$$
+        """
+        return 0.5 * (math.log(2 * math.pi * math.e) + self.logvar).flatten(1).sum(dim=1)
 
 
 class MidBlock(nn.Module):
