@@ -210,7 +210,7 @@ def variational_term(
     alpha_bar_t = schedule.alpha_bar_at(t, z_t)
     alpha_bar_before = schedule.alpha_bar_at(t - 1, z_t)
     of_picture = alpha_bar_before.sqrt() * schedule.beta_at(t, z_t) / (1 - alpha_bar_t)  # 1 at t = 0
-    squares = (of_picture * (z_0.float() - z_0_hat.float())) ** 2 / sigma_2
+    squares = (of_picture * (z_0.to(of_picture) - z_0_hat)) ** 2 / sigma_2
     between = beta_tilde / sigma_2 - 1 + (sigma_2 / beta_tilde).log()
     is_last = alpha_bar_before == 1
     nats = 0.5 * (squares + torch.where(is_last, (2 * math.pi * sigma_2).log(), between))

@@ -168,7 +168,7 @@ def _summed(terms: Tensor, widths: Tensor, prior: float) -> dict[str, float]:
 
 
 def _laplace_bits(model, latents: Latents, pictures: Pictures, rows, precision: str, g, batch: int) -> float:
-    r"""-log2 P(x | z) a dimension of 8-bit pictures, z drawn from q(z | x), under a discretised Laplace distribution."""
+    r"""-log2 P(x | z) a dimension of 8-bit pictures, z drawn from q(z | x); see `laplace_bits`."""
 
     def decoded(chosen: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for begin in range(0, len(chosen), batch):
