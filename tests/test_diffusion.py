@@ -515,3 +515,22 @@ def test_following_the_loss_the_variance_becomes_the_exact_one():
     optimizer.step(closure)
     learned = reverse_variance(LINEAR, z_0, t, None, "learned", ((raw.detach() + 1) / 2).expand(n, 1))[0]
     assert abs(learned.item() / exact.item() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.01), (torch.float16, 0.002), (torch.float32, 1e-6)])
+def test_every_function_answers_in_its_inputs_type_to_that_types_precision_whatever_the_memory_layout(dtype, tolerance):
+    schedule, t = LINEAR, at(0, 10, 500, 900)
+    a, b = (normal(3, 4, seed=k).T.to(dtype) for k in range(2))
+    assert not a.is_contiguous()
+    for f in (
+        lambda a, b: forward_step(schedule, a, t, b),
+        lambda a, b: q_sample(schedule, a, t, b),
+        lambda a, b: q_posterior(schedule, a, b, t)[0],
+        lambda a, b: v_from(schedule, a, t, b),
+        lambda a, b: score_from(schedule, t, b),
+        lambda a, b: x_0_and_eps(schedule, a, t, b, "v")[0],
+        lambda a, b: x_0_and_eps(schedule, a, t, b, "eps")[1],
+    ):
+        said, exact = f(a, b), f(a.double().contiguous(), b.double().contiguous())
+        assert said.dtype == dtype
+        assert ((said.double() - exact).abs() <= tolerance * exact.abs().clamp(min=1)).all()

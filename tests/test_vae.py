@@ -204,3 +204,11 @@ def test_the_docstrings_balance_with_latent_diffusion_holds():
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="l1 or l2, got 'huber'"):
         vae_loss(torch.zeros(1), torch.zeros(1), DiagonalGaussian(torch.zeros(1, 1), torch.zeros(1, 1)), 1.0, "huber")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8])
+def test_numbers_of_another_type_are_refused_with_both_types(small, dtype):
+    with pytest.raises(ValueError, match=rf"expected x in the network's own torch.float32, got {dtype}"):
+        small.encode(torch.zeros(1, 3, 16, 16, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"expected z in the network's own torch.float32, got {dtype}"):
+        small.decode(torch.zeros(1, small.latent_channels, 8, 8, dtype=dtype))
