@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from textwrap import dedent
 
 from docutils import nodes
-from parsed import ROOT, Module, Thing, files, module_name, page_of, parse
+from parsed import ROOT, Thing, files, module_name, page_of, parse
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -35,7 +35,7 @@ class Beside(SphinxDirective):
             self.env.note_dependency(str(ROOT / name))
         modules = {m.name: m for m in map(parse, files())}
         self.module = modules[module_name(file)]
-        self.known = known_names(modules.values())
+        self.known = [name for m in modules.values() for thing in m.things for name in names_of(thing)]
         domain, node_id = self.env.domains.python_domain, f"module-{self.module.name}"
         domain.note_module(self.module.name, node_id, self.module.docstring.partition("\n")[0], "", False)
         intro = nodes.container(classes=["module-docstring"], ids=[node_id])
@@ -45,10 +45,8 @@ class Beside(SphinxDirective):
     def section(self, thing: Thing) -> nodes.section:
         r"""Heading, docstring and source of a thing; its documented methods follow as sections of their own."""
         section = nodes.section(classes=["thing"])
-        for name in thing.names:
-            self.target(section, name, thing.kind)
-        for name in thing.untold:
-            self.target(section, name, "method")
+        for name in (*thing.names, *thing.untold):
+            self.target(section, name, thing.kind if name in thing.names else "method")
         title = nodes.title()
         for i, name in enumerate(thing.names[:3]):
             title += [nodes.Text(", ")] * (i > 0) + [nodes.literal("", self.short(name))]
@@ -156,22 +154,16 @@ class Beside(SphinxDirective):
                 yield self.link(target, part)
 
     def lookup(self, name: str) -> str | None:
-        r"""The full name of what `name` means here: in this file, or the only one of its kind in the house."""
-        own = f"{self.module.name}.{name}"
-        found = self.known.get(name.rpartition(".")[2], [])
-        found = [full for full in found if full == own or full.endswith("." + name)]
-        return own if own in found else found[0] if len(found) == 1 else None
+        r"""The full name of what `name` means here: in this file, or the only one of that name in the house."""
+        found = [full for full in self.known if full.endswith("." + name)]
+        own = [full for full in found if full.startswith(self.module.name + ".")]
+        found = own or [full for full in found if full.count(".") == 2 or "." in name]  # no stranger's bare method
+        return found[0] if len(found) == 1 else None
 
 
-def known_names(modules) -> dict[str, list[str]]:
-    r"""Last part of a name -> all full names that end in it."""
-    known = {}
-    for module in modules:
-        for thing in module.things:
-            for one in (thing, *thing.members):
-                for name in one.names:
-                    known.setdefault(name.rpartition(".")[2], []).append(name)
-    return known
+def names_of(thing: Thing) -> list[str]:
+    r"""All full names that have a place in the section of a thing."""
+    return [*thing.names, *thing.untold, *(name for member in thing.members for name in names_of(member))]
 
 
 def python(code: str) -> nodes.literal_block:
