@@ -442,8 +442,9 @@ Where papers differ:
   $\sqrt{\bar\alpha_t}$ and $\sigma_t$ is $\sqrt{1 - \bar\alpha_t}$.
 - Guidance: our `scale` is $1 + w$ in Classifier-Free Diffusion Guidance.
 
-A test is named by what it says; those of parity compare with another implementation and need the extra `compat`. [test_equations.py](../tests/test_equations.py) compares the code of many rows with the equation typed a second
-time, for single numbers, in [equations.py](equations.py). [mutations.py](../tests/mutations.py)
+A test is named by what it says; those of parity compare with another implementation and need the extra `compat`.
+[test_equations.py](../tests/test_equations.py) compares the code of many rows with the equation typed a second time,
+for single numbers, in [equations.py](equations.py). [mutations.py](../tests/mutations.py)
 departs from every equation in two ways at least, and demands that a test of its row fails.
 """
 COLUMNS = "| | Equation | Symbols in the code | Computed by | Held by |\n| --- | --- | --- | --- | --- |\n"

@@ -41,7 +41,13 @@ def test_the_page_is_what_the_script_writes(tmp_path, monkeypatch, capsys):
 
 
 HELD = {"forward-step": ["tests/test_diffusion.py::test_one"]}
-FORWARD = Row("forward-step", "", "diffusion.forward_step", "beta_t")
+
+
+def row(code="diffusion.forward_step", symbols="", tex="x"):
+    return Row("forward-step", "", code, symbols, tex)
+
+
+FORWARD = row(symbols="beta_t", tex="")
 
 
 @pytest.mark.parametrize(
@@ -49,23 +55,11 @@ FORWARD = Row("forward-step", "", "diffusion.forward_step", "beta_t")
     [
         (FORWARD, {}, "no test holds 'forward-step'"),
         (FORWARD, HELD | {"forwards": ["tests/test_x.py::test_two"]}, "got 'forwards' on tests/test_x.py::test_two"),
-        (
-            Row("forward-step", "", "diffusion.backward_step", "", "x"),
-            HELD,
-            "ddpm.diffusion.backward_step, which is not",
-        ),
-        (Row("forward-step", "", "diffusion", "", "x"), HELD, "names ddpm.diffusion, which is not there"),
-        (
-            Row("forward-step", "", "nowhere.forward_step", "", "x"),
-            HELD,
-            "ddpm.nowhere.forward_step, which is not there",
-        ),
-        (
-            Row("forward-step", "", "diffusion.forward_step", "gamma_t"),
-            HELD,
-            "symbol gamma_t, which is not in its code",
-        ),
-        (Row("forward-step", "", "diffusion.training_target", ""), HELD, "'forward-step' has no equation"),
+        (row(code="diffusion.backward_step"), HELD, "names ddpm.diffusion.backward_step, which is not there"),
+        (row(code="diffusion"), HELD, "names ddpm.diffusion, which is not there"),
+        (row(code="nowhere.forward_step"), HELD, "names ddpm.nowhere.forward_step, which is not there"),
+        (row(symbols="gamma_t"), HELD, "names the symbol gamma_t, which is not in its code"),
+        (row(code="diffusion.training_target", tex=""), HELD, "'forward-step' has no equation"),
     ],
 )
 def test_a_gap_is_told_in_one_line_that_says_where(row, held, told):

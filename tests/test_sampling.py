@@ -299,6 +299,12 @@ def test_twenty_steps_stand_where_each_spacing_puts_them():
 
 
 @pytest.mark.equation("sampling-times")
+def test_trailing_times_are_rounded_where_the_steps_do_not_divide_the_chain():
+    r"""1000 - k 1000 / 7 is 1000, 857.1, 714.3, 571.4, 428.6, 285.7, 142.9."""
+    assert timesteps(LINEAR, 7) == [999, 856, 713, 570, 428, 285, 142]
+
+
+@pytest.mark.equation("sampling-times")
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("T", [30, 1000])
 def test_any_number_of_steps_gives_that_many_falling_times_within_the_chain(spacing, T):

@@ -49,7 +49,7 @@ def test_the_average_follows_its_formula_and_its_decay_warms_up():
         ema.update(network, n)
         d = min(0.9, (1 + n) / (10 + n))
         expected = d * expected + (1 - d) * n
-    assert abs(ema.shadow["weight"].item() - expected) < 1e-3  # fp32 sums of numbers up to 200
+        assert abs(ema.shadow["weight"].item() - expected) < 1e-3  # fp32 sums of numbers up to 200
 
 
 def test_the_averaged_weights_are_lent_and_given_back():
