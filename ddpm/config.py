@@ -30,6 +30,11 @@ class ModelConfig:
     schedule: str = option("linear", "beta over time", ("linear", "scaled_linear", "cosine"))
     timesteps: int = option(1000, "length T of the noise chain")
     prediction: str = option("eps", "what the UNet predicts", ("eps", "v", "x_0"))
+    variance: str = option(
+        "posterior",
+        "Sigma of a DDPM step: the posterior's, beta_t, or learned between them with twice the output channels",
+        ("posterior", "beta", "learned"),
+    )
     vae_channels: tuple[int, ...] = option((64, 128), "VAE widths; each after the first halves the side")
     vae_layers: int = option(2, "ResBlocks a level of the VAE's encoder")
     latent_channels: int = option(4, "channels of a latent")
@@ -76,6 +81,7 @@ class TrainConfig:
     weight_decay: float = option(0.01, "AdamW's weight decay")
     clip: float = option(1.0, "largest norm of the gradient")
     ema_decay: float = option(0.9995, "decay of the averaged weights, reached by warm-up")
+    vlb_weight: float = option(0.001, "weight of the variational bound that teaches --variance learned")
     reconstruction: str = option("l1", "the VAE's reconstruction norm", ("l1", "l2"))
     kl_weight: float = option(1e-5, "weight of the VAE's KL term")
     perceptual_weight: float = option(0.0, "weight of a VGG16 feature loss; above 0 downloads torchvision's weights")
@@ -119,7 +125,7 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "crop", "seed", "steps_per_epoch", "epochs", "max_minutes", "vae_lr", "lr", "warmup", "weight_decay", "clip",
-    "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images",
+    "vlb_weight", "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images",
 )  # fmt: skip
 
 

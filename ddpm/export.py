@@ -8,6 +8,7 @@ default is sampling here by default: the folder names DPM-Solver++ 2M with trail
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from ddpm.config import Config, ModelConfig, TrainConfig, UserError
 from ddpm.model import TextToImage, save_weights
 from ddpm.schedule import Schedule
 from ddpm.text import TOKENS, WIDTH, TextTower
+from ddpm.unet import UNet
 
 RENAMES = (  # UNet and VAE: ours, diffusers'
     (".to_out.", ".to_out.0."),
@@ -150,9 +152,20 @@ def export(model: TextToImage, folder: str | Path):
         _write_json(to / "scheduler/scheduler_config.json",
                     {"_class_name": INDEX["scheduler"][1], **VERSION, **schedule_config(c), **SAMPLER})  # fmt: skip
         write_tokenizer(to / "tokenizer", model.text)
-        write_weights(to / "unet" / WEIGHTS, model.unet, RENAMES)
+        write_weights(to / "unet" / WEIGHTS, without_variance(model.unet), RENAMES)
         write_weights(to / "vae" / WEIGHTS, model.vae, RENAMES)
         write_weights(to / "text_encoder/model.safetensors", model.text.tower, TEXT_RENAMES, PREFIX)
+
+
+def without_variance(unet: UNet) -> UNet:
+    r"""The UNet without the half of its output that is a learned variance: diffusers' pipeline would guide it too."""
+    if unet.conv_out.out_channels == unet.in_channels:
+        return unet
+    unet = copy.deepcopy(unet)
+    weight, bias = (parameter[: unet.in_channels] for parameter in (unet.conv_out.weight, unet.conv_out.bias))
+    unet.conv_out = nn.Conv2d(unet.conv_out.in_channels, unet.in_channels, 3, padding=1)
+    unet.conv_out.load_state_dict({"weight": weight, "bias": bias})
+    return unet
 
 
 def write_tokenizer(folder: Path, text: TextTower):

@@ -37,9 +37,10 @@ class TextToImage(nn.Module):
         self.config = config
         self.schedule = Schedule.named(config.schedule, config.timesteps)
         self.vae = KLVAE(config.vae_channels, config.vae_layers, config.latent_channels)
+        outputs = config.latent_channels * (2 if config.variance == "learned" else 1)
         self.unet = UNet(
-            config.latent_channels, config.latent_channels, config.channels, config.attention_levels,
-            config.res_blocks, WIDTH, config.head_width,
+            config.latent_channels, outputs, config.channels, config.attention_levels, config.res_blocks, WIDTH,
+            config.head_width,
         )  # fmt: skip
         self.own_text = text is not None
         self.text = text if text is not None else TextTower.named(config.text_weights, config.text_quick_gelu)
@@ -68,6 +69,7 @@ class TextToImage(nn.Module):
         precision: str = "fp32",
         batch_size: int = 32,
         first: int = 0,
+        variance: str | None = None,
     ) -> Tensor:
         r"""Pictures of the prompts, (B, 3, H, W) in [-1, 1].
 
@@ -80,6 +82,7 @@ class TextToImage(nn.Module):
             callback: called with the `State` after every step, for films and progress bars.
             precision: fp32, bf16 or fp16 for the UNet and the decoder.
             batch_size: pictures computed at once. first: the number i of the first picture.
+            variance: Sigma of the sampler ddpm, posterior, beta or learned; None: as the model was trained.
         """
         prompts = list_of_strings(prompts, "prompts")
         if negative is None or isinstance(negative, str):
@@ -104,7 +107,7 @@ class TextToImage(nn.Module):
             denoise = guided(self.unet, context, uncond, guidance_scale)
             with autocast(self.device, precision):
                 for state in sample_loop(self.schedule, denoise, draw(), draw, sampler, steps,
-                                         self.config.prediction, eta):  # fmt: skip
+                                         self.config.prediction, eta, variance or self.config.variance):  # fmt: skip
                     if callback is not None:
                         callback(state)
                 x = self.decode(state.x)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.diffusion import q_posterior, x_0_and_eps
+from ddpm.diffusion import VARIANCES, q_posterior, reverse_variance, split_output, x_0_and_eps
 from ddpm.schedule import Schedule
 
 SPACINGS = ("trailing", "leading", "linspace")
-VARIANCES = ("posterior", "beta")
 
 
 @dataclass
@@ -57,22 +56,20 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list
 
 
 def ddpm_step(
-    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, noise: Tensor, variance: str = "posterior"
-) -> Tensor:
+    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, noise: Tensor,
+    variance: str = "posterior", nu: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     r"""Ancestral sampling (DDPM, algorithm 2), also over skipped steps.
 
     $$p_\theta(x_s \mid x_t, c) = \mathcal N\left(x_s;\ \mu_\theta(x_t, t, c),\ \Sigma_\theta(x_t, t, c)\right), \qquad
     \mu_\theta = \tilde\mu(x_t, \hat x_0)$$
 
-    Sigma is the posterior's variance or, for `variance="beta"`, beta_{t|s} = 1 - alpha_bar_t / alpha_bar_s
-    (DDPM, section 3.2). The last step adds no noise.
+    Sigma is the posterior's variance, beta_{t|s}, or learned between the two by nu; see `reverse_variance`. The last
+    step, to the clean picture, adds no noise.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"expected a variance out of {', '.join(VARIANCES)}, got {variance!r}")
-    mean, sigma_2 = q_posterior(schedule, x_0, x_t, t, s)
-    if variance == "beta":
-        beta_ts = 1 - schedule.alpha_bar_at(t, x_t) / schedule.alpha_bar_at(s, x_t)
-        sigma_2 = torch.where(sigma_2 > 0, beta_ts, sigma_2)
+    mean, _ = q_posterior(schedule, x_0, x_t, t, s)
+    sigma_2 = reverse_variance(schedule, x_t, t, s, variance, nu)
+    sigma_2 = torch.where(schedule.alpha_bar_at(s, x_t) < 1, sigma_2, 0.0)
     return (mean + sigma_2.sqrt() * noise).to(x_t.dtype)
 
 
@@ -131,7 +128,8 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
     $$\hat\epsilon = \epsilon_\theta(z_t, t, \varnothing)
     + s \left(\epsilon_\theta(z_t, t, c) - \epsilon_\theta(z_t, t, \varnothing)\right)$$
 
-    s = 1 is the conditional model and s = 0 the unconditional one; both then ask the network once, not twice.
+    s = 1 is the conditional model and s = 0 the unconditional one; both then ask the network once, not twice. A learned
+    variance is the conditional model's: led further, it would leave its bounds.
 
     Args:
         network: callable (z_t, t, context) -> (B, ...), the UNet; the formula holds for eps, v and x_0 alike.
@@ -148,7 +146,9 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
         uncond, cond = network(torch.cat([z_t, z_t]), torch.cat([t, t]), both).to(z_t.dtype).chunk(2)
-        return uncond + scale * (cond - uncond)
+        mean = uncond + scale * (cond - uncond)
+        C = z_t.shape[1]
+        return mean if mean.shape[1] == C else torch.cat([mean[:, :C], cond[:, C:]], dim=1)
 
     return denoise
 
@@ -173,7 +173,8 @@ def sample_loop(
     A generator: what is wrong with the arguments is told when the first state is asked for.
 
     Args:
-        denoise: callable (x_t, t) -> (B, ...), the network with condition and guidance filled in.
+        denoise: callable (x_t, t) -> (B, ...), the network with condition and guidance filled in; with twice the
+            channels where its variance is learned.
         x_T: (B, ...) standard normal.
         draw: returns fresh standard normal noise like x_T; called once a step by the samplers that add noise.
         steps: 1..T.
@@ -188,9 +189,10 @@ def sample_loop(
     x, previous = x_T, None
     for i, (now, then) in enumerate(zip(times, [*times[1:], -1], strict=True)):
         t, s = (torch.full((len(x),), time, device=x.device) for time in (now, then))
-        x_0, eps = x_0_and_eps(schedule, x, t, denoise(x, t).to(x.dtype), prediction)
+        output, nu = split_output(denoise(x, t).to(x.dtype), x)
+        x_0, eps = x_0_and_eps(schedule, x, t, output, prediction)
         if sampler == "ddpm":
-            x = ddpm_step(schedule, x, t, s, x_0, draw(), variance)
+            x = ddpm_step(schedule, x, t, s, x_0, draw(), variance, nu)
         elif sampler == "ddim":
             x = ddim_step(schedule, x, t, s, x_0, eps, draw() if eta else torch.zeros_like(x), eta)
         else:

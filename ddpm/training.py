@@ -246,7 +246,7 @@ def train_unet(
                     with autocast(model.device, precision):
                         return model.unet(z_t.contiguous(memory_format=torch.channels_last), t, c)
 
-                loss = diffusion_loss(model.schedule, denoise, z, at, noise, model.config.prediction)
+                loss = diffusion_loss(model.schedule, denoise, z, at, noise, model.config.prediction, t.vlb_weight)
                 yield loss.mean() / t.accumulation
 
         yield opt.update("unet", losses())

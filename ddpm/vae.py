@@ -4,12 +4,14 @@ Letters: B batch, H and W the picture's height and width, h = H / f and w = W / 
 f = 2^(number of channel widths - 1) the factor by which the encoder shrinks a side.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.attention import PixelAttention
-from ddpm.layers import Downsample, ResBlock, Upsample, group_norm
+from ddpm.layers import Downsample, ResBlock, Upsample, check_type, group_norm
 
 EPS = 1e-6
 
@@ -42,6 +44,13 @@ class DiagonalGaussian:
         = \tfrac12 \sum \left(\mu^2 + \sigma^2 - 1 - \log \sigma^2\right)$$
         """
         return 0.5 * (self.mu**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(dim=1)
+
+    def entropy(self) -> Tensor:
+        r"""Entropy in nats, summed over each latent; (B,).
+
+        $$H(q) = \tfrac12 \sum \left(\log 2 \pi e + \log \sigma^2\right)$$
+        """
+        return 0.5 * (math.log(2 * math.pi * math.e) + self.logvar).flatten(1).sum(dim=1)
 
 
 class MidBlock(nn.Module):
@@ -161,6 +170,7 @@ class KLVAE(nn.Module):
             raise ValueError(
                 f"expected pictures of shape (B, 3, H, W) with H and W multiples of {self.factor}, got {tuple(x.shape)}"
             )
+        check_type(self.quant_conv.weight, x=x)
         mu, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return DiagonalGaussian(mu, logvar)
 
@@ -168,6 +178,7 @@ class KLVAE(nn.Module):
         r"""Pictures (B, 3, H, W), about in [-1, 1] and not clipped, of latents z (B, c, h, w)."""
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
             raise ValueError(f"expected latents of shape (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
+        check_type(self.quant_conv.weight, z=z)
         return self.decoder(self.post_quant_conv(z))
 
 

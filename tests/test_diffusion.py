@@ -7,12 +7,18 @@ import torch
 
 from ddpm.diffusion import (
     PREDICTIONS,
+    VARIANCES,
     diffusion_loss,
     forward_step,
+    prior_term,
     q_posterior,
     q_sample,
+    reverse_variance,
+    score_from,
+    split_output,
     training_target,
     v_from,
+    variational_term,
     x_0_and_eps,
 )
 from ddpm.schedule import SCHEDULES, Schedule
@@ -329,7 +335,7 @@ def test_an_unknown_prediction_is_refused_and_the_known_ones_are_named():
         lambda: training_target(LINEAR, x, t, x, "epsilon"),
         lambda: diffusion_loss(LINEAR, lambda z_t, t: z_t, x, t, x, "epsilon"),
     ):
-        with pytest.raises(ValueError, match="eps, v, x_0, got 'epsilon'"):
+        with pytest.raises(ValueError, match="eps, v, x_0, (score, )?got 'epsilon'"):
             ask()
 
 
@@ -349,5 +355,211 @@ def test_small_integer_types_do_not_wrap_around():
 
 def test_a_network_that_answers_in_another_shape_is_refused():
     schedule, z = Schedule.named("linear"), torch.zeros(2, 4, 4, 4)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match=r"in shape \(2, 4, 4, 4\), or with twice the channels.* got \(2, 1, 4, 4\)"):
         diffusion_loss(schedule, lambda z_t, t: z_t[:, :1], z, torch.tensor([0, 1]), z)
+
+
+# ------------------------------------------------------------------------------------------- score, variance, bound
+
+
+@pytest.mark.equation("predictions", "score")
+@pytest.mark.parametrize("name", NAMES)
+def test_eps_v_x_0_and_score_convert_into_one_another_and_back(name):
+    r"""At both ends of time and between, in double precision, relative to the size of what comes back."""
+    schedule, t = Schedule.named(name), at(0, 1, 10, 500, 998, 999)
+    x_0, eps = normal(6, 4), normal(6, 4, seed=1)
+    x_t = q_sample(schedule, x_0, t, eps)
+    said = {"eps": eps, "x_0": x_0, "v": v_from(schedule, x_0, t, eps), "score": score_from(schedule, t, eps)}
+    for prediction, output in said.items():
+        x_0_again, eps_again = x_0_and_eps(schedule, x_t, t, output, prediction)
+        assert (x_0_again - x_0).abs().max() < 1e-6
+        assert (eps_again - eps).abs().max() < 1e-6
+        assert (score_from(schedule, t, eps_again) / said["score"] - 1).abs().max() < 1e-6
+        assert (v_from(schedule, x_0_again, t, eps_again) - said["v"]).abs().max() < 1e-6
+
+
+@pytest.mark.equation("score")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_score_is_the_gradient_of_the_log_density_of_x_t(name):
+    r"""For a single picture x_0, by autograd through torch.distributions' normal density."""
+    schedule, t = Schedule.named(name), at(0, 300, 999)
+    x_0, eps = normal(3, 2), normal(3, 2, seed=1)
+    x_t = q_sample(schedule, x_0, t, eps).requires_grad_()
+    ab = schedule.alpha_bar_at(t, x_t)
+    torch.distributions.Normal(ab.sqrt() * x_0, (1 - ab).sqrt()).log_prob(x_t).sum().backward()
+    assert (score_from(schedule, t, eps) / x_t.grad - 1).abs().max() < 1e-6
+
+
+@pytest.mark.equation("reverse-variance")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_three_forms_of_the_reverse_variance(name):
+    r"""beta_t, the posterior's, and between them geometrically; at t = 0 the posterior's is that of t = 1."""
+    schedule, t = Schedule.named(name), torch.arange(1000)
+    like = torch.zeros(1000, 2)
+    posterior, beta = (reverse_variance(schedule, like, t, variance=form) for form in ("posterior", "beta"))
+    assert (beta[:, 0] / schedule.beta - 1).abs().max() < 1e-9
+    _, tilde = q_posterior(schedule, like, like, t)
+    assert torch.equal(posterior[1:], tilde[1:])
+    assert posterior[0] == posterior[1] > 0
+    assert (posterior[1:] < beta[1:]).all()
+    nu = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    learned = reverse_variance(schedule, like, t, variance="learned", nu=nu)
+    assert learned.shape == (1000, 2)
+    assert (learned.log() - (nu * beta.log() + (1 - nu) * posterior.log())).abs().max() < 1e-9
+
+
+@pytest.mark.equation("reverse-variance")
+def test_the_reverse_variance_over_skipped_steps_is_the_posteriors_and_its_bound():
+    t, s, like = at(999, 500, 20), at(499, 3, -1), torch.zeros(3, 1)
+    _, tilde = q_posterior(LINEAR, like, like, t, s)
+    posterior = reverse_variance(LINEAR, like, t, s)
+    assert torch.equal(posterior[:2], tilde[:2])
+    assert posterior[2] == reverse_variance(LINEAR, torch.zeros(1, 1), at(1))
+    beta = reverse_variance(LINEAR, like, t, s, "beta")[:, 0]
+    ab = LINEAR.alpha_bar
+    assert (beta - torch.stack([1 - ab[999] / ab[499], 1 - ab[500] / ab[3], 1 - ab[20]])).abs().max() < 1e-12
+
+
+@pytest.mark.equation("reverse-variance")
+def test_a_network_with_twice_the_channels_says_mean_and_variance():
+    z = normal(2, 3, 4, 4)
+    output, nu = split_output(z, z)
+    assert output is z and nu is None
+    output, nu = split_output(torch.cat([z, torch.full_like(z, -1.0)], dim=1), z)
+    assert torch.equal(output, z) and torch.equal(nu, torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"in shape \(2, 3, 4, 4\), or with twice the channels.* got \(2, 5, 4, 4\)"):
+        split_output(torch.zeros(2, 5, 4, 4), z)
+
+
+def test_a_variance_that_cannot_be_is_refused():
+    z = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="posterior, beta, learned, got 'fixed'"):
+        reverse_variance(LINEAR, z, at(1, 2), variance="fixed")
+    with pytest.raises(ValueError, match=r"nu of shape \(2, 3\).* got none"):
+        reverse_variance(LINEAR, z, at(1, 2), variance="learned")
+    with pytest.raises(ValueError, match=r"nu of shape \(2, 3\).* got \(2, 1\)"):
+        reverse_variance(LINEAR, z, at(1, 2), variance="learned", nu=torch.zeros(2, 1))
+
+
+@pytest.mark.equation("variational-bound")
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_a_term_of_the_bound_is_the_divergence_of_two_normal_distributions(variance):
+    r"""Against torch.distributions, with both means from q_posterior; and at t = 0 the log-density of z_0."""
+    t = at(1, 2, 40, 500, 999, 0)
+    z_0, eps, said, nu = (normal(6, 5, seed=k) for k in range(4))
+    z_t = q_sample(LINEAR, z_0, t, eps)
+    term = variational_term(LINEAR, z_0, z_t, t, said, "eps", variance, nu)
+    z_0_hat, _ = x_0_and_eps(LINEAR, z_t, t, said, "eps")
+    mu, beta_tilde = q_posterior(LINEAR, z_0, z_t, t)
+    mu_hat, _ = q_posterior(LINEAR, z_0_hat, z_t, t)
+    sigma = reverse_variance(LINEAR, z_t, t, None, variance, nu).sqrt().expand_as(mu)
+    p = torch.distributions.Normal(mu_hat, sigma)
+    q = torch.distributions.Normal(mu[:5], beta_tilde[:5].sqrt().expand_as(mu[:5]))
+    by_hand = torch.distributions.kl_divergence(q, torch.distributions.Normal(mu_hat[:5], sigma[:5])).mean(1)
+    by_hand = torch.cat([by_hand, -p.log_prob(z_0)[5:].mean(1)]) / math.log(2)
+    assert (term / by_hand - 1).abs().max() < 1e-5
+
+
+@pytest.mark.equation("prior-term")
+def test_the_prior_term_is_the_divergence_of_q_at_the_end_from_the_standard_normal():
+    z_0, ab = normal(3, 5), LINEAR.alpha_bar[-1]
+    q = torch.distributions.Normal(ab.sqrt() * z_0, (1 - ab).sqrt())
+    by_hand = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).mean(1) / math.log(2)
+    assert (prior_term(LINEAR, z_0) - by_hand).abs().max() < 1e-12
+
+
+@pytest.mark.equation("variational-bound", "prior-term")
+@pytest.mark.parametrize("name", NAMES)
+def test_with_the_exact_mean_and_variance_the_bound_is_the_datas_entropy(name):
+    r"""For data N(m, s^2) every step back is normal, so the bound has no gap but the one of its start: it is the
+    entropy plus the divergence of x_T from the standard normal. All terms are quadratic in (z_0, eps), so four points,
+    one deviation to either side, give their expectation exactly. The whole chain, all times, to 1e-6 of a bit."""
+    schedule, m, s = Schedule.named(name), 0.6, 0.5
+    T, ab = schedule.timesteps, schedule.alpha_bar
+    before = torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
+    spread, spread_before = ab * s**2 + 1 - ab, before * s**2 + 1 - before
+    exact = spread_before * schedule.beta / spread  # variance of x_{t-1} given x_t, by Bayes' rule
+    like, t = torch.zeros(T, 1), torch.arange(T)
+    ends = [reverse_variance(schedule, like, t, variance=form)[:, 0] for form in ("posterior", "beta")]
+    nu = ((exact / ends[0]).log() / (ends[1] / ends[0]).log())[:, None]
+
+    def expected(variance):
+        total = 0.0
+        for a, b in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+            z_0 = torch.full((T, 1), m + a * s, dtype=torch.float64)
+            z_t = q_sample(schedule, z_0, t, torch.full((T, 1), b, dtype=torch.float64))
+            best = m + (ab.sqrt() * s**2 / spread)[:, None] * (z_t - m * ab.sqrt()[:, None])
+            total += variational_term(schedule, z_0, z_t, t, best, "x_0", variance, nu).sum().item() / 4
+        return total
+
+    prior = sum(prior_term(schedule, torch.tensor([[m + a * s]], dtype=torch.float64)).item() / 2 for a in (-1, 1))
+    x_T = torch.distributions.Normal(ab[-1].sqrt() * m, spread[-1].sqrt())
+    gap = torch.distributions.kl_divergence(x_T, torch.distributions.Normal(0.0, 1.0)).item()
+    entropy = torch.distributions.Normal(m, s).entropy().item()
+    assert abs(prior + expected("learned") - (entropy + gap) / math.log(2)) < 1e-6
+    for other in ("posterior", "beta"):  # any other variance costs bits
+        assert expected(other) > expected("learned") + 1e-4
+
+
+@pytest.mark.equation("hybrid-loss")
+def test_the_learned_variance_is_taught_by_the_bound_and_the_mean_by_the_square_alone():
+    r"""Improved DDPM, equation 16: the loss adds lambda T L_{t-1}, and no gradient of it reaches the mean."""
+    z_0, eps, t = normal(4, 3, 2, 2), normal(4, 3, 2, 2, seed=1), at(0, 5, 300, 999)
+    mean = normal(4, 3, 2, 2, seed=2).requires_grad_()
+    raw = normal(4, 3, 2, 2, seed=3).clamp(-1, 1).requires_grad_()
+    loss = diffusion_loss(LINEAR, lambda z_t, t: torch.cat([mean, raw], dim=1), z_0, t, eps, vlb_weight=0.01)
+    simple = diffusion_loss(LINEAR, lambda z_t, t: mean, z_0, t, eps)
+    z_t = q_sample(LINEAR, z_0, t, eps)
+    bits = variational_term(LINEAR, z_0, z_t, t, mean, "eps", "learned", (raw + 1) / 2)
+    assert (loss - simple - 0.01 * 1000 * bits).abs().max() < 1e-3 * bits.abs().max() * 10 * 0.01
+    from_loss, from_raw = torch.autograd.grad(loss.sum(), (mean, raw))
+    assert (from_loss - torch.autograd.grad(simple.sum(), mean)[0]).abs().max() < 1e-6
+    expected = torch.autograd.grad(10 * bits.sum(), raw)[0]
+    assert (from_raw - expected).abs().max() < 1e-4 * expected.abs().max()
+    without = diffusion_loss(LINEAR, lambda z_t, t: torch.cat([mean, raw], dim=1), z_0, t, eps, vlb_weight=0.0)
+    assert torch.equal(without, simple)
+
+
+@pytest.mark.equation("reverse-variance", "hybrid-loss")
+def test_following_the_loss_the_variance_becomes_the_exact_one():
+    r"""One number for nu at one time, data N(0, 1/4), the exact mean: the minimum is the variance of Bayes' rule."""
+    t_of, s, n = 400, 0.5, 4096
+    ab, before = LINEAR.alpha_bar[t_of], LINEAR.alpha_bar[t_of - 1]
+    exact = (before * s**2 + 1 - before) * LINEAR.beta[t_of] / (ab * s**2 + 1 - ab)
+    raw = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    z_0, eps, t = s * normal(n, 1), normal(n, 1, seed=1), torch.full((n,), t_of)
+
+    def network(z_t, t):
+        best = (1 - ab).sqrt() * z_t / (ab * s**2 + 1 - ab)
+        return torch.cat([best, raw.expand_as(z_t)], dim=1)
+
+    optimizer = torch.optim.LBFGS([raw], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = diffusion_loss(LINEAR, network, z_0, t, eps, vlb_weight=1.0).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    learned = reverse_variance(LINEAR, z_0, t, None, "learned", ((raw.detach() + 1) / 2).expand(n, 1))[0]
+    assert abs(learned.item() / exact.item() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.01), (torch.float16, 0.002), (torch.float32, 1e-6)])
+def test_every_function_answers_in_its_inputs_type_to_that_types_precision_whatever_the_memory_layout(dtype, tolerance):
+    schedule, t = LINEAR, at(0, 10, 500, 900)
+    a, b = (normal(3, 4, seed=k).T.to(dtype) for k in range(2))
+    assert not a.is_contiguous()
+    for f in (
+        lambda a, b: forward_step(schedule, a, t, b),
+        lambda a, b: q_sample(schedule, a, t, b),
+        lambda a, b: q_posterior(schedule, a, b, t)[0],
+        lambda a, b: v_from(schedule, a, t, b),
+        lambda a, b: score_from(schedule, t, b),
+        lambda a, b: x_0_and_eps(schedule, a, t, b, "v")[0],
+        lambda a, b: x_0_and_eps(schedule, a, t, b, "eps")[1],
+    ):
+        said, exact = f(a, b), f(a.double().contiguous(), b.double().contiguous())
+        assert said.dtype == dtype
+        assert ((said.double() - exact).abs() <= tolerance * exact.abs().clamp(min=1)).all()

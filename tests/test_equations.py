@@ -14,8 +14,19 @@ from torch import nn
 
 from ddpm.attention import attend
 from ddpm.cache import Pictures
-from ddpm.diffusion import diffusion_loss, forward_step, q_posterior, q_sample, v_from, x_0_and_eps
-from ddpm.metrics import psnr
+from ddpm.diffusion import (
+    diffusion_loss,
+    forward_step,
+    prior_term,
+    q_posterior,
+    q_sample,
+    reverse_variance,
+    score_from,
+    v_from,
+    variational_term,
+    x_0_and_eps,
+)
+from ddpm.metrics import laplace_bits, psnr
 from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, guided
 from ddpm.schedule import Schedule
 from ddpm.training import EMA
@@ -53,7 +64,8 @@ FORWARD = row(symbols="beta_t", tex="")
 @pytest.mark.parametrize(
     "row, held, told",
     [
-        (FORWARD, {}, "no test holds 'forward-step'"),
+        (FORWARD, {}, "no test outside tests/compat holds 'forward-step'"),
+        (FORWARD, {"forward-step": ["tests/compat/test_x.py::test_one"]}, "no test outside tests/compat holds"),
         (FORWARD, HELD | {"forwards": ["tests/test_x.py::test_two"]}, "got 'forwards' on tests/test_x.py::test_two"),
         (row(code="diffusion.backward_step"), HELD, "names ddpm.diffusion.backward_step, which is not there"),
         (row(code="diffusion"), HELD, "names ddpm.diffusion, which is not there"),
@@ -95,16 +107,16 @@ def test_the_page_can_be_read_as_markdown():
             assert (equations.ROOT / path).is_file()
 
 
-@pytest.mark.parametrize("id, name", [("forward-step", "forward_step"), ("objective", "diffusion_loss")])
-def test_the_specs_equation_stands_in_the_docstring_too(id, name):
+@pytest.mark.parametrize("id", ["forward-step", "objective", "hybrid-loss"])
+def test_an_equation_that_the_table_brings_along_stands_in_the_docstring_too(id):
     r"""Up to spaces, dots of multiplication and the kind of bars and braces."""
 
     def bare(tex):
         tex = tex.replace(r"\left\|", r"\lVert").replace(r"\right\|", r"\rVert")
         return re.sub(r"\\left|\\right|\\cdot|\\[ ,;]|[\s{}]", "", tex)
 
-    [row] = [row for row in SPEC if row.id == id]
-    assert bare(row.tex) in bare("".join(docstring_tex(definition(f"diffusion.{name}"))))
+    [row] = [row for row in ROWS if row.id == id]
+    assert bare(row.tex) in bare("".join(docstring_tex(definition(row.code.split()[0]))))
 
 
 # ------------------------------------------------------------------------------------------- departures
@@ -133,10 +145,9 @@ CHAINS = {name: Schedule.named(name) for name in ("linear", "scaled_linear", "co
 def drawn():
     r"""A random number for every symbol that a formula takes: tensors of N, or one for all."""
     g = torch.Generator().manual_seed(0)
-    names = (
-        "x_prev x_0 x_0_prev x_t x x_hat eps eps_hat noise output mu logvar uncond cond average theta q k_0 k_1 v_0 v_1"
-    )
-    V = {name: torch.randn(N, generator=g, dtype=torch.float64) for name in names.split()}
+    names = "x_prev x_0 x_0_hat x_0_prev x_t x x_hat eps eps_hat noise output mu logvar uncond cond average theta"
+    names = [*names.split(), "q", "k_0", "k_1", "v_0", "v_1"]
+    V = {name: torch.randn(N, generator=g, dtype=torch.float64) for name in names}
     V["x"], V["x_hat"] = V["x"].tanh(), V["x_hat"].tanh()  # pictures, in [-1, 1]
     t_prev = torch.randint(2, 1000, (N,), generator=g)
     t = 1 + (torch.rand(N, generator=g) * (t_prev - 1)).long()
@@ -145,6 +156,8 @@ def drawn():
     for letter, time in (("s", s), ("t", t), ("prev", t_prev)):
         alpha_bar = LINEAR.alpha_bar[time]
         V |= {f"alpha_bar_{letter}": alpha_bar, f"lambda_{letter}": torch.logit(alpha_bar) / 2}
+    V |= {"alpha_bar_before": LINEAR.alpha_bar[t - 1], "alpha_bar_T": LINEAR.alpha_bar[-1].item(), "width": 0.4}
+    V |= {"nu": torch.rand(N, generator=g, dtype=torch.float64)}
     V |= {"eta": 0.6, "scale": 3.5, "kl_weight": 0.3, "decay": 0.7, "n": 7, "beta": LINEAR.beta.tolist()}
     return SimpleNamespace(**V)
 
@@ -174,9 +187,8 @@ def pictures_of(level):
 
 
 def guided_answers(V):
-    answer = torch.cat([V.uncond, V.cond])
-    empty = torch.zeros(N, 1, 1)
-    return guided(lambda z_t, t, context: answer, empty, empty, V.scale)(V.x_t, V.t)
+    answer, empty = torch.cat([V.uncond, V.cond])[:, None], torch.zeros(N, 1, 1)
+    return guided(lambda z_t, t, context: answer, empty, empty, V.scale)(V.x_t[:, None], V.t)[:, 0]
 
 
 EXACT = {  # id -> what the code computes of the drawn numbers, one tensor of N or several
@@ -197,17 +209,25 @@ EXACT = {  # id -> what the code computes of the drawn numbers, one tensor of N 
         x_0_and_eps(LINEAR, V.x_t, V.t, V.output, prediction)[i]
         for prediction, i in (("eps", 0), ("v", 0), ("v", 1), ("x_0", 1))
     ],
+    "score": lambda V: score_from(LINEAR, V.t, V.eps),
+    "reverse-variance": lambda V: reverse_variance(LINEAR, V.x_t, V.t, V.s, "learned", V.nu),
+    "variational-bound": lambda V: variational_term(
+        LINEAR, V.x_0[:, None], V.x_t[:, None], V.t, V.x_0_hat[:, None], "x_0", "beta"
+    ),
+    "prior-term": lambda V: prior_term(LINEAR, V.x_0[:, None]),
     "attention": lambda V: attend(
         V.q[:, None, None, None],
         torch.stack([V.k_0, V.k_1], dim=1)[:, None, :, None],
         torch.stack([V.v_0, V.v_1], dim=1)[:, None, :, None],
     ).flatten(),
     "kl": lambda V: DiagonalGaussian(V.mu[:, None], V.logvar[:, None]).kl(),
+    "entropy": lambda V: DiagonalGaussian(V.mu[:, None], V.logvar[:, None]).entropy(),
     "vae-loss": vae_losses,
     "ddim-step": lambda V: ddim_step(LINEAR, V.x_t, V.t, V.s, V.x_0, V.eps, V.noise, V.eta),
     "dpm-solver-step": lambda V: dpmpp_2m_step(LINEAR, V.x_t, V.t, V.s, V.x_0, (V.t_prev, V.x_0_prev)),
     "guidance": guided_answers,
     "psnr": lambda V: psnr(V.x[:, None], V.x_hat[:, None]),
+    "laplace-bits": lambda V: laplace_bits(V.x, V.x_hat, V.width),
     "ema": averaged,
 }
 

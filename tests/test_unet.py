@@ -1,5 +1,7 @@
 r"""The denoising network: its size, what its output depends on, and gradient checkpointing."""
 
+import copy
+
 import pytest
 import torch
 from conftest import without_zeros
@@ -225,3 +227,36 @@ def test_widths_and_heads_that_do_not_divide_are_refused():
         small(channels=(40, 64))
     with pytest.raises(ValueError, match="divides the layer's width 64, got 48"):
         small(head_width=48)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64])
+def test_numbers_of_another_type_are_refused_with_both_types_or_cast_by_autocast(unet, dtype):
+    z, t, c = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 7, 16)
+    for bad in ((z.to(dtype), t, c), (z, t, c.to(dtype))):
+        with pytest.raises(ValueError, match=rf"in the network's own torch.float32, got {dtype}"):
+            unet(*bad)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        if dtype in (torch.int64, torch.float64):
+            with pytest.raises(ValueError, match=str(dtype)):
+                unet(z.to(dtype), t, c)
+        else:
+            assert unet(z.to(dtype), t, c.to(dtype)).shape == z.shape
+    with pytest.raises(ValueError, match="t from 0, got -2"):
+        unet(z, -t, c)
+
+
+def test_a_network_in_half_precision_answers_in_half_precision(unet):
+    half = copy.deepcopy(unet).bfloat16()
+    z, t, c = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        output, exact = half(z.bfloat16(), t, c.bfloat16()), unet(z, t, c)
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - exact).norm() < 0.05 * exact.norm()  # bf16 keeps eight bits
+
+
+def test_inputs_that_do_not_lie_in_order_in_memory_give_the_same(unet):
+    z, t, c = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(7, 2, 16).transpose(0, 1)
+    turned = z.transpose(2, 3)
+    assert not (turned.is_contiguous() or c.is_contiguous())
+    with torch.no_grad():
+        assert (unet(turned, t, c) - unet(turned.contiguous(), t, c.contiguous())).abs().max() < 1e-5

@@ -37,6 +37,13 @@ def test_the_standard_normal_is_at_distance_zero_from_itself():
     assert DiagonalGaussian(torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)).kl().tolist() == [0.0, 0.0]
 
 
+@pytest.mark.equation("entropy")
+def test_entropy_is_that_of_torch_distributions_summed_over_each_latent():
+    mu, logvar = normal(3, 4, 5, 6, seed=1, dtype=torch.float64), normal(3, 4, 5, 6, seed=2, dtype=torch.float64)
+    oracle = Normal(mu, (logvar / 2).exp()).entropy().sum(dim=(1, 2, 3))
+    assert (DiagonalGaussian(mu, logvar).entropy() - oracle).abs().max().item() < 1e-10
+
+
 @pytest.mark.equation("latent-gaussian")
 def test_logvar_is_kept_between_minus_30_and_20():
     q = DiagonalGaussian(torch.zeros(3), torch.tensor([-100.0, 1.0, 100.0]))
@@ -216,3 +223,11 @@ def test_the_docstrings_balance_with_latent_diffusion_holds():
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="l1 or l2, got 'huber'"):
         vae_loss(torch.zeros(1), torch.zeros(1), DiagonalGaussian(torch.zeros(1, 1), torch.zeros(1, 1)), 1.0, "huber")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8])
+def test_numbers_of_another_type_are_refused_with_both_types(small, dtype):
+    with pytest.raises(ValueError, match=rf"expected x in the network's own torch.float32, got {dtype}"):
+        small.encode(torch.zeros(1, 3, 16, 16, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"expected z in the network's own torch.float32, got {dtype}"):
+        small.decode(torch.zeros(1, small.latent_channels, 8, 8, dtype=dtype))

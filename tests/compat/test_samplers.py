@@ -22,7 +22,7 @@ import torch
 
 from compat.conftest import largest
 from ddpm.config import ModelConfig
-from ddpm.diffusion import q_sample, training_target, x_0_and_eps
+from ddpm.diffusion import q_sample, split_output, training_target, x_0_and_eps
 from ddpm.export import SAMPLER, schedule_config
 from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, sample_loop, timesteps
 from ddpm.schedule import Schedule
@@ -99,7 +99,31 @@ def test_each_ddpm_step_is_equal(name, prediction, table, spacing, n, variance):
     assert 0.1 < x.std() < 2
 
 
-@pytest.mark.equation("ddim-step")
+@pytest.mark.equation("ddim-step", "reverse-variance")
+@cases
+@tables
+def test_each_ddpm_step_with_a_learned_variance_is_equal(name, prediction, table):
+    r"""Theirs reads the second half of the channels as ours does, and interpolates from the clamped posterior."""
+    n = 25
+    theirs = scheduler("DDPMScheduler", name, prediction, table,
+                       timestep_spacing="leading", steps_offset=0, variance_type="learned_range")  # fmt: skip
+    theirs.set_timesteps(n)
+    schedule, (g, x) = Schedule.named(name), start(size_of(table))
+    steps = timesteps(schedule, n, "leading")
+    for i in range(n):
+        t, s = times_of(steps, i, x)
+        mean = output_of(schedule, x, t, prediction, g)
+        raw = torch.rand(x.shape, generator=g, dtype=x.dtype) * 2 - 1
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=x.dtype)
+        both = torch.cat([mean, raw], dim=1)
+        expected = theirs.step(both, steps[i], x, generator=torch.Generator().manual_seed(i)).prev_sample
+        output, nu = split_output(both, x)
+        x_0, _ = x_0_and_eps(schedule, x, t, output, prediction)
+        x = ddpm_step(schedule, x, t, s, x_0, noise, "learned", nu)
+        assert largest(expected, x) < (ROUNDED if table == "ours" else THEIR_TABLE), i
+    assert 0.1 < x.std() < 2
+
+
 @cases
 @tables
 @pytest.mark.parametrize(("spacing", "n"), [("trailing", 20), ("leading", 30)])
