@@ -54,7 +54,7 @@ SPEC = (
     Row(
         "reverse-process",
         "One step back, learned; theta are the UNet's parameters, c is the prompt's embedding",
-        "sampling.ddpm_step diffusion.q_posterior",
+        "sampling.ddpm_step diffusion.q_posterior diffusion.reverse_variance",
         "mean sigma_2 x_t x_0",
         r"p_\theta(x_{t-1} \mid x_t, c) = \mathcal{N}(x_{t-1}; \mu_\theta(x_t, t, c), \Sigma_\theta(x_t, t, c))",
         lambda x_0, x_t, noise, alpha_bar_t, alpha_bar_s: (
@@ -516,8 +516,8 @@ Where papers differ:
 
 A test is named by what it says; those of parity compare with another implementation and need the extra `compat`.
 [test_equations.py](../tests/test_equations.py) compares the code of many rows with the equation typed a second time,
-for single numbers, in [equations.py](equations.py). [mutations.py](../tests/mutations.py)
-departs from every equation in two ways at least, and demands that a test of its row fails.
+for single numbers, in [equations.py](equations.py). [mutations.py](../tests/mutations.py) departs from every equation
+in two ways at least, and demands that a test of its row fails.
 """
 COLUMNS = "| | Equation | Symbols in the code | Computed by | Held by |\n| --- | --- | --- | --- | --- |\n"
 
