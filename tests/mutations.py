@@ -176,7 +176,7 @@ variational-bound: the last step's density without 2 pi
 - (2 * math.pi * sigma_2).log()
 + sigma_2.log()
 prior-term: the mean forgotten
-- alpha_bar_T * z_0.double() ** 2 - alpha_bar_T
+- alpha_bar_T * z_0.cpu().double() ** 2 - alpha_bar_T
 + alpha_bar_T - alpha_bar_T
 prior-term: sign of the logarithm
 - - math.log1p(-alpha_bar_T))
