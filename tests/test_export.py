@@ -111,6 +111,7 @@ def test_every_weights_file_says_that_it_is_pytorchs(folder):
             assert file.metadata()["format"] == "pt"
 
 
+@pytest.mark.equation("network-configuration")
 def test_the_specs_model_is_described_in_diffusers_words():
     r"""attention_head_dim is the number of heads: 2, 4 and 8 make every head 32 wide."""
     unet, vae = export.unet_config(ModelConfig()), export.vae_config(ModelConfig())

@@ -27,6 +27,7 @@ def unet():
 # ------------------------------------------------------------------------------------------- size
 
 
+@pytest.mark.equation("network-configuration")
 def test_the_default_unet_has_the_specs_size_and_shapes():
     torch.manual_seed(0)
     unet = UNet()
@@ -76,6 +77,7 @@ def test_an_untrained_unet_says_the_same_everywhere():
 Z, T, C = normal(2, 4, 8, 8, seed=1), torch.tensor([10, 700]), normal(2, 5, 16, seed=2)
 
 
+@pytest.mark.equation("noise-network")
 def test_the_output_depends_on_latent_time_and_caption(unet):
     before = unet(Z, T, C)
     changed = C.clone()
@@ -113,6 +115,7 @@ def test_the_order_of_the_words_alone_does_not_matter(unet):
     assert (unet(Z, T, C) - unet(Z, T, C.flip(1))).abs().max().item() < 1e-4
 
 
+@pytest.mark.equation("noise-network")
 def test_every_skip_reaches_the_output():
     r"""conv_in, and for each level its blocks and its downsampling: the gradient arrives at each one's bias even with
     everything below taken out of the way up."""
@@ -131,6 +134,7 @@ def test_every_skip_reaches_the_output():
     )
 
 
+@pytest.mark.equation("noise-network")
 def test_a_skip_stands_behind_what_comes_from_below_and_the_last_one_down_is_the_first_one_up(unet):
     r"""Checkpoints of Stable Diffusion count on this order of channels."""
     seen = {}
@@ -171,6 +175,7 @@ def gradients_and_bytes(unet):
     return {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}, kept
 
 
+@pytest.mark.equation("small-machine")
 def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_fewer_bytes():
     unet = small(attention_levels=(0, 1)).train()
     plain, kept = gradients_and_bytes(unet)
