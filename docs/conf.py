@@ -14,9 +14,8 @@ html_title = f"ddpm {release}"
 
 extensions = ["myst_nb", "sphinxcontrib.katex", "beside"]
 exclude_patterns = ["_*", "**.ipynb_checkpoints"]
-suppress_warnings = ["toc.empty_glob"]
 nb_execution_mode = "off"  # notebooks are committed with their outputs
-myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]
+myst_enable_extensions = ["dollarmath", "attrs_block"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
@@ -29,6 +28,7 @@ smartquotes = False  # an ellipsis in a docstring is three dots of Python
 html_theme_options = {
     "light_css_variables": {"font-stack--monospace": "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace"},
 }
+highlight_language = "sh"  # of blocks without a language: commands
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 
 # KaTeX's script comes with sphinxcontrib-katex, its style sheet and fonts, of the same version, are in _static.
@@ -36,7 +36,7 @@ html_math_renderer = "katex"
 katex_css_path = "katex/katex.min.css"
 katex_options = "{throwOnError: true, strict: 'error'}"
 
-# Notebooks stand beside docs/, where Sphinx cannot see them.
+# Notebooks stand beside docs/, where Sphinx cannot see them; index.md lists those that are to be pages.
 shutil.rmtree(HERE / "notebooks", ignore_errors=True)
 if (HERE.parent / "notebooks").is_dir():
     shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", ignore=shutil.ignore_patterns(".*"))
