@@ -3,9 +3,9 @@ r"""The directive `beside`: every class and function of a file, its docstring on
     ```{beside} ddpm/diffusion.py
     ```
 
-The docstring is read as this project writes them: paragraphs, `$$` equations, `names in backticks`, lists, doctests, and
-sections such as `Args:`. Names in backticks that the project defines become links. For each file `parsed.files` lists,
-`write_pages` writes the page that holds the directive, so a new file has its page without being asked.
+Docstrings are read as this project writes them: paragraphs, `$$` equations, lists, doctests, sections such as `Args:`,
+and names in backticks, which become links where the project defines them. `write_pages` writes the page that holds the
+directive for every file of the house, so that a new file has its page without being asked.
 """
 
 import re
