@@ -21,6 +21,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["beside.css"]
+html_js_files = ["focus.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False
@@ -29,7 +30,7 @@ html_theme_options = {
     "light_css_variables": {"font-stack--monospace": "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace"},
 }
 highlight_language = "sh"  # of blocks without a language: commands
-pygments_style, pygments_dark_style = "friendly", "github-dark"
+pygments_style, pygments_dark_style = "github-light", "github-dark"  # both pass WCAG AA
 
 # KaTeX's script comes with sphinxcontrib-katex, its style sheet and fonts, of the same version, are in _static.
 html_math_renderer = "katex"

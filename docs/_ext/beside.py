@@ -203,8 +203,15 @@ def link_code(app: Sphinx, docname: str, source: list[str]):
     source[0] = re.sub(r"\[`?([\w.]+)`?\]\(\.\./((?:ddpm/)?\w+\.py)\)", link, source[0])
 
 
+def level_captions(app: Sphinx, page: str, template: str, context: dict, doctree):
+    r"""Sphinx gives the captions of the sidebar the role of headings, but not the level that the role demands."""
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
+
+
 def setup(app: Sphinx):
     app.add_directive("beside", Beside)
     app.connect("builder-inited", write_pages)
     app.connect("source-read", link_code)
+    app.connect("html-page-context", level_captions, priority=900)  # after furo's
     return {"parallel_read_safe": False}
