@@ -132,6 +132,13 @@ def test_every_formula_is_rendered(visits):
     assert sum(v.seen["formulas"][1] for v in visits) > 100
 
 
+def test_katexs_script_and_style_sheet_have_one_version(site, address, browser):
+    tab = watched(browser, address, [], [])
+    tab.goto(address + "notation.html")
+    assert f'"{tab.evaluate("katex.version")}"' in (site / "_static/katex/katex.min.css").read_text(encoding="utf-8")
+    tab.context.close()
+
+
 def test_every_link_inside_the_site_has_its_page_and_anchor_and_every_image_shows(visits, site, address):
     ids = {v.page: set(v.seen["ids"]) for v in visits}
     broken = [(v.page, source) for v in visits for source in v.seen["broken"]]
