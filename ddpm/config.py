@@ -119,6 +119,7 @@ PRESETS = {
 }  # fmt: skip
 
 
+MOVABLE = {"max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every", "precision"}  # by --resume
 AT_LEAST_ONE = (
     "batch_size", "vae_batch_size", "accumulation", "vae_steps", "unet_steps", "drawn_images", "caption_variants",
     "save_every", "sample_every",
