@@ -404,7 +404,7 @@ def test_a_disk_that_fills_in_a_checkpoint_is_told_and_the_run_goes_on_when_ther
         assert resume(folder, whole) == 0
         assert_same_run(folder, whole)
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_limit_on_the_size_of_files_stops_a_run_at_its_checkpoint(begun, whole, capsys):
