@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import io
 import os
+import pickle
 import platform
 import time
 import warnings
@@ -240,7 +241,8 @@ def read_state(path: Path) -> dict:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a cut or foreign file fails in many ways
-        raise Damaged(" ".join(str(error).split())[:100] or type(error).__name__) from None
+        foreign = isinstance(error, pickle.UnpicklingError)  # whose text is advice to load it without care
+        raise Damaged("it cannot be read" if foreign else " ".join(str(error).split())[:100]) from None
     return state
 
 
