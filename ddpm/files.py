@@ -124,9 +124,11 @@ def _held(path: Path) -> Iterator[None]:
     if fcntl is None:
         yield  # where an open file cannot be renamed
         return
-    with open(path, "wb") as file:
-        flock(file)
-        yield
+    while True:
+        with open(path, "wb") as file:  # a cleaner may come between this and the lock, and take the file away
+            if flock(file) is not False and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
 
 
 def _error_number(error: BaseException | None) -> int | None:

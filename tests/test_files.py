@@ -1,4 +1,5 @@
 import errno
+import gc
 import os
 import resource
 import shutil
@@ -27,6 +28,7 @@ def small_disk(tmp_path):
     if not made or made.returncode:
         pytest.skip("only root can mount a small disk, and not in every container")
     yield disk
+    gc.collect()
     subprocess.run(["umount", "-l", disk], check=True)  # a mapping may still wait for the collector
 
 
@@ -132,6 +134,23 @@ def test_a_file_that_is_being_written_is_no_leftover(tmp_path):
 
     write_atomically(tmp_path / "x", content)
     assert (tmp_path / "x").read_bytes() == b"whole"
+
+
+def test_a_file_that_is_taken_away_before_it_is_locked_is_begun_again(tmp_path, monkeypatch):
+    calls = []
+
+    def late(file):
+        calls.append(file.name)
+        if len(calls) == 1:
+            monkeypatch.setattr(ddpm.files, "flock", flock)
+            remove_leftovers(tmp_path)
+            monkeypatch.setattr(ddpm.files, "flock", late)
+            assert flock(file) is None or os.listdir(tmp_path) == []
+        return flock(file)
+
+    monkeypatch.setattr(ddpm.files, "flock", late)
+    write_atomically(tmp_path / "x", lambda to: os.truncate(to, 5))
+    assert len(calls) == 2 and os.listdir(tmp_path) == ["x"]
 
 
 def test_a_digest_sees_every_value_name_kind_and_shape():
