@@ -6,6 +6,7 @@ A file appears under its name only when it is whole. Nothing here grows with the
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,8 @@ from ddpm.captions import describe
 from ddpm.config import Config, UserError
 from ddpm.data import TEST, TRAIN, VALID, BadImage, ImageTable, open_table, read_image
 from ddpm.faces import draw_many, drawn_rows
-from ddpm.model import autocast, write_atomically
+from ddpm.files import reserve, write_atomically
+from ddpm.model import autocast
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.vae import KLVAE, DiagonalGaussian
 
@@ -46,10 +48,11 @@ def cached_array(path: Path, shape: tuple[int, ...], dtype, fill: Callable[[np.n
 
         def build(temporary: Path):
             array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+            reserve(temporary)
             fill(array)
             array.flush()
 
-        write_atomically(path, build)
+        write_atomically(path, build, math.prod(shape) * np.dtype(dtype).itemsize)
     array = np.load(path, mmap_mode="r")
     if array.shape != shape or array.dtype != dtype:
         raise UserError(
@@ -154,7 +157,7 @@ def photographs(
         write_atomically(listing, json.dumps(bad).encode())
 
     path = folder / f"pictures-{key}.npy"
-    if not listing.exists():
+    if path.exists() and not listing.exists():  # in this order: the listing is written first
         path.unlink(missing_ok=True)
     pixels = cached_array(path, (len(table), size, size, 3), np.uint8, fill)
     bad = tuple((name, reason) for name, reason in json.loads(listing.read_text(encoding="utf-8")))

@@ -1,11 +1,16 @@
 r"""What the commands share: one line for what a person can mend, exit code 2, lines and bars, a device."""
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,12 +23,62 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
+class Stopped(KeyboardInterrupt):
+    r"""SIGINT (Ctrl-C) or SIGTERM came; `signum` says which."""
+
+    def __init__(self, signum: int, told: str = "stopped"):
+        super().__init__(told)
+        self.signum = signum
+
+
+class StopRequest:
+    r"""A signal handler that only notes the first signal, for those who ask; the next one ends the process at once."""
+
+    signum = 0
+
+    def __call__(self, signum: int, frame):
+        self.signum = signum
+        _next_ends()
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nfinishing the step and saving; once more leaves at once\n")  # print is not for handlers
+
+    def check(self):
+        r"""Raise Stopped after a signal."""
+        if self.signum:
+            raise Stopped(self.signum)
+
+
+@contextlib.contextmanager
+def on_signals(handler: Callable) -> Iterator:
+    r"""Within this context SIGINT and SIGTERM call `handler`, except those that are ignored, as under nohup."""
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set them
+    before = {s: signal.getsignal(s) for s in SIGNALS if in_main}
+    before = {s: old for s, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for signum in before:
+        signal.signal(signum, handler)
+    try:
+        yield handler
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+def _leave(signum: int, frame):
+    _next_ends()
+    raise Stopped(signum)
+
+
+def _next_ends():
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
+
+
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    r"""Call `main`; print a UserError or an OSError as one line and return 2, Ctrl-C as 130."""
+    r"""Call `main`; print a UserError or an OSError as one line and return 2, SIGINT as 130, SIGTERM as 143."""
     from ddpm.config import UserError
 
     try:
-        with warnings.catch_warnings():
+        with on_signals(_leave), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             main(argv)
         return 0
@@ -36,9 +91,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
             raise
         print("error: out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
               "--preset lowvram; --dry-run tells what is needed", file=sys.stderr)  # fmt: skip
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
+        return 128 + getattr(stop, "signum", signal.SIGINT)
     return 2
 
 

@@ -127,6 +127,7 @@ NOT_NEGATIVE = (
     "crop", "seed", "steps_per_epoch", "epochs", "max_minutes", "vae_lr", "lr", "warmup", "weight_decay", "clip",
     "vlb_weight", "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images",
 )  # fmt: skip
+MOVABLE = {"max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every", "precision"}  # by --resume
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@ r"""TextToImage: the VAE, the text tower, the UNet and the schedule together; pr
 
 import contextlib
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ddpm.config import Config, ModelConfig, UserError
+from ddpm.files import digest_of, write_atomically
 from ddpm.sampling import State, guided, sample_loop
 from ddpm.schedule import Schedule
 from ddpm.seeding import generator
@@ -203,29 +203,18 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, kinds[precision])
 
 
-def write_atomically(path: Path, content: bytes | Callable[[Path], None]):
-    r"""Write a file under a temporary name in its folder, then rename it: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None):
-    r"""Write tensors as safetensors, atomically."""
+    r"""Write tensors as safetensors, atomically; the digest of tensors and metadata is kept as `sha256` among these."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    write_atomically(path, save(tensors, {"format": "pt", **(metadata or {})}))
+    metadata = {"format": "pt", **(metadata or {})}
+    write_atomically(path, save(tensors, {**metadata, "sha256": digest_of([tensors, metadata])}))
 
 
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
-    r"""Read safetensors into `module`, strictly: every name and shape must fit. Returns the file's metadata."""
+    r"""Read safetensors into `module`, strictly: every name and shape must fit, and the checksum where there is one.
+
+    Returns: the file's metadata.
+    """
     wanted = module.state_dict()
     try:
         with safe_open(path, "pt") as file:
@@ -239,9 +228,13 @@ def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(wanted[name].shape):
                     raise UserError(f"expected {name} of shape {tuple(wanted[name].shape)} in {path}, got {shape}")
-            module.load_state_dict({name: file.get_tensor(name) for name in names})
-            return file.metadata() or {}
+            state, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"could not read the weights in {path}: {error}; if it is damaged, train again or fetch it again"
         ) from None
+    stored = metadata.pop("sha256", None)  # other programs' files have none
+    if stored is not None and stored != digest_of([state, metadata]):
+        raise UserError(f"{path} is damaged: its checksum does not fit; train again or fetch it again")
+    module.load_state_dict(state)
+    return metadata

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ddpm.model import write_atomically
+from ddpm.files import write_atomically
 
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 

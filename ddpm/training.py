@@ -26,9 +26,16 @@ from ddpm.vae import vae_loss
 BAD_STEPS = 5  # non-finite steps in a row after which a run stops
 
 
+class NotFinite(UserError):
+    r"""The loss or its gradient was not finite for several steps in a row; the weights are those before them."""
+
+
 @dataclass(frozen=True)
 class Report:
-    r"""One step: its number from 1, means over the batch, the learning rate, and how far the stage is, 0..1."""
+    r"""One step: its number from 1, means over the batch, the learning rate, and how far the stage is, 0..1.
+
+    `rows` are the pictures it saw, `times` (B,) the UNet's t.
+    """
 
     stage: str
     step: int
@@ -37,6 +44,8 @@ class Report:
     grad_norm: float
     progress: float
     finite: bool
+    rows: np.ndarray | None = None
+    times: Tensor | None = None
 
 
 @dataclass
@@ -112,8 +121,20 @@ class Optimization:
         warm = min(1.0, (self.step + 1) / max(1, self.warmup))
         return self.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def update(self, stage: str, losses: Iterator[Tensor]) -> Report:
-        r"""One step from the losses of the parts of a batch, each already divided by their number."""
+    def update(
+        self, stage: str, losses: Iterator[Tensor], rows: np.ndarray | None = None, times: Tensor | None = None
+    ) -> Report:
+        r"""One step from the losses of the parts of a batch, each already divided by their number.
+
+        A loss or gradient that is not finite changes nothing but the count of steps.
+
+        Raises: NotFinite in place of a further step after `BAD_STEPS` of these in a row.
+        """
+        if self.bad >= BAD_STEPS:
+            raise NotFinite(
+                f"the {stage} loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; look at the "
+                "pictures named above, resume with --precision fp32, or start anew with a lower --lr or --vae-lr"
+            )
         progress = self.bound.progress(self.step)
         lr = self.learning_rate(progress)
         for group in self.optimizer.param_groups:
@@ -135,12 +156,7 @@ class Optimization:
         overflow = not finite and math.isfinite(total) and self.scaler.get_scale() > 1
         if not overflow:  # fp16's scaler still comes down, which is no failure
             self.bad = 0 if finite else self.bad + 1
-        if self.bad >= BAD_STEPS:
-            raise UserError(
-                f"the {stage} loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; "
-                "lower --lr or --vae-lr, or use --precision bf16 or fp32"
-            )
-        return Report(stage, self.step, total, lr, norm, progress, finite)
+        return Report(stage, self.step, total, lr, norm, progress, finite, rows, times)
 
     def state_dict(self) -> dict:
         return {
@@ -156,7 +172,8 @@ class Optimization:
         self.step, self.bound.since = state["step"], state["since"]
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:  # another precision may have come with --resume
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             for name, tensor in self.ema.shadow.items():
                 tensor.copy_(state["ema"][name])
@@ -216,7 +233,7 @@ def train_vae(
                     loss = loss + t.perceptual_weight * perceptual(part, x_hat.float())
                 yield loss / t.accumulation
 
-        yield opt.update("vae", losses())
+        yield opt.update("vae", losses(), chosen)
 
 
 def train_unet(
@@ -249,7 +266,7 @@ def train_unet(
                 loss = diffusion_loss(model.schedule, denoise, z, at, noise, model.config.prediction, t.vlb_weight)
                 yield loss.mean() / t.accumulation
 
-        yield opt.update("unet", losses())
+        yield opt.update("unet", losses(), chosen, times)
 
 
 def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
