@@ -12,6 +12,7 @@ from ddpm import cli
 from ddpm.config import UserError
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
+VARIANCES = ("posterior", "beta", "learned")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "--guidance", type=float, default=3.0, help="how strongly to follow the prompt; 1 plain, 0 ignores it [3]"
     )
     p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1 [0]")
+    p.add_argument("--variance", choices=VARIANCES, help="ddpm's Sigma [as the model was trained]")
     p.add_argument("--negative", default=None, help="what to lead away from")
     p.add_argument("--columns", type=int, help="pictures a row of the grid [--num, or nearly square]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
@@ -77,6 +79,8 @@ def main(argv: list[str] | None = None):
     model = TextToImage.load(a.model, a.weights)
     if a.steps > model.schedule.timesteps:
         raise UserError(f"expected --steps from 1 to {model.schedule.timesteps}, the model's chain, got {a.steps}")
+    if a.variance == "learned" != model.config.variance:
+        raise UserError("expected --variance posterior or beta, got learned: this model learned none")
     device = cli.choose_device(a.device)
     model.to(device)
     prompts = [p for p in a.prompts for _ in range(a.num)]
@@ -91,11 +95,12 @@ def main(argv: list[str] | None = None):
 
         x = model.sample(
             prompts, a.sampler, a.steps, a.guidance, a.seed, a.negative, watch, a.eta,
-            cli.choose_precision(a.precision, device), batch_size=len(prompts) if a.film else 32,
+            cli.choose_precision(a.precision, device), batch_size=len(prompts) if a.film else 32, variance=a.variance,
         )  # fmt: skip
     settings = {
         "model": str(a.model or "shipped"), "sampler": a.sampler, "steps": str(a.steps), "guidance": str(a.guidance),
         "seed": str(a.seed), "negative": a.negative or "", "eta": str(a.eta), "weights": a.weights,
+        "variance": a.variance or model.config.variance,
     }  # fmt: skip
     out, columns = Path(a.out), a.columns or (a.num if a.num > 1 else None)
     if out.suffix.lower() == ".png":

@@ -202,7 +202,8 @@ def variational_term(
     $$L_0 = -\log p_\theta(z_0 \mid z_1, c)
     = \frac12 \left[\log 2 \pi \Sigma_\theta + \frac{(z_0 - \hat z_0)^2}{\Sigma_\theta}\right]$$
 
-    which is below 0 where the density is above 1: latents are continuous, so the bound is of their density.
+    in nats; the value is divided by log 2. L_0 is below 0 where the density is above 1: latents are continuous, so the
+    bound is of their density.
     """
     z_0_hat, _ = x_0_and_eps(schedule, z_t, t, output, prediction)
     sigma_2 = reverse_variance(schedule, z_t, t, None, variance, nu)
@@ -222,9 +223,11 @@ def prior_term(schedule: Schedule, z_0: Tensor) -> Tensor:
 
     $$L_T = D_{\mathrm{KL}}\left(q(z_T \mid z_0)\ \|\ \mathcal N(0, \mathbf I)\right)
     = \frac12 \left[\bar\alpha_T z_0^2 - \bar\alpha_T - \log(1 - \bar\alpha_T)\right]$$
+
+    in nats; the value is divided by log 2.
     """
     alpha_bar_T = schedule.alpha_bar[-1].item()
-    nats = 0.5 * (alpha_bar_T * z_0.double() ** 2 - alpha_bar_T - math.log1p(-alpha_bar_T))
+    nats = 0.5 * (alpha_bar_T * z_0.cpu().double() ** 2 - alpha_bar_T - math.log1p(-alpha_bar_T))
     return nats.flatten(1).mean(dim=1) / math.log(2)
 
 

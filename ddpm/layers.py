@@ -41,7 +41,8 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(timestep_embedding(t, self.channels))))
+        embedding = timestep_embedding(t, self.channels).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
 class ResBlock(nn.Module):
@@ -167,3 +168,12 @@ def zero_init(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def check_type(weight: Tensor, **inputs: Tensor):
+    r"""Raise ValueError unless the inputs have the type of a network's weights, or autocast will see to it."""
+    for name, x in inputs.items():
+        half = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        if x.dtype != weight.dtype and not (half and torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"expected {name} in the network's own {weight.dtype}, got {x.dtype}; convert it, or call "
+                             "the network under torch.autocast for half precision")  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm.attention import CrossAttentionBlock
-from ddpm.layers import Downsample, ResBlock, TimeEmbedding, Upsample, group_norm
+from ddpm.layers import Downsample, ResBlock, TimeEmbedding, Upsample, check_type, group_norm
 
 
 class Level(nn.Module):
@@ -168,7 +168,10 @@ class UNet(nn.Module):
         if not isinstance(t, Tensor) or t.shape != z_t.shape[:1] or t.is_floating_point() or t.dtype == torch.bool:
             came = f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"expected t as ({len(z_t)},) integers, got {came}")
+        if t.device.type == "cpu" and len(t) and t.min() < 0:  # elsewhere the look would make the device wait
+            raise ValueError(f"expected t from 0, got {t.min()}")
         if context.ndim != 3 or len(context) != len(z_t) or context.shape[2] != self.context_width:
             raise ValueError(
                 f"expected context of shape ({len(z_t)}, M, {self.context_width}), got {tuple(context.shape)}"
             )
+        check_type(self.conv_in.weight, z_t=z_t, context=context)

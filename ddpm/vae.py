@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.attention import PixelAttention
-from ddpm.layers import Downsample, ResBlock, Upsample, group_norm
+from ddpm.layers import Downsample, ResBlock, Upsample, check_type, group_norm
 
 EPS = 1e-6
 
@@ -170,6 +170,7 @@ class KLVAE(nn.Module):
             raise ValueError(
                 f"expected pictures of shape (B, 3, H, W) with H and W multiples of {self.factor}, got {tuple(x.shape)}"
             )
+        check_type(self.quant_conv.weight, x=x)
         mu, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return DiagonalGaussian(mu, logvar)
 
@@ -177,6 +178,7 @@ class KLVAE(nn.Module):
         r"""Pictures (B, 3, H, W), about in [-1, 1] and not clipped, of latents z (B, c, h, w)."""
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
             raise ValueError(f"expected latents of shape (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
+        check_type(self.quant_conv.weight, z=z)
         return self.decoder(self.post_quant_conv(z))
 
 

@@ -25,12 +25,14 @@ def plain(q, k, v):
     return result
 
 
+@pytest.mark.equation("attention")
 @pytest.mark.parametrize("learn", [True, False])
 def test_attend_is_equation_1_by_hand(learn):
     q, k, v = normal(2, 3, 5, 4, seed=1), normal(2, 3, 7, 4, seed=2), normal(2, 3, 7, 4, seed=3)
     assert (attend(q.requires_grad_(learn), k, v) - plain(q, k, v)).abs().max().item() < 1e-12
 
 
+@pytest.mark.equation("attention")
 @pytest.mark.parametrize("tokens", [256, 512])
 def test_both_branches_of_attend_have_the_values_and_gradients_of_torchs_kernel(tokens, monkeypatch):
     r"""256 x 256 weights are held, 512 x 512 are more than 2^17 and are not."""
@@ -56,12 +58,14 @@ def test_where_nothing_is_learned_the_fused_kernel_is_taken(monkeypatch):
     assert calls == [1]
 
 
+@pytest.mark.equation("attention")
 def test_equal_scores_give_the_mean_of_the_values():
     v = normal(1, 2, 6, 4)
     h = attend(torch.zeros(1, 2, 3, 4, dtype=torch.float64), normal(1, 2, 6, 4, seed=1), v)
     assert (h - v.mean(dim=2, keepdim=True)).abs().max().item() < 1e-12
 
 
+@pytest.mark.equation("attention")
 def test_one_overwhelming_score_picks_its_value_without_overflow():
     q, v = torch.full((1, 1, 1, 4), 1e3), normal(1, 1, 3, 4).float()
     k = torch.tensor([-1e3, 1e3, 0.0])[:, None].expand(3, 4)[None, None]
@@ -69,6 +73,7 @@ def test_one_overwhelming_score_picks_its_value_without_overflow():
         assert torch.equal(attend(q.detach().requires_grad_(learn), k, v)[0, 0, 0], v[0, 0, 1])
 
 
+@pytest.mark.equation("attention")
 def test_the_order_of_the_words_does_not_matter_to_cross_attention():
     torch.manual_seed(0)
     attention = Attention(64, context_width=16).double()
@@ -76,6 +81,7 @@ def test_the_order_of_the_words_does_not_matter_to_cross_attention():
     assert (attention(x, context) - attention(x, context.flip(1))).abs().max().item() < 1e-12
 
 
+@pytest.mark.equation("attention")
 @pytest.mark.parametrize("context_width", [None, 16])
 def test_multi_head_attention_is_torchs_with_the_same_weights(context_width):
     torch.manual_seed(0)
@@ -126,6 +132,7 @@ def test_pixel_attention_is_a_shortcut_plus_attention_over_rows_and_columns():
     assert (layer(x) - by_hand).abs().max().item() < 1e-10
 
 
+@pytest.mark.equation("feed-forward")
 def test_feed_forward_gates_its_first_half_with_the_gelu_of_its_second():
     torch.manual_seed(0)
     layer = FeedForward(8).double()
@@ -138,6 +145,7 @@ def test_feed_forward_gates_its_first_half_with_the_gelu_of_its_second():
     assert (layer(x) - by_hand).abs().max().item() < 1e-12
 
 
+@pytest.mark.equation("noise-network")
 def test_a_transformer_block_adds_self_attention_cross_attention_and_feed_forward():
     torch.manual_seed(0)
     block = TransformerBlock(64, 16, head_width=32).double()
@@ -159,6 +167,7 @@ def test_a_cross_attention_block_starts_as_its_shortcut():
     assert torch.equal(block(x, normal(2, 7, 16).float()), x)
 
 
+@pytest.mark.equation("noise-network")
 def test_a_cross_attention_block_with_weights_listens_to_its_caption_alone():
     torch.manual_seed(0)
     block = without_zeros(CrossAttentionBlock(64, 16, head_width=32).double())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm.cache import PER_ROW, Latents, Texts, cached_array, drawn_pictures, encode_latents, photographs
+from ddpm.cache import PER_ROW, Latents, Pictures, Texts, cached_array, drawn_pictures, encode_latents, photographs
 from ddpm.config import UserError
 from ddpm.data import TRAIN, VALID, open_table
 from ddpm.faces import write_celeba
@@ -61,6 +61,15 @@ def test_a_batch_is_mirrored_where_it_is_said(tmp_path):
     plain, mixed = pictures.batch(rows), pictures.batch(rows, flip=torch.tensor([False, True]))
     assert plain.min() >= -1 and plain.max() <= 1 and plain.shape == (2, 3, 16, 16)
     assert torch.equal(mixed[0], plain[0]) and torch.equal(mixed[1], plain[1].flip(2))
+
+
+@pytest.mark.equation("preprocessing")
+def test_levels_from_0_to_255_become_numbers_from_minus_one_to_one(tmp_path):
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    pictures = Pictures(levels, np.ones(1, bool), np.zeros(1, np.uint8), None, ("a ramp",), (), "ramp")
+    x = pictures.batch(np.array([0]))
+    assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32
+    assert (x[0, 0].flatten() - torch.linspace(-1, 1, 256)).abs().max().item() < 1e-6
 
 
 def test_photographs_are_decoded_once_and_again_when_a_file_changes(celeba, tmp_path):

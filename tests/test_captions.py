@@ -47,6 +47,7 @@ def positives(row):
 # ---------------------------------------------------------------------------------------------- the full form
 
 
+@pytest.mark.equation("captions")
 @pytest.mark.parametrize(
     "attributes, sentence",
     [
@@ -142,6 +143,7 @@ def test_the_input_is_not_changed(random_rows):
 # ---------------------------------------------------------------------------------- parse(describe(row)) law
 
 
+@pytest.mark.equation("captions")
 def test_the_full_form_states_every_positive_attribute_and_nothing_false(rows):
     for row in rows:
         true, stated = named(row), parse(describe(row))
@@ -150,6 +152,7 @@ def test_the_full_form_states_every_positive_attribute_and_nothing_false(rows):
         assert unsaid <= (set() if true["Male"] else {"No_Beard"}), describe(row)
 
 
+@pytest.mark.equation("captions")
 def test_a_seeded_form_states_nothing_false(rows):
     for seed, row in enumerate(rows):
         true, sentence = named(row), describe(row, [7, seed])

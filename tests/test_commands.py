@@ -69,6 +69,31 @@ def test_a_run_folder_holds_what_the_contract_says(trained):
     assert [p.name for p in sorted((trained / "samples").iterdir())] == ["step_000004.png", "step_000006.png"]
 
 
+def test_a_learned_variance_is_trained_resumed_and_sampled_with(tmp_path, capsys):
+    whole, sliced = tmp_path / "whole", tmp_path / "sliced"
+    flags = [*QUICK, "--variance", "learned", "--vlb-weight", "0.01", "--max-steps", 4]
+    assert run_train(*flags, "--out", whole) == 0
+    assert run_train(*flags, "--out", sliced, "--stop-after", 6) == 0
+    assert run_train("--resume", sliced) == 0
+    ema = [load_file(folder / "ema.safetensors") for folder in (whole, sliced)]
+    assert ema[0]["conv_out.weight"].shape[0] == 8
+    assert ema[0]["conv_out.weight"][4:].abs().max() > 0
+    assert all(torch.equal(ema[0][name], ema[1][name]) for name in ema[0])
+    pictures = {}
+    for variance in ([], ["--variance", "learned"], ["--variance", "beta"]):
+        out = tmp_path / f"{len(pictures)}.png"
+        assert run_sample("a man", "--model", whole, "--sampler", "ddpm", "--steps", 5, "--out", out, *variance) == 0
+        pictures[tuple(variance)] = Image.open(out).tobytes()
+    own, learned, beta = pictures.values()
+    assert own == learned != beta
+
+
+def test_a_variance_that_the_model_never_learned_is_refused(trained, tmp_path, capsys):
+    error = refused(capsys, run_sample, "a man", "--model", trained, "--sampler", "ddpm", "--variance", "learned",
+                    "--out", tmp_path / "x.png")  # fmt: skip
+    assert "--variance posterior or beta" in error
+
+
 def test_metrics_have_one_row_a_step_and_held_out_figures(trained):
     with open(trained / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -27,11 +27,22 @@ def test_flags_come_back_as_the_types_of_their_fields():
     assert parse() == {}
 
 
+@pytest.mark.equation("network-configuration")
 def test_the_spec_is_the_preset_celeba64():
     model = Config.from_preset("celeba64").model
     assert (model.image_size, model.latent_size, model.latent_channels) == (64, 32, 4)
     assert model.channels == (64, 128, 256)
     assert (model.timesteps, model.schedule, model.prediction) == (1000, "linear", "eps")
+
+
+@pytest.mark.equation("small-machine")
+def test_lowvram_is_the_specs_plan_for_a_small_card():
+    config = Config.from_preset("lowvram")
+    t = config.training
+    assert config.model == ModelConfig()
+    assert t.batch_size // t.accumulation in (1, 2)
+    assert t.gradient_checkpointing
+    assert 50 <= t.steps_per_epoch <= 100 and 2 <= t.epochs <= 3
 
 
 @pytest.mark.parametrize("preset", PRESETS)

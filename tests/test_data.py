@@ -469,6 +469,7 @@ def test_celeba_without_its_pictures_says_where_it_looked(tmp_path):
 # ---------------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.equation("preprocessing")
 def test_celeba_photographs_are_cropped_to_the_148_in_the_middle():
     inner = picture(148, 148)
     whole = Image.new("RGB", (178, 218), "red")
@@ -477,6 +478,7 @@ def test_celeba_photographs_are_cropped_to_the_148_in_the_middle():
     assert crop_and_resize(whole).tobytes() == crop_and_resize(inner).tobytes()
 
 
+@pytest.mark.equation("preprocessing")
 @pytest.mark.parametrize(("size", "box"), [((100, 60), (20, 0, 80, 60)), ((61, 100), (0, 19, 61, 80))])
 def test_other_pictures_are_cropped_to_the_largest_square_in_the_middle(size, box):
     image = picture(*size)
@@ -497,6 +499,7 @@ def test_a_picture_of_the_right_size_stays_as_it_is(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.asarray(image))
 
 
+@pytest.mark.equation("preprocessing")
 def test_a_resize_is_antialiased():
     rows = np.indices((512, 512)).sum(0) % 2 * 255  # a chequerboard has no low frequencies: its average is grey
     small = np.asarray(crop_and_resize(Image.fromarray(rows.astype(np.uint8))), int)

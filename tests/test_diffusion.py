@@ -38,6 +38,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 # ------------------------------------------------------------------------------------------- forward
 
 
+@pytest.mark.equation("forward-step")
 def test_one_step_of_noise_is_equation_2_by_hand():
     x_1 = forward_step(LINEAR, torch.tensor([3.0]).double(), at(0), torch.tensor([2.0]).double())
     assert x_1.item() == pytest.approx(math.sqrt(1 - 1e-4) * 3 + math.sqrt(1e-4) * 2, abs=1e-14)
@@ -45,6 +46,7 @@ def test_one_step_of_noise_is_equation_2_by_hand():
     assert x_T.item() == pytest.approx(math.sqrt(0.98) * 3 + math.sqrt(0.02) * 2, abs=1e-14)
 
 
+@pytest.mark.equation("forward-step", "closed-form")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thousand_single_steps_have_the_mean_and_variance_of_q_sample(name):
     r"""A step is a x + b eps: x = 1, eps = 0 shows a, x = 0, eps = 1 shows b, and then
@@ -61,6 +63,7 @@ def test_a_thousand_single_steps_have_the_mean_and_variance_of_q_sample(name):
         assert abs(variance - noise**2) < 1e-12
 
 
+@pytest.mark.equation("forward-step", "closed-form")
 def test_a_hundred_random_steps_agree_with_q_sample():
     r"""100,000 walkers; a mean has standard error sqrt(v / n), a variance v sqrt(2 / n). Both may be off by four
     standard errors, which chance alone exceeds once in 8,000 drawings; the seed is fixed."""
@@ -75,6 +78,7 @@ def test_a_hundred_random_steps_agree_with_q_sample():
     assert abs(x.var().item() - variance) < 4 * variance * math.sqrt(2 / n)
 
 
+@pytest.mark.equation("closed-form")
 def test_q_sample_is_equation_4_by_hand_with_a_time_for_each_element():
     x_0, eps = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double(), torch.tensor([[0.3, 0.1], [-1.0, 2.0]]).double()
     x_t = q_sample(LINEAR, x_0, at(0, 1), eps)
@@ -85,6 +89,7 @@ def test_q_sample_is_equation_4_by_hand_with_a_time_for_each_element():
             assert x_t[i, j].item() == pytest.approx(by_hand, abs=1e-12)
 
 
+@pytest.mark.equation("closed-form")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_the_input_keeps_its_type_and_is_rounded_once(dtype):
     x_0, eps = normal(4, 3, 8, 8, seed=1).to(dtype), normal(4, 3, 8, 8, seed=2).to(dtype)
@@ -97,6 +102,7 @@ def test_the_input_keeps_its_type_and_is_rounded_once(dtype):
 # ------------------------------------------------------------------------------------------- posterior
 
 
+@pytest.mark.equation("posterior")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stride", [1, 50])
 def test_the_posterior_is_bayes_rule_for_gaussians(name, stride):
@@ -124,6 +130,7 @@ def test_the_posterior_is_bayes_rule_for_gaussians(name, stride):
         assert abs(variance[i].item() - 1 / precision) < 1e-10
 
 
+@pytest.mark.equation("posterior")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_posterior_of_the_first_step_is_the_clean_picture_itself(name):
     x_0, x_t = normal(2, 4, 3, 3, seed=1), normal(2, 4, 3, 3, seed=2)
@@ -134,6 +141,7 @@ def test_the_posterior_of_the_first_step_is_the_clean_picture_itself(name):
         assert variance.tolist() == torch.zeros(2, 1, 1, 1).tolist()
 
 
+@pytest.mark.equation("posterior")
 def test_the_posterior_variance_is_equation_7_and_below_beta():
     t = torch.arange(1, 1000)
     zeros = torch.zeros(999, dtype=torch.float64)
@@ -144,6 +152,7 @@ def test_the_posterior_variance_is_equation_7_and_below_beta():
     assert bool((variance < LINEAR.beta[1:]).all())
 
 
+@pytest.mark.equation("posterior")
 def test_one_posterior_step_undoes_one_forward_step_in_distribution():
     r"""Drawing x_t from q(x_t | x_0), then x_{t-1} from the posterior, must give q(x_{t-1} | x_0): the variance is
     c^2 (1 - alpha_bar_t) + beta-tilde, with c the coefficient of x_t, shown by x_t = 1, x_0 = 0."""
@@ -156,6 +165,7 @@ def test_one_posterior_step_undoes_one_forward_step_in_distribution():
 # ------------------------------------------------------------------------------------------- predictions
 
 
+@pytest.mark.equation("predictions")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-3)])
@@ -175,6 +185,7 @@ def test_a_perfect_prediction_gives_back_picture_and_noise(name, prediction, dty
     assert (eps_hat - eps).abs().max().item() < tolerance
 
 
+@pytest.mark.equation("predictions")
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_whatever_a_network_says_picture_and_noise_add_up_to_x_t(prediction):
     r"""Also for a network that is wrong; the sum must hold or DDIM would walk away from its own sample."""
@@ -184,6 +195,7 @@ def test_whatever_a_network_says_picture_and_noise_add_up_to_x_t(prediction):
     assert (q_sample(LINEAR, x_0, t, eps) - x_t).abs().max().item() < 1e-12
 
 
+@pytest.mark.equation("v", "predictions")
 def test_the_three_predictions_are_one_another():
     r"""Reading eps, then saying it as v, then reading v, arrives at the same pair; so does x_0."""
     t = at(3, 300, 999)
@@ -195,6 +207,7 @@ def test_the_three_predictions_are_one_another():
         assert (pair[1] - eps).abs().max().item() < 1e-6
 
 
+@pytest.mark.equation("v")
 def test_v_is_noise_at_the_start_and_minus_the_picture_at_the_end():
     x_0, eps = torch.tensor([2.0, 2.0]).double(), torch.tensor([0.5, 0.5]).double()
     v = v_from(LINEAR, x_0, at(0, 999), eps)
@@ -202,6 +215,7 @@ def test_v_is_noise_at_the_start_and_minus_the_picture_at_the_end():
     assert v[1].item() == pytest.approx(-2.0, abs=4e-3)  # sqrt(alpha_bar) is 6.4e-3 there, times 0.5
 
 
+@pytest.mark.equation("v")
 def test_v_is_the_derivative_of_x_t_along_the_angle():
     r"""With sqrt(alpha_bar) = cos(phi) and sqrt(1 - alpha_bar) = sin(phi), v = d x_t / d phi (appendix D)."""
     phi = torch.acos(LINEAR.alpha_bar[400].sqrt()).item()
@@ -215,6 +229,7 @@ def test_v_is_the_derivative_of_x_t_along_the_angle():
     assert v.item() == pytest.approx((x(phi + step) - x(phi - step)) / (2 * step), abs=1e-9)
 
 
+@pytest.mark.equation("objective")
 def test_training_targets_are_the_noise_the_picture_and_the_velocity():
     x_0, eps, t = normal(2, 3, seed=1), normal(2, 3, seed=2), at(5, 500)
     assert torch.equal(training_target(LINEAR, x_0, t, eps, "eps"), eps)
@@ -225,6 +240,7 @@ def test_training_targets_are_the_noise_the_picture_and_the_velocity():
 # ------------------------------------------------------------------------------------------- loss
 
 
+@pytest.mark.equation("objective")
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_perfect_network_has_loss_zero(prediction):
     z_0, eps, t = normal(3, 4, 8, 8, seed=1).float(), normal(3, 4, 8, 8, seed=2).float(), at(0, 500, 999)
@@ -235,6 +251,7 @@ def test_a_perfect_network_has_loss_zero(prediction):
     assert loss.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.equation("objective")
 def test_the_loss_is_the_mean_square_of_each_element_by_hand():
     z_0 = torch.tensor([[1.0, -2.0, 0.0], [0.5, 3.0, 1.0]])
     eps = torch.tensor([[0.3, 0.1, -0.7], [-1.0, 2.0, 0.0]])
@@ -243,6 +260,7 @@ def test_the_loss_is_the_mean_square_of_each_element_by_hand():
     assert loss[1].item() == pytest.approx((1.0 + 4.0 + 0.0) / 3, abs=1e-6)
 
 
+@pytest.mark.equation("objective")
 def test_the_network_is_asked_about_z_t_at_its_own_time():
     z_0, eps, t = normal(2, 4, 4, 4, seed=1), normal(2, 4, 4, 4, seed=2), at(5, 500)
     asked = []
@@ -257,6 +275,7 @@ def test_the_network_is_asked_about_z_t_at_its_own_time():
     assert torch.equal(time, t)
 
 
+@pytest.mark.equation("objective")
 def test_the_gradient_of_the_loss_reaches_the_network():
     z_0, eps = normal(2, 3, seed=1).float(), normal(2, 3, seed=2).float()
     scale = torch.tensor(0.5, requires_grad=True)
@@ -343,6 +362,7 @@ def test_a_network_that_answers_in_another_shape_is_refused():
 # ------------------------------------------------------------------------------------------- score, variance, bound
 
 
+@pytest.mark.equation("predictions", "score")
 @pytest.mark.parametrize("name", NAMES)
 def test_eps_v_x_0_and_score_convert_into_one_another_and_back(name):
     r"""At both ends of time and between, in double precision, relative to the size of what comes back."""
@@ -358,6 +378,7 @@ def test_eps_v_x_0_and_score_convert_into_one_another_and_back(name):
         assert (v_from(schedule, x_0_again, t, eps_again) - said["v"]).abs().max() < 1e-6
 
 
+@pytest.mark.equation("score")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_score_is_the_gradient_of_the_log_density_of_x_t(name):
     r"""For a single picture x_0, by autograd through torch.distributions' normal density."""
@@ -369,6 +390,7 @@ def test_the_score_is_the_gradient_of_the_log_density_of_x_t(name):
     assert (score_from(schedule, t, eps) / x_t.grad - 1).abs().max() < 1e-6
 
 
+@pytest.mark.equation("reverse-variance")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_three_forms_of_the_reverse_variance(name):
     r"""beta_t, the posterior's, and between them geometrically; at t = 0 the posterior's is that of t = 1."""
@@ -386,6 +408,7 @@ def test_the_three_forms_of_the_reverse_variance(name):
     assert (learned.log() - (nu * beta.log() + (1 - nu) * posterior.log())).abs().max() < 1e-9
 
 
+@pytest.mark.equation("reverse-variance")
 def test_the_reverse_variance_over_skipped_steps_is_the_posteriors_and_its_bound():
     t, s, like = at(999, 500, 20), at(499, 3, -1), torch.zeros(3, 1)
     _, tilde = q_posterior(LINEAR, like, like, t, s)
@@ -397,6 +420,7 @@ def test_the_reverse_variance_over_skipped_steps_is_the_posteriors_and_its_bound
     assert (beta - torch.stack([1 - ab[999] / ab[499], 1 - ab[500] / ab[3], 1 - ab[20]])).abs().max() < 1e-12
 
 
+@pytest.mark.equation("reverse-variance")
 def test_a_network_with_twice_the_channels_says_mean_and_variance():
     z = normal(2, 3, 4, 4)
     output, nu = split_output(z, z)
@@ -417,6 +441,7 @@ def test_a_variance_that_cannot_be_is_refused():
         reverse_variance(LINEAR, z, at(1, 2), variance="learned", nu=torch.zeros(2, 1))
 
 
+@pytest.mark.equation("variational-bound")
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_a_term_of_the_bound_is_the_divergence_of_two_normal_distributions(variance):
     r"""Against torch.distributions, with both means from q_posterior; and at t = 0 the log-density of z_0."""
@@ -435,6 +460,7 @@ def test_a_term_of_the_bound_is_the_divergence_of_two_normal_distributions(varia
     assert (term / by_hand - 1).abs().max() < 1e-5
 
 
+@pytest.mark.equation("prior-term")
 def test_the_prior_term_is_the_divergence_of_q_at_the_end_from_the_standard_normal():
     z_0, ab = normal(3, 5), LINEAR.alpha_bar[-1]
     q = torch.distributions.Normal(ab.sqrt() * z_0, (1 - ab).sqrt())
@@ -442,6 +468,7 @@ def test_the_prior_term_is_the_divergence_of_q_at_the_end_from_the_standard_norm
     assert (prior_term(LINEAR, z_0) - by_hand).abs().max() < 1e-12
 
 
+@pytest.mark.equation("variational-bound", "prior-term")
 @pytest.mark.parametrize("name", NAMES)
 def test_with_the_exact_mean_and_variance_the_bound_is_the_datas_entropy(name):
     r"""For data N(m, s^2) every step back is normal, so the bound has no gap but the one of its start: it is the
@@ -474,6 +501,7 @@ def test_with_the_exact_mean_and_variance_the_bound_is_the_datas_entropy(name):
         assert expected(other) > expected("learned") + 1e-4
 
 
+@pytest.mark.equation("hybrid-loss")
 def test_the_learned_variance_is_taught_by_the_bound_and_the_mean_by_the_square_alone():
     r"""Improved DDPM, equation 16: the loss adds lambda T L_{t-1}, and no gradient of it reaches the mean."""
     z_0, eps, t = normal(4, 3, 2, 2), normal(4, 3, 2, 2, seed=1), at(0, 5, 300, 999)
@@ -492,6 +520,7 @@ def test_the_learned_variance_is_taught_by_the_bound_and_the_mean_by_the_square_
     assert torch.equal(without, simple)
 
 
+@pytest.mark.equation("reverse-variance", "hybrid-loss")
 def test_following_the_loss_the_variance_becomes_the_exact_one():
     r"""One number for nu at one time, data N(0, 1/4), the exact mean: the minimum is the variance of Bayes' rule."""
     t_of, s, n = 400, 0.5, 4096
@@ -515,3 +544,22 @@ def test_following_the_loss_the_variance_becomes_the_exact_one():
     optimizer.step(closure)
     learned = reverse_variance(LINEAR, z_0, t, None, "learned", ((raw.detach() + 1) / 2).expand(n, 1))[0]
     assert abs(learned.item() / exact.item() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.01), (torch.float16, 0.002), (torch.float32, 1e-6)])
+def test_every_function_answers_in_its_inputs_type_to_that_types_precision_whatever_the_memory_layout(dtype, tolerance):
+    schedule, t = LINEAR, at(0, 10, 500, 900)
+    a, b = (normal(3, 4, seed=k).T.to(dtype) for k in range(2))
+    assert not a.is_contiguous()
+    for f in (
+        lambda a, b: forward_step(schedule, a, t, b),
+        lambda a, b: q_sample(schedule, a, t, b),
+        lambda a, b: q_posterior(schedule, a, b, t)[0],
+        lambda a, b: v_from(schedule, a, t, b),
+        lambda a, b: score_from(schedule, t, b),
+        lambda a, b: x_0_and_eps(schedule, a, t, b, "v")[0],
+        lambda a, b: x_0_and_eps(schedule, a, t, b, "eps")[1],
+    ):
+        said, exact = f(a, b), f(a.double().contiguous(), b.double().contiguous())
+        assert said.dtype == dtype
+        assert ((said.double() - exact).abs() <= tolerance * exact.abs().clamp(min=1)).all()

@@ -3,6 +3,7 @@ r"""The diffusers folder: what is in it, that it comes back bit for bit, what is
 That diffusers and transformers open it and compute the same is in tests/compat.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -77,6 +78,20 @@ def refusal_of(action, *arguments) -> str:
 # ------------------------------------------------------------------------------------------- what is written
 
 
+def test_a_learned_variance_stays_behind_and_the_mean_is_exported(model, tmp_path):
+    torch.manual_seed(0)
+    config = dataclasses.replace(model.config, variance="learned")
+    learned = TextToImage(config, model.text).eval()
+    without_zeros(learned.unet)
+    export.export(learned, tmp_path / "exported")
+    assert settings(tmp_path / "exported", "unet")["out_channels"] == config.latent_channels
+    back = export.import_diffusers(tmp_path / "exported")
+    z, t, c = torch.randn(1, *model.latent_shape), torch.tensor([7]), torch.randn(1, 77, 512)
+    with torch.no_grad():
+        assert torch.equal(back.unet(z, t, c), learned.unet(z, t, c)[:, : config.latent_channels])
+    assert learned.unet.conv_out.out_channels == 2 * config.latent_channels
+
+
 def test_the_folder_holds_what_the_pipeline_looks_for(folder):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
@@ -96,6 +111,7 @@ def test_every_weights_file_says_that_it_is_pytorchs(folder):
             assert file.metadata()["format"] == "pt"
 
 
+@pytest.mark.equation("network-configuration")
 def test_the_specs_model_is_described_in_diffusers_words():
     r"""attention_head_dim is the number of heads: 2, 4 and 8 make every head 32 wide."""
     unet, vae = export.unet_config(ModelConfig()), export.vae_config(ModelConfig())

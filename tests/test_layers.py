@@ -26,6 +26,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 # ------------------------------------------------------------------------------------------- time
 
 
+@pytest.mark.equation("time-embedding")
 def test_the_embedding_of_a_time_is_cosines_then_sines_by_hand():
     embedding = timestep_embedding(torch.tensor([0, 1, 7, 999]), 6)
     assert embedding.shape == (4, 6)
@@ -37,16 +38,19 @@ def test_the_embedding_of_a_time_is_cosines_then_sines_by_hand():
         assert row == pytest.approx(by_hand, abs=1e-4)
 
 
+@pytest.mark.equation("time-embedding")
 def test_time_zero_is_all_cosines_one_and_all_sines_zero():
     assert timestep_embedding(torch.tensor([0]), 64).tolist() == [[1.0] * 32 + [0.0] * 32]
 
 
+@pytest.mark.equation("time-embedding")
 def test_no_two_of_a_thousand_times_look_alike():
     embedding = timestep_embedding(torch.arange(1000), 64)
     distances = torch.cdist(embedding, embedding) + 10 * torch.eye(1000)
     assert distances.min().item() > 0.1
 
 
+@pytest.mark.equation("time-embedding")
 def test_the_time_vector_is_linear_silu_linear():
     torch.manual_seed(0)
     time = TimeEmbedding(64, 256)
@@ -60,6 +64,7 @@ def test_the_time_vector_is_linear_silu_linear():
 # ------------------------------------------------------------------------------------------- normalisation
 
 
+@pytest.mark.equation("group-norm")
 def test_group_norm_makes_each_group_of_each_picture_mean_0_and_variance_1():
     x = normal(2, 64, 5, 5, dtype=torch.float64) * 3 + 7
     y = group_norm(64, eps=1e-12).double()(x).reshape(2, 32, -1)
@@ -67,6 +72,7 @@ def test_group_norm_makes_each_group_of_each_picture_mean_0_and_variance_1():
     assert (y.var(dim=2, unbiased=False) - 1).abs().max().item() < 1e-10
 
 
+@pytest.mark.equation("group-norm")
 def test_the_epsilon_of_group_norm_is_inside_the_root():
     x = normal(1, 32, 4, 4, dtype=torch.float64)
     mean, variance = x.mean(dim=(2, 3), keepdim=True), x.var(dim=(2, 3), keepdim=True, unbiased=False)
@@ -86,6 +92,7 @@ def norm_and_gradients(function, x, gamma, beta, dy):
     return y.detach(), *torch.autograd.grad(y, (x, gamma, beta), dy)
 
 
+@pytest.mark.equation("group-norm", "group-norm-gradient")
 @pytest.mark.parametrize("channels_last_dy", [True, False])
 @pytest.mark.parametrize("groups", [1, 4, 8])
 def test_channels_last_group_norm_is_torchs_forward_and_backward(groups, channels_last_dy):
@@ -100,6 +107,7 @@ def test_channels_last_group_norm_is_torchs_forward_and_backward(groups, channel
         assert (one - other).abs().max().item() < 1e-10  # sums of some hundred numbers about 10, in float64
 
 
+@pytest.mark.equation("group-norm-gradient")
 def test_channels_last_group_norm_has_the_derivative_of_its_forward_pass():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -107,6 +115,7 @@ def test_channels_last_group_norm_has_the_derivative_of_its_forward_pass():
     assert torch.autograd.gradcheck(lambda *a: ChannelsLastGroupNorm.apply(*a, 2, 1e-5), (x, gamma, beta))
 
 
+@pytest.mark.equation("group-norm-gradient")
 def test_channels_last_group_norm_in_bf16_stays_near_the_exact_gradients():
     r"""bf16 has 8 bits: a rounding is 0.4 %, and the products under the sums are rounded too. Gradients of the input
     are about 1; 0.05 is some ten roundings. Those of gamma and beta are sums over 512 products, about 20 each."""
@@ -154,6 +163,7 @@ def test_our_group_norm_has_torchs_parameters_and_takes_its_weights():
 # ------------------------------------------------------------------------------------------- residual block
 
 
+@pytest.mark.equation("res-block")
 @pytest.mark.parametrize("in_channels, out_channels", [(32, 32), (32, 64)])
 def test_a_resblock_starts_as_its_shortcut(in_channels, out_channels):
     torch.manual_seed(0)
@@ -164,6 +174,7 @@ def test_a_resblock_starts_as_its_shortcut(in_channels, out_channels):
     assert (block.conv_shortcut is None) == (in_channels == out_channels)
 
 
+@pytest.mark.equation("res-block")
 def test_a_resblock_is_its_equation():
     torch.manual_seed(0)
     block = ResBlock(32, 64, time_width=16)

@@ -40,6 +40,7 @@ def far(x, y):
 # ------------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.equation("sampling-path")
 @pytest.mark.parametrize("sampler, settings", [("dpm++", {}), ("ddim", {}), ("ddim", {"eta": 0.5}), ("ddpm", {})])
 def test_pictures_have_the_configurations_size_and_stay_in_range(tiny, sampler, settings):
     x = tiny.sample(PROMPTS, sampler, steps=3, **settings)
@@ -74,6 +75,7 @@ def test_the_same_call_gives_the_same_bits_and_draws_nothing_globally(tiny):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.equation("sampling-path")
 def test_sampling_is_the_loop_over_the_unet_with_noise_of_the_pictures_own_stream(tiny):
     r"""Said once more in its parts, for picture 7: noise, guidance, loop, latent scale, decoder."""
     stream = generator(5, 7)
@@ -90,6 +92,7 @@ def test_sampling_is_the_loop_over_the_unet_with_noise_of_the_pictures_own_strea
     assert far(picture, by_hand) < 1e-4
 
 
+@pytest.mark.equation("sampling-path")
 @pytest.mark.parametrize("prediction", ["eps", "v", "x_0"])
 def test_the_configurations_prediction_is_what_the_sampler_reads(remembering, prediction):
     r"""A UNet that says 0.3 everywhere means the picture 0.3 where it predicts x_0, and something else elsewhere."""
@@ -102,6 +105,7 @@ def test_the_configurations_prediction_is_what_the_sampler_reads(remembering, pr
     assert same == ([True, True] if prediction == "x_0" else [False, False])
 
 
+@pytest.mark.equation("sampling-path")
 def test_the_prompt_and_the_negative_change_the_picture_and_guidance_zero_ignores_the_prompt(tiny):
     def sample(prompt, scale, negative=None):
         return tiny.sample([prompt], steps=2, guidance_scale=scale, negative=negative)
@@ -127,6 +131,7 @@ def test_negatives_are_one_for_all_or_one_each(tiny):
         tiny.sample(PROMPTS, steps=2, negative=["", ""])
 
 
+@pytest.mark.equation("sampling-path")
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_the_callback_sees_every_step(tiny, sampler):
     seen = []

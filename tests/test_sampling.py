@@ -93,6 +93,7 @@ def moments(schedule, m, s, sampler, steps, x_T=(0.0, 1.0), **settings):
 # ------------------------------------------------------------------------------------------- exact score
 
 
+@pytest.mark.equation("reverse-process", "ddim-step", "dpm-solver-step")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sampler, settings", ALL_SAMPLERS)
 def test_with_the_exact_score_every_sampler_ends_at_the_datas_mean_and_variance(sampler, settings, name):
@@ -107,6 +108,7 @@ def test_with_the_exact_score_every_sampler_ends_at_the_datas_mean_and_variance(
     assert abs(variance - s**2) < 0.01
 
 
+@pytest.mark.equation("reverse-process", "ddim-step")
 @pytest.mark.parametrize("steps", [7, 50])
 @pytest.mark.parametrize("sampler, settings", [(s, k) for s, k in ALL_SAMPLERS if k != {"variance": "beta"}])
 def test_for_a_single_picture_every_sampler_is_exact_in_any_number_of_steps(sampler, settings, steps):
@@ -119,6 +121,7 @@ def test_for_a_single_picture_every_sampler_is_exact_in_any_number_of_steps(samp
         assert variance == pytest.approx(1 - alpha_bar(LINEAR, time), abs=1e-9)
 
 
+@pytest.mark.equation("reverse-process")
 @pytest.mark.parametrize("steps", [7, 50])
 def test_for_standard_normal_data_the_variance_beta_is_exact_in_any_number_of_steps(steps):
     r"""There x_t is standard normal at every time (DDPM, section 3.2); the last step adds no noise by choice."""
@@ -128,6 +131,7 @@ def test_for_standard_normal_data_the_variance_beta_is_exact_in_any_number_of_st
     assert time == -1 and last < 1
 
 
+@pytest.mark.equation("reverse-process")
 def test_the_two_variances_of_ddpm_bracket_the_datas():
     r"""The true reverse variance lies between the posterior's and beta (DDPM, section 3.2): so does what comes out."""
     (*_, (_, _, low)), (*_, (_, _, high)) = (
@@ -137,6 +141,7 @@ def test_the_two_variances_of_ddpm_bracket_the_datas():
     assert high > 0.25 + 0.005
 
 
+@pytest.mark.equation("ddim-step", "dpm-solver-step")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sampler, order", [("ddim", 0.9), ("dpm++", 1.8)])
 def test_the_error_falls_with_the_samplers_order(sampler, order, name):
@@ -156,6 +161,7 @@ def test_the_error_falls_with_the_samplers_order(sampler, order, name):
     assert -(centred * log_error).sum() / (centred**2).sum() >= order
 
 
+@pytest.mark.equation("dpm-solver-step")
 def test_the_second_order_sampler_is_closer_than_the_first_at_the_usual_20_steps():
     x_T = torch.tensor([1.3], dtype=torch.float64)
     exact = flow(LINEAR, 0.6, 0.5, 1.3, 999, -1)
@@ -166,6 +172,7 @@ def test_the_second_order_sampler_is_closer_than_the_first_at_the_usual_20_steps
     assert errors["dpm++"] < errors["ddim"] / 2
 
 
+@pytest.mark.equation("predictions")
 @pytest.mark.parametrize("sampler, settings", ALL_SAMPLERS)
 def test_the_sample_does_not_depend_on_what_a_perfect_network_predicts(sampler, settings):
     x_T, noise, results = normal(3, 2, seed=1), normal(30, 3, 2, seed=2), []
@@ -183,6 +190,7 @@ def test_the_sample_does_not_depend_on_what_a_perfect_network_predicts(sampler, 
 TIMES = [(999, 949), (999, 998), (500, 100), (1, 0), (0, -1), (49, -1)]
 
 
+@pytest.mark.equation("reverse-process", "ddim-step")
 @pytest.mark.parametrize("t, s", TIMES)
 def test_ddim_with_eta_one_has_the_ddpm_posterior_variance(t, s):
     r"""And the same mean: given the same noise the two steps are the same step."""
@@ -198,6 +206,7 @@ def test_ddim_with_eta_one_has_the_ddpm_posterior_variance(t, s):
     assert (shift - variance.sqrt() * noise).abs().max().item() < 1e-10
 
 
+@pytest.mark.equation("ddim-step")
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("t, s", TIMES)
 def test_a_ddim_step_is_its_equation_by_hand(t, s, eta):
@@ -210,6 +219,7 @@ def test_a_ddim_step_is_its_equation_by_hand(t, s, eta):
     assert ddim_step(LINEAR, x[0], at(t), at(s), *x[1:], eta=eta).item() == pytest.approx(by_hand, abs=1e-12)
 
 
+@pytest.mark.equation("reverse-process")
 @pytest.mark.parametrize("t, s", TIMES)
 def test_a_ddpm_step_has_the_variance_that_was_asked_for(t, s):
     x_t, x_0 = torch.tensor([0.7]).double(), torch.tensor([-1.3]).double()
@@ -224,6 +234,7 @@ def test_a_ddpm_step_has_the_variance_that_was_asked_for(t, s):
         assert shift.item() ** 2 == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.equation("dpm-solver-step")
 @pytest.mark.parametrize("t, s", TIMES)
 def test_the_first_step_of_dpm_solver_is_a_ddim_step(t, s):
     x_t, x_0 = normal(2, 4, 3, 3, seed=1), normal(2, 4, 3, 3, seed=2)
@@ -234,6 +245,7 @@ def test_the_first_step_of_dpm_solver_is_a_ddim_step(t, s):
     assert (first - by_ddim).abs().max().item() < 1e-10
 
 
+@pytest.mark.equation("dpm-solver-step")
 @pytest.mark.parametrize("before, t, s", [(999, 949, 899), (999, 600, 500), (2, 1, 0)])
 def test_a_dpm_solver_step_is_algorithm_2_by_hand(before, t, s):
     x_t, x_0, x_0_before = 0.7, -1.3, 0.4
@@ -251,6 +263,7 @@ def test_a_dpm_solver_step_is_algorithm_2_by_hand(before, t, s):
     assert step.item() == pytest.approx(by_hand, abs=1e-10)
 
 
+@pytest.mark.equation("dpm-solver-step")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_last_step_arrives_at_the_networks_picture_and_is_finite(dtype):
     r"""lambda is infinite at the clean picture."""
@@ -300,6 +313,7 @@ def test_a_network_with_twice_the_channels_takes_its_variance_along_and_the_othe
     assert not torch.equal(run(with_variance, "ddpm", variance="learned"), run(plain, "ddpm"))
 
 
+@pytest.mark.equation("reverse-variance", "reverse-process")
 def test_with_the_exact_mean_and_variance_every_step_of_ddpm_has_the_datas_marginal():
     r"""For data N(m, s^2) the step back is normal, and its variance lies between the posterior's and beta: a network
     that knows both has at every time, in any number of steps, exactly the mean and variance of x_s."""
@@ -406,6 +420,7 @@ def test_the_mixtures_network_knows_the_gradient_of_its_density():
     assert (x_0 - x_0_and_eps(LINEAR, x, t, eps, "eps")[0]).abs().max() < 1e-9
 
 
+@pytest.mark.equation("reverse-process", "ddim-step", "dpm-solver-step")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sampler, settings", ALL_SAMPLERS)
 def test_with_the_exact_score_every_sampler_ends_at_the_mixture(sampler, settings, name):
@@ -428,6 +443,7 @@ def test_with_the_exact_score_every_sampler_ends_at_the_mixture(sampler, setting
         assert (mine.std(0) / SPREADS[k] - 1).abs().max() < 0.1
 
 
+@pytest.mark.equation("ddim-step", "dpm-solver-step")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sampler, order", [("ddim", 0.9), ("dpm++", 1.8)])
 def test_on_the_mixture_too_the_error_falls_with_the_samplers_order(sampler, order, name):
@@ -448,6 +464,7 @@ def test_on_the_mixture_too_the_error_falls_with_the_samplers_order(sampler, ord
 # ------------------------------------------------------------------------------------------- times
 
 
+@pytest.mark.equation("sampling-times")
 def test_twenty_steps_stand_where_each_spacing_puts_them():
     assert timesteps(LINEAR, 20) == list(range(999, 0, -50))
     assert timesteps(LINEAR, 20, "trailing")[:2] == [999, 949]
@@ -457,6 +474,13 @@ def test_twenty_steps_stand_where_each_spacing_puts_them():
     assert linspace == [round(999 - k * 999 / 19) for k in range(20)]
 
 
+@pytest.mark.equation("sampling-times")
+def test_trailing_times_are_rounded_where_the_steps_do_not_divide_the_chain():
+    r"""1000 - k 1000 / 7 is 1000, 857.1, 714.3, 571.4, 428.6, 285.7, 142.9."""
+    assert timesteps(LINEAR, 7) == [999, 856, 713, 570, 428, 285, 142]
+
+
+@pytest.mark.equation("sampling-times")
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("T", [30, 1000])
 def test_any_number_of_steps_gives_that_many_falling_times_within_the_chain(spacing, T):
@@ -469,6 +493,7 @@ def test_any_number_of_steps_gives_that_many_falling_times_within_the_chain(spac
         assert all(later < earlier for earlier, later in zip(times, times[1:], strict=False))
 
 
+@pytest.mark.equation("sampling-times")
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_as_many_steps_as_the_chain_has_take_every_one(spacing):
     assert timesteps(LINEAR, 1000, spacing) == list(range(999, -1, -1))
@@ -509,6 +534,7 @@ Z, T = normal(2, 3, seed=1), at(100, 900)
 PROMPTS, EMPTY = normal(2, 5, 4, seed=2), normal(2, 5, 4, seed=3)
 
 
+@pytest.mark.equation("guidance")
 @pytest.mark.parametrize("scale", [3.0, 7.5, 0.5, -1.0, 2])
 def test_guidance_leads_from_the_unconditional_past_the_conditional_in_one_call(scale):
     network = Recorder()
@@ -523,6 +549,7 @@ def test_guidance_leads_from_the_unconditional_past_the_conditional_in_one_call(
     assert (output - ((1 + w) * cond - w * uncond)).abs().max().item() < 1e-12  # equation 6
 
 
+@pytest.mark.equation("guidance")
 @pytest.mark.parametrize("scale, context", [(1, PROMPTS), (1.0, PROMPTS), (0, EMPTY), (0.0, EMPTY)])
 def test_guidance_one_is_conditional_and_zero_unconditional_with_half_the_work(scale, context):
     network = Recorder()
@@ -533,6 +560,7 @@ def test_guidance_one_is_conditional_and_zero_unconditional_with_half_the_work(s
     assert torch.equal(output, Recorder()(Z, T, context))
 
 
+@pytest.mark.equation("guidance")
 def test_guidance_leaves_the_learned_variance_to_the_conditional_model():
     def network(z_t, t, context):
         return torch.cat([z_t * context.mean(dim=(1, 2))[:, None], context.mean(dim=(1, 2))[:, None] + z_t], dim=1)
@@ -543,6 +571,7 @@ def test_guidance_leaves_the_learned_variance_to_the_conditional_model():
     assert torch.equal(both[:, 3:], cond[:, 3:])
 
 
+@pytest.mark.equation("guidance")
 def test_guidance_is_the_same_whatever_the_network_predicts():
     r"""Combining v or x_0 and reading the result as eps is combining eps: all three are affine in one another."""
     said = {c: normal(2, 3, seed=seed) for c, seed in (("cond", 4), ("uncond", 5))}
@@ -571,6 +600,7 @@ def test_a_guidance_that_is_no_number_is_refused(scale):
 # ------------------------------------------------------------------------------------------- loop
 
 
+@pytest.mark.equation("sampling-times")
 @pytest.mark.parametrize("sampler, settings", ALL_SAMPLERS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_the_loop_asks_the_network_once_a_step_at_the_times_of_the_spacing(sampler, settings, spacing):

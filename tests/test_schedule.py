@@ -10,6 +10,7 @@ from ddpm.schedule import SCHEDULES, Schedule
 NAMES = sorted(SCHEDULES)
 
 
+@pytest.mark.equation("alpha-bar")
 @pytest.mark.parametrize("name", NAMES)
 def test_beta_alpha_and_alpha_bar_are_double_precision_numbers_between_0_and_1(name):
     schedule = Schedule.named(name)
@@ -19,6 +20,7 @@ def test_beta_alpha_and_alpha_bar_are_double_precision_numbers_between_0_and_1(n
         assert bool(((table > 0) & (table < 1)).all())
 
 
+@pytest.mark.equation("alpha-bar")
 @pytest.mark.parametrize("name", NAMES)
 def test_alpha_bar_falls_and_beta_does_not(name):
     schedule = Schedule.named(name)
@@ -26,6 +28,7 @@ def test_alpha_bar_falls_and_beta_does_not(name):
     assert bool((schedule.beta.diff() >= 0).all())
 
 
+@pytest.mark.equation("alpha-bar")
 @pytest.mark.parametrize("name", NAMES)
 def test_alpha_bar_is_the_product_of_all_alphas_up_to_t(name):
     schedule = Schedule.named(name)
@@ -36,6 +39,7 @@ def test_alpha_bar_is_the_product_of_all_alphas_up_to_t(name):
         assert schedule.alpha_bar[t].item() == pytest.approx(product, rel=1e-12)
 
 
+@pytest.mark.equation("linear-schedule")
 def test_linear_beta_has_the_ends_of_ddpm():
     beta = Schedule.named("linear").beta
     assert beta[0].item() == pytest.approx(1e-4, abs=1e-15)
@@ -43,6 +47,7 @@ def test_linear_beta_has_the_ends_of_ddpm():
     assert beta[499].item() == pytest.approx(1e-4 + (0.02 - 1e-4) * 499 / 999, abs=1e-15)
 
 
+@pytest.mark.equation("scaled-linear-schedule")
 def test_scaled_linear_beta_has_the_ends_of_latent_diffusion_and_straight_roots():
     beta = Schedule.named("scaled_linear").beta
     assert beta[0].item() == pytest.approx(0.00085, abs=1e-15)
@@ -51,6 +56,7 @@ def test_scaled_linear_beta_has_the_ends_of_latent_diffusion_and_straight_roots(
     assert beta[499].item() == pytest.approx(root**2, abs=1e-15)
 
 
+@pytest.mark.equation("cosine-schedule")
 def test_cosine_alpha_bar_follows_the_squared_cosine_until_beta_is_cut():
     schedule = Schedule.named("cosine")
 
@@ -64,6 +70,7 @@ def test_cosine_alpha_bar_follows_the_squared_cosine_until_beta_is_cut():
         assert schedule.alpha_bar[t].item() == pytest.approx(f((t + 1) / 1000) / f(0), abs=1e-12)
 
 
+@pytest.mark.equation("linear-schedule", "scaled-linear-schedule", "cosine-schedule")
 @pytest.mark.parametrize(
     "name, terminal, tolerance",
     [("linear", 4.04e-5, 1e-7), ("scaled_linear", 4.66e-3, 1e-5), ("cosine", 2.43e-9, 1e-11)],
@@ -73,6 +80,7 @@ def test_the_signal_left_at_the_end_is_what_the_papers_say(name, terminal, toler
     assert Schedule.named(name).alpha_bar[-1].item() == pytest.approx(terminal, abs=tolerance)
 
 
+@pytest.mark.equation("linear-schedule", "scaled-linear-schedule", "cosine-schedule")
 @pytest.mark.parametrize("timesteps", [100, 250, 4000])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chain_of_another_length_adds_about_the_same_noise(name, timesteps):
@@ -86,6 +94,7 @@ def test_a_chain_of_another_length_adds_about_the_same_noise(name, timesteps):
     assert half_way(schedule) == pytest.approx(half_way(Schedule.named(name)), abs=0.2)
 
 
+@pytest.mark.equation("alpha-bar")
 def test_lookups_have_the_shape_of_the_batch_and_minus_one_is_clean():
     schedule = Schedule.named("linear")
     like = torch.zeros(3, 4, 8, 8)

@@ -34,6 +34,7 @@ def states(tower):
 # ------------------------------------------------------------------------------------------- states
 
 
+@pytest.mark.equation("text-shapes")
 def test_every_prompt_becomes_77_vectors_of_width_512(states):
     assert states.shape == (2, 77, 512)
     assert states.dtype == torch.float32
@@ -41,6 +42,7 @@ def test_every_prompt_becomes_77_vectors_of_width_512(states):
     assert bool(states.isfinite().all())
 
 
+@pytest.mark.equation("text-shapes")
 def test_the_states_are_those_of_open_clips_own_text_tower(tower, states):
     r"""Built by open_clip from its own description of ViT-B-32, projection and all, with the same weights."""
     settings = json.loads((Path(open_clip.__file__).parent / "model_configs" / "ViT-B-32.json").read_text())
@@ -77,6 +79,7 @@ def by_hand(weights, tokens, quick_gelu):
     return norm(h, "ln_final")
 
 
+@pytest.mark.equation("text-shapes")
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_the_states_are_those_of_a_text_tower_written_by_hand(tower, quick_gelu):
     asked = tower
@@ -93,6 +96,7 @@ def test_the_two_activations_give_different_states(tower):
     assert (by_hand(weights, tokens, True) - by_hand(weights, tokens, False)).abs().max().item() > 1e-3
 
 
+@pytest.mark.equation("causal-text")
 def test_a_later_word_changes_no_earlier_state(tower):
     r"""start, a, smiling, woman: four tokens before the two prompts part. 1e-5: float32 in batches of another shape."""
     one, other = tower(["a smiling woman with blond hair", "a smiling woman in a hat"])
@@ -100,6 +104,7 @@ def test_a_later_word_changes_no_earlier_state(tower):
     assert (one[4:] - other[4:]).abs().amax(dim=1).min().item() > 1e-2
 
 
+@pytest.mark.equation("causal-text")
 def test_padding_changes_no_earlier_state(tower):
     r"""open_clip pads with 0; the tower runs without any mask for it, since it is causal."""
     tokens = tower.tokenize(PROMPTS[1:])

@@ -1,5 +1,7 @@
 r"""The denoising network: its size, what its output depends on, and gradient checkpointing."""
 
+import copy
+
 import pytest
 import torch
 from conftest import without_zeros
@@ -25,6 +27,7 @@ def unet():
 # ------------------------------------------------------------------------------------------- size
 
 
+@pytest.mark.equation("network-configuration")
 def test_the_default_unet_has_the_specs_size_and_shapes():
     torch.manual_seed(0)
     unet = UNet()
@@ -74,6 +77,7 @@ def test_an_untrained_unet_says_the_same_everywhere():
 Z, T, C = normal(2, 4, 8, 8, seed=1), torch.tensor([10, 700]), normal(2, 5, 16, seed=2)
 
 
+@pytest.mark.equation("noise-network")
 def test_the_output_depends_on_latent_time_and_caption(unet):
     before = unet(Z, T, C)
     changed = C.clone()
@@ -111,6 +115,7 @@ def test_the_order_of_the_words_alone_does_not_matter(unet):
     assert (unet(Z, T, C) - unet(Z, T, C.flip(1))).abs().max().item() < 1e-4
 
 
+@pytest.mark.equation("noise-network")
 def test_every_skip_reaches_the_output():
     r"""conv_in, and for each level its blocks and its downsampling: the gradient arrives at each one's bias even with
     everything below taken out of the way up."""
@@ -129,6 +134,7 @@ def test_every_skip_reaches_the_output():
     )
 
 
+@pytest.mark.equation("noise-network")
 def test_a_skip_stands_behind_what_comes_from_below_and_the_last_one_down_is_the_first_one_up(unet):
     r"""Checkpoints of Stable Diffusion count on this order of channels."""
     seen = {}
@@ -169,6 +175,7 @@ def gradients_and_bytes(unet):
     return {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}, kept
 
 
+@pytest.mark.equation("small-machine")
 def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_fewer_bytes():
     unet = small(attention_levels=(0, 1)).train()
     plain, kept = gradients_and_bytes(unet)
@@ -220,3 +227,36 @@ def test_widths_and_heads_that_do_not_divide_are_refused():
         small(channels=(40, 64))
     with pytest.raises(ValueError, match="divides the layer's width 64, got 48"):
         small(head_width=48)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64])
+def test_numbers_of_another_type_are_refused_with_both_types_or_cast_by_autocast(unet, dtype):
+    z, t, c = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 7, 16)
+    for bad in ((z.to(dtype), t, c), (z, t, c.to(dtype))):
+        with pytest.raises(ValueError, match=rf"in the network's own torch.float32, got {dtype}"):
+            unet(*bad)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        if dtype in (torch.int64, torch.float64):
+            with pytest.raises(ValueError, match=str(dtype)):
+                unet(z.to(dtype), t, c)
+        else:
+            assert unet(z.to(dtype), t, c.to(dtype)).shape == z.shape
+    with pytest.raises(ValueError, match="t from 0, got -2"):
+        unet(z, -t, c)
+
+
+def test_a_network_in_half_precision_answers_in_half_precision(unet):
+    half = copy.deepcopy(unet).bfloat16()
+    z, t, c = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        output, exact = half(z.bfloat16(), t, c.bfloat16()), unet(z, t, c)
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - exact).norm() < 0.05 * exact.norm()  # bf16 keeps eight bits
+
+
+def test_inputs_that_do_not_lie_in_order_in_memory_give_the_same(unet):
+    z, t, c = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(7, 2, 16).transpose(0, 1)
+    turned = z.transpose(2, 3)
+    assert not (turned.is_contiguous() or c.is_contiguous())
+    with torch.no_grad():
+        assert (unet(turned, t, c) - unet(turned.contiguous(), t, c.contiguous())).abs().max() < 1e-5

@@ -23,6 +23,7 @@ def small():
 # ------------------------------------------------------------------------------------------- Gaussian
 
 
+@pytest.mark.equation("kl")
 def test_kl_is_that_of_torch_distributions_summed_over_each_latent():
     mu, logvar = normal(3, 4, 5, 6, seed=1, dtype=torch.float64), normal(3, 4, 5, 6, seed=2, dtype=torch.float64)
     oracle = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(torch.zeros_like(mu), torch.ones_like(mu)))
@@ -31,20 +32,31 @@ def test_kl_is_that_of_torch_distributions_summed_over_each_latent():
     assert (kl - oracle.sum(dim=(1, 2, 3))).abs().max().item() < 1e-10  # float64 sums of 120 numbers about 1
 
 
+@pytest.mark.equation("kl")
 def test_the_standard_normal_is_at_distance_zero_from_itself():
     assert DiagonalGaussian(torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)).kl().tolist() == [0.0, 0.0]
 
 
+@pytest.mark.equation("entropy")
+def test_entropy_is_that_of_torch_distributions_summed_over_each_latent():
+    mu, logvar = normal(3, 4, 5, 6, seed=1, dtype=torch.float64), normal(3, 4, 5, 6, seed=2, dtype=torch.float64)
+    oracle = Normal(mu, (logvar / 2).exp()).entropy().sum(dim=(1, 2, 3))
+    assert (DiagonalGaussian(mu, logvar).entropy() - oracle).abs().max().item() < 1e-10
+
+
+@pytest.mark.equation("latent-gaussian")
 def test_logvar_is_kept_between_minus_30_and_20():
     q = DiagonalGaussian(torch.zeros(3), torch.tensor([-100.0, 1.0, 100.0]))
     assert q.logvar.tolist() == [-30.0, 1.0, 20.0]
 
 
+@pytest.mark.equation("latent-gaussian")
 def test_the_mode_is_mu():
     mu = normal(2, 4, 3, 3)
     assert torch.equal(DiagonalGaussian(mu, torch.ones_like(mu)).mode(), mu)
 
 
+@pytest.mark.equation("latent-gaussian")
 def test_a_sample_is_mu_plus_sigma_times_the_generators_noise():
     mu, logvar = normal(2, 4, 3, 3, seed=1), normal(2, 4, 3, 3, seed=2)
     z = DiagonalGaussian(mu, logvar).sample(torch.Generator().manual_seed(7))
@@ -58,6 +70,7 @@ def test_sampling_with_a_generator_leaves_the_global_one_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.equation("latent-gaussian")
 def test_many_samples_have_the_mean_and_variance_that_were_said():
     r"""n draws of mean 3 and variance 4: standard errors 2 / sqrt(n) and 4 sqrt(2 / n), four of each allowed."""
     n = 100_000
@@ -79,6 +92,7 @@ def test_the_gradient_of_a_sample_reaches_mu_and_logvar():
 # ------------------------------------------------------------------------------------------- sizes
 
 
+@pytest.mark.equation("vae-shapes")
 def test_the_default_vae_has_the_specs_size_and_latent():
     torch.manual_seed(0)
     vae = KLVAE()
@@ -90,6 +104,7 @@ def test_the_default_vae_has_the_specs_size_and_latent():
         assert vae.decode(q.mode()).shape == (1, 3, 64, 64)
 
 
+@pytest.mark.equation("vae-shapes")
 @pytest.mark.parametrize("halvings", [0, 1, 2, 3])
 def test_each_width_after_the_first_halves_the_side(halvings):
     vae = KLVAE((32,) * (halvings + 1), layers=1, latent_channels=3)
@@ -100,6 +115,7 @@ def test_each_width_after_the_first_halves_the_side(halvings):
         assert vae.decode(q.mode()).shape == (2, 3, 16, 24)
 
 
+@pytest.mark.equation("latent-gaussian")
 def test_mu_is_the_first_half_of_the_encoders_numbers_and_logvar_the_second(small):
     with torch.no_grad():
         small_copy = KLVAE((32, 64), layers=1)
@@ -174,6 +190,7 @@ def test_widths_must_be_multiples_of_32():
 # ------------------------------------------------------------------------------------------- loss
 
 
+@pytest.mark.equation("vae-loss")
 @pytest.mark.parametrize("norm, by_hand", [("l1", (1 + 0 + 3 + 0) / 4), ("l2", (1 + 0 + 9 + 0) / 4)])
 def test_the_loss_by_hand(norm, by_hand):
     r"""mu = 2 at one of two latent numbers, sigma = 1: KL is 2 nats, 1 a number."""
@@ -184,6 +201,7 @@ def test_the_loss_by_hand(norm, by_hand):
     assert loss.item() == pytest.approx(by_hand + 0.1 * 1.0, abs=1e-6)
 
 
+@pytest.mark.equation("vae-loss")
 def test_the_kl_term_is_a_mean_over_the_batch_and_the_latent():
     q = DiagonalGaussian(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.zeros(2, 2))
     zeros = torch.zeros(2, 4)
@@ -191,6 +209,7 @@ def test_the_kl_term_is_a_mean_over_the_batch_and_the_latent():
     assert loss.item() == pytest.approx(0.5, abs=1e-6)
 
 
+@pytest.mark.equation("vae-loss")
 def test_the_docstrings_balance_with_latent_diffusion_holds():
     r"""Summed losses with weight 1e-6 and mean losses with 3.3e-7 differ by one factor, n = 64 x 64 x 3."""
     x, x_hat = torch.zeros(1, 3, 64, 64), torch.full((1, 3, 64, 64), 0.1)
@@ -204,3 +223,11 @@ def test_the_docstrings_balance_with_latent_diffusion_holds():
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="l1 or l2, got 'huber'"):
         vae_loss(torch.zeros(1), torch.zeros(1), DiagonalGaussian(torch.zeros(1, 1), torch.zeros(1, 1)), 1.0, "huber")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8])
+def test_numbers_of_another_type_are_refused_with_both_types(small, dtype):
+    with pytest.raises(ValueError, match=rf"expected x in the network's own torch.float32, got {dtype}"):
+        small.encode(torch.zeros(1, 3, 16, 16, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"expected z in the network's own torch.float32, got {dtype}"):
+        small.decode(torch.zeros(1, small.latent_channels, 8, 8, dtype=dtype))

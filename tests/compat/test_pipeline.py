@@ -71,6 +71,7 @@ def test_the_parts_are_what_we_wrote(pipe, tiny_model):
     assert pipe.text_encoder.config.hidden_act == "gelu"
 
 
+@pytest.mark.equation("sampling-path")
 @pytest.mark.parametrize("steps", [20, 7])
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_default_sampling_gives_our_default_picture(pipe, tiny_model, steps, guidance):

@@ -74,6 +74,7 @@ def start(dtype=torch.float32):
     return g, torch.randn(4, 4, 8, 8, generator=g, dtype=dtype)
 
 
+@pytest.mark.equation("reverse-process")
 @cases
 @tables
 @pytest.mark.parametrize(("spacing", "n"), [("trailing", 20), ("leading", 30), ("linspace", 7)])
@@ -98,6 +99,7 @@ def test_each_ddpm_step_is_equal(name, prediction, table, spacing, n, variance):
     assert 0.1 < x.std() < 2
 
 
+@pytest.mark.equation("ddim-step", "reverse-variance")
 @cases
 @tables
 def test_each_ddpm_step_with_a_learned_variance_is_equal(name, prediction, table):
@@ -142,6 +144,7 @@ def test_each_ddim_step_is_equal(name, prediction, table, spacing, n, eta):
     assert 0.1 < x.std() < 2
 
 
+@pytest.mark.equation("dpm-solver-step")
 @cases
 @tables
 @pytest.mark.parametrize(("spacing", "n"), [("trailing", 20), ("trailing", 7), ("leading", 20), ("linspace", 12)])
@@ -162,6 +165,7 @@ def test_each_dpmpp_step_is_equal(name, prediction, table, spacing, n):
     assert 0.1 < x.std() < 2
 
 
+@pytest.mark.equation("alpha-bar")
 @pytest.mark.parametrize("length", [1000, 100])
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
 def test_the_tables_are_equal(name, length):
@@ -251,6 +255,7 @@ def test_stepping_to_another_time_costs_ddim_its_deviation():
     assert abs(expected.diff(dim=0).item() - STD) > 0.05
 
 
+@pytest.mark.equation("sampling-times")
 def test_trailing_times_are_n_whole_numbers_of_the_chain():
     r"""Oracle: round(T - k T / n) - 1 in exact fractions."""
     from fractions import Fraction

@@ -45,6 +45,7 @@ def tokenizer(exported):
     return transformers.CLIPTokenizer.from_pretrained(exported / "tokenizer", local_files_only=True)
 
 
+@pytest.mark.equation("text-shapes")
 @torch.no_grad()
 def test_states_are_equal(pair):
     ours, theirs, _ = pair

@@ -47,6 +47,7 @@ def inputs(unet: UNet, times: list[int], side: int = 8, seed: int = 0):
     return z, torch.tensor(times), context
 
 
+@pytest.mark.equation("noise-network")
 @pytest.mark.parametrize("seed", range(3))
 def test_outputs_are_equal_at_the_ends_of_time_and_between(pair, seed):
     ours, theirs = pair
@@ -58,6 +59,7 @@ def test_outputs_are_equal_at_the_ends_of_time_and_between(pair, seed):
     assert largest(expected, y) < OUTPUT
 
 
+@pytest.mark.equation("time-embedding")
 def test_the_embedding_of_every_time_is_equal(pair):
     ours, theirs = pair
     t, width = torch.arange(1000), ours.time_embedding.channels
@@ -107,11 +109,13 @@ def renamed_as(name: str) -> str:
     return name
 
 
+@pytest.mark.equation("group-norm")
 def test_every_normalisation_is_the_same(pair):
     ours, theirs = pair
     assert normalisations(ours) == normalisations(theirs)
 
 
+@pytest.mark.equation("network-configuration")
 def test_the_specs_unet_has_the_published_size():
     theirs = diffusers.UNet2DConditionModel.from_config(unet_config(ModelConfig()))
     assert len(theirs.state_dict()) == 496

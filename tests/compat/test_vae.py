@@ -39,6 +39,7 @@ def pictures():
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+@pytest.mark.equation("vae-shapes")
 @torch.no_grad()
 def test_the_encoders_moments_are_equal(pair, pictures):
     ours, theirs = pair
@@ -49,6 +50,7 @@ def test_the_encoders_moments_are_equal(pair, pictures):
     assert largest(expected.mode(), q.mode()) < TOLERANCE
 
 
+@pytest.mark.equation("latent-gaussian")
 @torch.no_grad()
 def test_draws_with_one_generator_are_equal(pair, pictures):
     ours, theirs = pair
@@ -59,6 +61,7 @@ def test_draws_with_one_generator_are_equal(pair, pictures):
     assert largest(expected, mine) < TOLERANCE
 
 
+@pytest.mark.equation("kl")
 @torch.no_grad()
 def test_the_kl_term_is_equal(pair, pictures):
     r"""A sum over some hundred to thousand latents; compared as a mean over them."""
@@ -68,6 +71,7 @@ def test_the_kl_term_is_equal(pair, pictures):
     assert largest(theirs.encode(pictures).latent_dist.kl() / n, q.kl() / n) < TOLERANCE
 
 
+@pytest.mark.equation("vae-shapes")
 @torch.no_grad()
 def test_decoded_pictures_are_equal(pair):
     ours, theirs = pair
@@ -79,6 +83,7 @@ def test_decoded_pictures_are_equal(pair):
     assert largest(expected, x) < TOLERANCE
 
 
+@pytest.mark.equation("latent-gaussian")
 def test_extreme_variances_are_clamped_alike():
     mu, logvar = torch.zeros(4, 2, 1, 1), torch.tensor([-1e3, -29.0, 19.0, 1e3]).reshape(4, 1, 1, 1).expand(4, 2, 1, 1)
     expected = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(torch.cat([mu, logvar], dim=1))

@@ -1,0 +1,123 @@
+r"""The variational bound as the evaluation reports it, against distributions whose bits are known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from ddpm.cache import Latents, drawn_pictures
+from ddpm.config import ModelConfig
+from ddpm.data import TRAIN, VALID
+from ddpm.diffusion import prior_term, q_sample, variational_term
+from ddpm.metrics import bits_per_dimension, laplace_bits
+from ddpm.model import TextToImage
+from ddpm.schedule import Schedule
+
+
+def eight_bits(*values):
+    return torch.tensor(values, dtype=torch.float64) / 127.5 - 1
+
+
+@pytest.mark.equation("laplace-bits")
+def test_the_probabilities_of_all_256_values_add_up_to_one():
+    x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for x_hat, width in ((0.0, 0.05), (-1.0, 0.01), (0.97, 0.3), (1.4, 0.2), (0.3, 0.002)):
+        p = torch.exp2(-laplace_bits(x, torch.full_like(x, x_hat), width))
+        assert abs(p.sum().item() - 1) < 1e-9
+
+
+@pytest.mark.equation("laplace-bits")
+def test_bits_are_those_of_torchs_laplace_distribution_and_stay_finite_far_away():
+    x, x_hat, width = eight_bits(0, 3, 100, 128, 255), torch.tensor([-0.9, 0.1, -0.25, 0.5, 0.8]).double(), 0.1
+    F = torch.distributions.Laplace(x_hat, width).cdf
+    low = torch.where(x > -1, F(x - 1 / 255), torch.zeros_like(x))
+    high = torch.where(x < 1, F(x + 1 / 255), torch.ones_like(x))
+    assert (laplace_bits(x, x_hat, width) + (high - low).log2()).abs().max() < 1e-9
+    far = laplace_bits(eight_bits(0.0, 255.0), torch.tensor([1.0, -1.0]), 0.01).double()
+    assert (far - (200 + math.log(0.5) / -1) / math.log(2)).abs().max() < 0.7  # exp(-2 / width) / 2, but for half a bin
+
+
+class Perfect(torch.nn.Module):
+    r"""The best network for latents drawn from N(m, s^2), as a UNet: it says x_0."""
+
+    def __init__(self, schedule: Schedule, m: float, s: float):
+        super().__init__()
+        self.schedule, self.m, self.s = schedule, m, s
+        self.conv_in = torch.nn.Conv2d(1, 1, 1)  # tells the device
+
+    def forward(self, z_t, t, context):
+        ab = self.schedule.alpha_bar_at(t, z_t)
+        return (self.m + ab.sqrt() * self.s**2 * (z_t - ab.sqrt() * self.m) / (ab * self.s**2 + 1 - ab)).float()
+
+
+@pytest.fixture
+def known(remembering, tmp_path):
+    r"""A model whose latents, scaled by 1.25, are N(0.6, 0.5^2), with the network that knows it."""
+    config = ModelConfig(**{**vars(TINY), "prediction": "x_0", "schedule": "cosine", "timesteps": 200})
+    model = TextToImage(config, remembering).eval()
+    model.latent_scale, m, s = 1.25, 0.6, 0.5
+    model.unet = Perfect(model.schedule, m, s)
+    pictures = drawn_pictures(tmp_path, 320, seed=0, size=16)
+    g = np.random.default_rng(0)
+    logvar = np.full((320, 2, 4, 8, 8), math.log((0.3 / 1.25) ** 2), np.float32)
+    spread = math.sqrt(s**2 - 0.3**2)  # mu's share of the variance; the posterior's own is 0.3^2
+    mu = (m + spread * g.standard_normal((320, 2, 4, 8, 8))) / 1.25
+    return model, Latents(np.stack([mu, logvar], axis=2).astype(np.float16)), pictures
+
+
+def expected_bound(model, m, s, form):
+    r"""The bound's expectation, exactly: its terms are quadratic in z_0 and the noise, so four points give it."""
+    schedule, perfect = model.schedule, Perfect(model.schedule, m, s)
+    t = torch.arange(schedule.timesteps)
+    total = 0.0
+    for a, b in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+        z_0, eps = (torch.full((len(t), 1), value, dtype=torch.float64) for value in (m + a * s, float(b)))
+        z_t = q_sample(schedule, z_0, t, eps)
+        terms = variational_term(schedule, z_0, z_t, t, perfect(z_t, t, None).double(), "x_0", form)
+        total += (terms.sum() + prior_term(schedule, z_0[:1]).sum()).item() / 4
+    return total
+
+
+@pytest.mark.equation("bits-per-dimension")
+def test_the_bound_of_the_latents_is_the_one_computed_without_drawing_a_number(known):
+    r"""Within four standard errors, as the function itself states them, and above the entropy."""
+    model, latents, pictures = known
+    rows = np.concatenate([pictures.rows(TRAIN), pictures.rows(VALID)])[:256]
+    found = bits_per_dimension(model, latents, model.text, pictures, rows, seed=1)
+    entropy = torch.distributions.Normal(0.6, 0.5).entropy().item() / math.log(2)
+    for form in ("posterior", "beta"):
+        bound = found["latent"][form]
+        # the prior is 1e-8 bits here
+        assert bound["total"] == pytest.approx(bound["prior"] + bound["steps"] + bound["last"], rel=0, abs=1e-12)
+        assert 0 < bound["standard_error"] < 0.02
+        exact = expected_bound(model, 0.6, 0.5, form)
+        assert entropy < exact
+        assert abs(bound["total"] - exact) < 4 * bound["standard_error"] + 0.002  # latents are kept in half precision
+    first, last = [row[0] for row in found["by_time"]], [row[1] for row in found["by_time"]]
+    assert (first[0], last[0], last[-1]) == (0, 0, 199)
+    assert all(b == a + 1 for a, b in zip(last, first[1:], strict=False))
+    picture = found["picture"]
+    assert picture["total"] == pytest.approx(picture["latent"] + picture["error"])
+    own = torch.distributions.Normal(0.0, 0.3).entropy().item() / math.log(2)  # of q(z | x), scaled
+    share = 4 * 8 * 8 / (16 * 16 * 3)
+    assert picture["latent"] == pytest.approx((found["latent"]["posterior"]["total"] - own) * share, abs=1e-3)
+
+
+@pytest.mark.equation("bits-per-dimension")
+def test_the_same_seed_gives_the_same_bits_and_a_learned_variance_is_reported_beside_the_fixed(tiny, tmp_path):
+    pictures = drawn_pictures(tmp_path, 80, seed=0, size=16)
+    moments = np.random.default_rng(0).standard_normal((80, 2, 2, 4, 8, 8)).astype(np.float16)
+    latents, rows = Latents(moments), pictures.rows(VALID)
+    found = bits_per_dimension(tiny, latents, tiny.text, pictures, rows, seed=3, batch=2)
+    assert found == bits_per_dimension(tiny, latents, tiny.text, pictures, rows, seed=3, batch=2)
+    assert found != bits_per_dimension(tiny, latents, tiny.text, pictures, rows, seed=4, batch=2)
+    assert set(found["latent"]) == {"posterior", "beta"}
+
+    learned = TextToImage(ModelConfig(**{**vars(TINY), "variance": "learned"}), tiny.text).eval()
+    found = bits_per_dimension(learned, latents, learned.text, pictures, rows)
+    assert set(found["latent"]) == {"posterior", "beta", "learned"}
+    assert (
+        found["latent"]["beta"]["total"] < found["latent"]["learned"]["total"] < found["latent"]["posterior"]["total"]
+    )

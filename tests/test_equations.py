@@ -1,0 +1,261 @@
+r"""The page of equations: up to date, without gaps, and its formulas' numbers those of the code."""
+
+import inspect
+import re
+from types import SimpleNamespace
+
+import equations
+import numpy as np
+import pytest
+import torch
+from equations import CODE, ROWS, SPEC, Row, definition, docstring_tex, faults, marked_tests, page
+from mutations import MUTATIONS
+from torch import nn
+
+from ddpm.attention import attend
+from ddpm.cache import Pictures
+from ddpm.diffusion import (
+    diffusion_loss,
+    forward_step,
+    prior_term,
+    q_posterior,
+    q_sample,
+    reverse_variance,
+    score_from,
+    v_from,
+    variational_term,
+    x_0_and_eps,
+)
+from ddpm.metrics import laplace_bits, psnr
+from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, guided
+from ddpm.schedule import Schedule
+from ddpm.training import EMA
+from ddpm.vae import DiagonalGaussian, vae_loss
+
+# ------------------------------------------------------------------------------------------- page
+
+
+def test_every_row_has_code_symbols_an_equation_and_a_test_and_every_mark_and_docstring_a_row():
+    assert faults() == []
+
+
+def test_the_page_is_what_the_script_writes(tmp_path, monkeypatch, capsys):
+    assert equations.main(["--check"]) == 0
+    monkeypatch.setattr(equations, "PAGE", tmp_path / "equations.md")
+    assert equations.main(["--check"]) == 1
+    told = capsys.readouterr().err
+    assert "run python docs/equations.py" in told and told.count("\n") == 1
+    assert equations.main([]) == 0 == equations.main(["--check"])
+    assert equations.PAGE.read_text() == page()
+    equations.PAGE.write_text(page() + "more")
+    assert equations.main(["--check"]) == 1
+
+
+HELD = {"forward-step": ["tests/test_diffusion.py::test_one"]}
+
+
+def row(code="diffusion.forward_step", symbols="", tex="x"):
+    return Row("forward-step", "", code, symbols, tex)
+
+
+FORWARD = row(symbols="beta_t", tex="")
+
+
+@pytest.mark.parametrize(
+    "row, held, told",
+    [
+        (FORWARD, {}, "no test outside tests/compat holds 'forward-step'"),
+        (FORWARD, {"forward-step": ["tests/compat/test_x.py::test_one"]}, "no test outside tests/compat holds"),
+        (FORWARD, HELD | {"forwards": ["tests/test_x.py::test_two"]}, "got 'forwards' on tests/test_x.py::test_two"),
+        (row(code="diffusion.backward_step"), HELD, "names ddpm.diffusion.backward_step, which is not there"),
+        (row(code="diffusion"), HELD, "names ddpm.diffusion, which is not there"),
+        (row(code="nowhere.forward_step"), HELD, "names ddpm.nowhere.forward_step, which is not there"),
+        (row(symbols="gamma_t"), HELD, "names the symbol gamma_t, which is not in its code"),
+        (row(code="diffusion.training_target", tex=""), HELD, "'forward-step' has no equation"),
+    ],
+)
+def test_a_gap_is_told_in_one_line_that_says_where(row, held, told):
+    [fault] = [fault for fault in faults([row], held) if "has no row" not in fault]
+    assert told in fault and "\n" not in fault
+
+
+def test_an_equation_in_a_docstring_without_a_row_and_an_id_used_twice_are_told():
+    found = faults([FORWARD, FORWARD], HELD)
+    assert any(fault.startswith("the equation of ddpm.diffusion.q_sample has no row") for fault in found)
+    assert "two rows are called 'forward-step'; rename one" in found
+
+
+def test_marks_are_read_in_the_order_of_the_files_and_without_running_anything(tmp_path):
+    (tmp_path / "tests" / "compat").mkdir(parents=True)
+    (tmp_path / "tests" / "test_b.py").write_text(
+        "raise SystemExit\n@pytest.mark.parametrize('x', [1])\n@pytest.mark.equation('v', 'kl')\ndef test_one(x): ...\n"
+        "def test_two(): ...\n"
+    )
+    (tmp_path / "tests" / "compat" / "test_a.py").write_text("@pytest.mark.equation('v')\ndef test_three(): ...\n")
+    one, three = "tests/test_b.py::test_one", "tests/compat/test_a.py::test_three"
+    assert marked_tests(tmp_path / "tests") == {"v": [one, three], "kl": [one]}
+
+
+def test_the_page_can_be_read_as_markdown():
+    r"""A cell ends at any bar, and a backslash before punctuation is Markdown's, not TeX's."""
+    rows = [line for line in page().split("\n") if re.match(r"\| \d", line)]
+    assert [int(line.split("|")[1]) for line in rows] == list(range(1, len(ROWS) + 1))
+    for line in rows:
+        assert line.count("|") == 6 and line.count("$") % 2 == 0
+        assert not re.search(r"\\[!-/:-@\[-`{-~]", line)
+        for path in re.findall(r"\]\(\.\./(.+?)\)", line):
+            assert (equations.ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("id", ["forward-step", "objective", "hybrid-loss"])
+def test_an_equation_that_the_table_brings_along_stands_in_the_docstring_too(id):
+    r"""Up to spaces, dots of multiplication and the kind of bars and braces."""
+
+    def bare(tex):
+        tex = tex.replace(r"\left\|", r"\lVert").replace(r"\right\|", r"\rVert")
+        return re.sub(r"\\left|\\right|\\cdot|\\[ ,;]|[\s{}]", "", tex)
+
+    [row] = [row for row in ROWS if row.id == id]
+    assert bare(row.tex) in bare("".join(docstring_tex(definition(row.code.split()[0]))))
+
+
+# ------------------------------------------------------------------------------------------- departures
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.equation}: {m.name}")
+def test_the_text_that_a_departure_replaces_stands_once_in_its_file(mutation):
+    source = (equations.ROOT / mutation.file).read_text()
+    assert source.count(mutation.old) == 1 and mutation.new != mutation.old, f"correct {mutation.file} in mutations.py"
+    compile(source.replace(mutation.old, mutation.new), mutation.file, "exec")
+
+
+def test_every_equation_is_departed_from_in_two_ways_at_least():
+    departed = [mutation.equation for mutation in MUTATIONS]
+    assert set(departed) == {row.id for row in ROWS}
+    assert {row.id for row in ROWS if departed.count(row.id) < 2} == set()
+
+
+# ------------------------------------------------------------------------------------------- numbers
+
+N = 100
+LINEAR = Schedule.named("linear")
+CHAINS = {name: Schedule.named(name) for name in ("linear", "scaled_linear", "cosine")}
+
+
+def drawn():
+    r"""A random number for every symbol that a formula takes: tensors of N, or one for all."""
+    g = torch.Generator().manual_seed(0)
+    names = "x_prev x_0 x_0_hat x_0_prev x_t x x_hat eps eps_hat noise output mu logvar uncond cond average theta"
+    names = [*names.split(), "q", "k_0", "k_1", "v_0", "v_1"]
+    V = {name: torch.randn(N, generator=g, dtype=torch.float64) for name in names}
+    V["x"], V["x_hat"] = V["x"].tanh(), V["x_hat"].tanh()  # pictures, in [-1, 1]
+    t_prev = torch.randint(2, 1000, (N,), generator=g)
+    t = 1 + (torch.rand(N, generator=g) * (t_prev - 1)).long()
+    s = (torch.rand(N, generator=g) * t).long()
+    V |= {"t_prev": t_prev, "t": t, "s": s, "beta_t": LINEAR.beta[t], "level": torch.randint(256, (N,), generator=g)}
+    for letter, time in (("s", s), ("t", t), ("prev", t_prev)):
+        alpha_bar = LINEAR.alpha_bar[time]
+        V |= {f"alpha_bar_{letter}": alpha_bar, f"lambda_{letter}": torch.logit(alpha_bar) / 2}
+    V |= {"alpha_bar_before": LINEAR.alpha_bar[t - 1], "alpha_bar_T": LINEAR.alpha_bar[-1].item(), "width": 0.4}
+    V |= {"nu": torch.rand(N, generator=g, dtype=torch.float64)}
+    V |= {"eta": 0.6, "scale": 3.5, "kl_weight": 0.3, "decay": 0.7, "n": 7, "beta": LINEAR.beta.tolist()}
+    return SimpleNamespace(**V)
+
+
+def vae_losses(V):
+    r"""Of single numbers: the mean over a batch is taken of one."""
+    numbers = torch.stack([V.x, V.x_hat, V.mu, V.logvar], dim=1).float()
+    losses = [
+        vae_loss(x, x_hat, DiagonalGaussian(mu[None, None], logvar[None, None]), V.kl_weight)
+        for x, x_hat, mu, logvar in numbers
+    ]
+    return [torch.stack(column) for column in zip(*losses, strict=True)]
+
+
+def averaged(V):
+    network = nn.Linear(N, 1, bias=False).double()
+    network.weight.data.copy_(V.average)
+    ema = EMA(network, V.decay)
+    network.weight.data.copy_(V.theta)
+    ema.update(network, V.n)
+    return ema.shadow["weight"][0]
+
+
+def pictures_of(level):
+    pixels = level.to(torch.uint8).numpy()[:, None, None, None].repeat(3, axis=3)
+    return Pictures(pixels, np.ones(N, bool), np.zeros(N, np.uint8), None, ("",) * N, (), "")
+
+
+def guided_answers(V):
+    answer, empty = torch.cat([V.uncond, V.cond])[:, None], torch.zeros(N, 1, 1)
+    return guided(lambda z_t, t, context: answer, empty, empty, V.scale)(V.x_t[:, None], V.t)[:, 0]
+
+
+EXACT = {  # id -> what the code computes of the drawn numbers, one tensor of N or several
+    "forward-step": lambda V: forward_step(LINEAR, V.x_prev, V.t, V.eps),
+    "reverse-process": lambda V: ddpm_step(LINEAR, V.x_t, V.t, V.s, V.x_0, V.noise),
+    "objective": lambda V: diffusion_loss(
+        LINEAR, lambda z_t, t: V.eps_hat[:, None], V.x_0[:, None], V.t, V.eps[:, None]
+    ),
+    "closed-form": lambda V: q_sample(LINEAR, V.x_0, V.t, V.eps),
+    "preprocessing": lambda V: pictures_of(V.level).batch(np.arange(N))[:, 0, 0, 0],
+    "alpha-bar": lambda V: LINEAR.alpha_bar[V.t],
+    "linear-schedule": lambda V: CHAINS["linear"].beta[V.t],
+    "scaled-linear-schedule": lambda V: CHAINS["scaled_linear"].beta[V.t],
+    "cosine-schedule": lambda V: CHAINS["cosine"].beta[V.t],
+    "posterior": lambda V: q_posterior(LINEAR, V.x_0, V.x_t, V.t, V.s),
+    "v": lambda V: v_from(LINEAR, V.x_0, V.t, V.eps),
+    "predictions": lambda V: [
+        x_0_and_eps(LINEAR, V.x_t, V.t, V.output, prediction)[i]
+        for prediction, i in (("eps", 0), ("v", 0), ("v", 1), ("x_0", 1))
+    ],
+    "score": lambda V: score_from(LINEAR, V.t, V.eps),
+    "reverse-variance": lambda V: reverse_variance(LINEAR, V.x_t, V.t, V.s, "learned", V.nu),
+    "variational-bound": lambda V: variational_term(
+        LINEAR, V.x_0[:, None], V.x_t[:, None], V.t, V.x_0_hat[:, None], "x_0", "beta"
+    ),
+    "prior-term": lambda V: prior_term(LINEAR, V.x_0[:, None]),
+    "attention": lambda V: attend(
+        V.q[:, None, None, None],
+        torch.stack([V.k_0, V.k_1], dim=1)[:, None, :, None],
+        torch.stack([V.v_0, V.v_1], dim=1)[:, None, :, None],
+    ).flatten(),
+    "kl": lambda V: DiagonalGaussian(V.mu[:, None], V.logvar[:, None]).kl(),
+    "entropy": lambda V: DiagonalGaussian(V.mu[:, None], V.logvar[:, None]).entropy(),
+    "vae-loss": vae_losses,
+    "ddim-step": lambda V: ddim_step(LINEAR, V.x_t, V.t, V.s, V.x_0, V.eps, V.noise, V.eta),
+    "dpm-solver-step": lambda V: dpmpp_2m_step(LINEAR, V.x_t, V.t, V.s, V.x_0, (V.t_prev, V.x_0_prev)),
+    "guidance": guided_answers,
+    "psnr": lambda V: psnr(V.x[:, None], V.x_hat[:, None]),
+    "laplace-bits": lambda V: laplace_bits(V.x, V.x_hat, V.width),
+    "ema": averaged,
+}
+
+
+def far(row, V):
+    r"""The largest difference between a row's formula and its code, relative where numbers are above 1."""
+    names = inspect.signature(row.formula).parameters
+    values = [getattr(V, name) for name in names]
+    by_formula = [row.formula(*(v[i].item() if isinstance(v, torch.Tensor) else v for v in values)) for i in range(N)]
+    by_formula = torch.tensor(by_formula, dtype=torch.float64).reshape(N, -1).T
+    computed = EXACT[row.id](V)
+    computed = torch.stack([computed] if isinstance(computed, torch.Tensor) else list(computed))
+    difference = (computed.double() - by_formula).abs() / by_formula.abs().clamp(min=1)
+    return difference.max().item(), 1e-9 if computed.dtype == torch.float64 else 1e-5
+
+
+@pytest.mark.parametrize("row", [row for row in SPEC + CODE if row.formula], ids=lambda row: row.id)
+def test_a_formula_gives_the_numbers_of_its_code(row):
+    r"""float64: alpha_bar near 1 loses some of sixteen digits. 1e-5: float32, which the loss and pictures are in."""
+    difference, tolerance = far(row, drawn())
+    assert difference < tolerance
+
+
+def test_a_formula_that_departs_from_its_code_is_seen():
+    wrong = Row("forward-step", "", "", "", "", lambda x_prev, eps, beta_t: (1 - beta_t) * x_prev + beta_t**0.5 * eps)
+    difference, tolerance = far(wrong, drawn())
+    assert difference > 1000 * tolerance
+
+
+def test_every_formula_is_compared():
+    assert set(EXACT) == {row.id for row in ROWS if row.formula}
