@@ -407,7 +407,7 @@ class LostGroup(UserError):
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def main(argv: list[str] | None = None):

@@ -176,6 +176,7 @@ class Run:
     def save(self, stage: str, optimization, **more):
         r"""Write the metrics, then the checkpoint up to which they go, then their plot; the checkpoint before stays."""
         if not self.writes:
+            self.saved = (stage, optimization.step)
             return
         state = {
             "format": FORMAT, "stage": stage, "step": optimization.step, "elapsed": self.clock(),
