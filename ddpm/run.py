@@ -23,7 +23,7 @@ from ddpm.files import CannotWrite, digest_of, flock, remove_leftovers, write_at
 
 STAGES = ("vae", "unet")
 COLUMNS = ("stage", "step", "seconds", "loss", "lr", "grad_norm", "images_per_second", "psnr", "ssim", "val_loss")
-FORMAT = 1  # of the state
+FORMAT = 1  # of the state; what `digest_of` makes of it stays the same in all formats
 STATE, PREVIOUS = "state.pt", "state.previous.pt"
 LOCK = ".lock"
 
@@ -231,17 +231,18 @@ def save_state(path: Path, state: dict):
 def read_state(path: Path) -> dict:
     r"""The state in a file; raises Damaged, or UserError where another version wrote it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        number = state.get("format", 0 if "sha256" not in state else None)
-        if type(number) is int and number != FORMAT:
-            version = "a newer" if number > FORMAT else "an older"
-            raise UserError(
-                f"expected a state of format {FORMAT} in {path}, got {number}: {version} version of ddpm made it; "
-                "go on with that version"
-            )
-        stored = state.pop("sha256")
-        if stored != digest_of(state):
+        with warnings.catch_warnings():  # of what torch wonders about in a damaged file
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if "sha256" not in state and "format" not in state:
+            raise UserError(f"expected a state with a checksum in {path}, an older version of ddpm made it; use that")
+        if state.pop("sha256") != digest_of(state):
             raise ValueError("its checksum does not fit")
+        if state["format"] != FORMAT:
+            raise UserError(
+                f"expected a state of format {FORMAT} in {path}, got {state['format']}, "
+                "a newer version of ddpm made it; use that"
+            )
         STAGES.index(state["stage"]), int(state["step"]), float(state["elapsed"]), state["config"].items()
     except (UserError, MemoryError):
         raise
