@@ -8,7 +8,6 @@ python train.py --resume runs/NAME        go on as if never stopped
 import argparse
 import json
 import math
-import os
 import sys
 import time
 import warnings
@@ -76,8 +75,10 @@ class Trainer:
     """
 
     def __init__(
-        self, run, model, pictures, names: Sequence[str] | None, cache: Path, precision: str, stop_after: int | None
-    ):
+        self, run, model, pictures, names: Sequence[str] | None, cache: Path, precision: str, stop_after: int | None,
+        group,
+    ):  # fmt: skip
+        self.group = group
         self.run, self.model, self.pictures, self.names, self.cache = run, model, pictures, names, cache
         self.config, self.precision, self.left = run.config, precision, stop_after
         self.stop = StopRequest()
@@ -90,8 +91,12 @@ class Trainer:
         if t.max_minutes:
             whole = 60 * t.max_minutes
             until = whole * t.vae_share if stage == "vae" else whole - max(10, 0.02 * whole)  # to save and draw
-        bound = Bound(stage_steps(self.config, stage, self.pictures), self.run.clock, self.run.clock(), until)
-        opt = Optimization(network, self.config, lr, bound, ema, self.precision)
+
+        def clock() -> float:
+            return self.group.of_first(self.run.clock())
+
+        bound = Bound(stage_steps(self.config, stage, self.pictures), clock, clock(), until)
+        opt = Optimization(network, self.config, lr, bound, ema, self.precision, self.group)
         self.run.restore(stage, opt)
         return opt
 
@@ -111,6 +116,11 @@ class Trainer:
             except (Stopped, NotFinite):
                 self.run.save(stage, opt, **more)
                 raise
+            except RuntimeError as error:
+                if self.group.size == 1:
+                    raise
+                self.run.save(stage, opt, **more)  # a step is whole or has changed nothing
+                raise LostGroup(f"lost the other processes at {stage} step {opt.step} ({first_line(error)})") from None
             self.run.save(stage, opt, **more)
         self.check_stop(stage, opt.step)
         if not whole:
@@ -141,14 +151,15 @@ class Trainer:
         return True
 
     def check_stop(self, stage: str, step: int):
-        r"""Raise Stopped where a signal asked for it."""
-        if self.stop.signum:
-            raise Stopped(self.stop.signum, f"stopped at {stage} step {step}")
+        r"""Raise Stopped where a signal asked for it, in all processes or none."""
+        signum = int(self.group.largest(self.stop.signum))
+        if signum:
+            raise Stopped(signum, f"stopped at {stage} step {step}")
 
     def held_out(self, stage: str, step: int, validate: Callable[[], dict]):
         r"""Validate this step, unless it has been; the figures join its row of the metrics."""
         row = self.run.row(stage, step)
-        if not (row["psnr"] or row["val_loss"]):
+        if self.run.writes and not (row["psnr"] or row["val_loss"]):
             row.update(validate())
 
     def told(self, report) -> str:
@@ -201,7 +212,7 @@ class Trainer:
         with self.run.fitting():
             self.model.vae.load_state_dict(state["trained_vae"]["weights"])
             self.model.latent_scale = state["trained_vae"]["latent_scale"]
-        if in_file != digest():
+        if in_file != digest() and self.run.writes:
             warnings.warn(f"wrote {path} again from the checkpoint: {reason}", stacklevel=2)
             self.model.save_vae(self.run.folder)
 
@@ -223,11 +234,12 @@ class Trainer:
         reports = train_vae(model, self.pictures, self.config, opt, self.precision)
         if not self.train(opt, reports, t.vae_batch_size, validate, "vae"):
             return False
-        if float(validate(valid)["psnr"]) < ENOUGH_PSNR:
+        if self.run.writes and float(validate(valid)["psnr"]) < ENOUGH_PSNR:
             say(f"warning: below {ENOUGH_PSNR} dB the VAE blurs what the UNet draws; give the first stage more time")
         latents = self.encode()
         model.latent_scale = measure_latent_scale(latents, self.pictures.rows(TRAIN))
-        model.save_vae(self.run.folder)
+        if self.run.writes:
+            model.save_vae(self.run.folder)
         say(f"latents {model.latent_shape}, scale {model.latent_scale:.4f}")
         return True
 
@@ -236,7 +248,8 @@ class Trainer:
         from ddpm.cache import encode_latents
 
         self.model.vae.eval()
-        return encode_latents(self.cache, self.model.vae, self.pictures, self.precision, progress_bar)
+        with self.group.first_alone():
+            return encode_latents(self.cache, self.model.vae, self.pictures, self.precision, progress_bar)
 
     def train_unet(self) -> bool:
         r"""Second stage; False when it was stopped before its end."""
@@ -250,7 +263,8 @@ class Trainer:
         latents, train, valid = self.encode(), pictures.rows(TRAIN), pictures.rows(VALID)[:64]
         sentences = {pictures.caption(i, t.seed, v) for i in train for v in range(t.caption_variants)}
         told = {pictures.full_caption(i) for i in valid}
-        texts = Texts(self.cache, model.text, sentences | told, t.text_cache_gb, progress_bar)
+        with self.group.first_alone():
+            texts = Texts(self.cache, model.text, sentences | told, t.text_cache_gb, progress_bar)
         prompts = sorted(told)[:: max(1, len(told) // 16)][:16]
         opt = self.optimization("unet", model.unet, t.lr, ema=True)
 
@@ -274,7 +288,8 @@ class Trainer:
         from ddpm.pictures import labelled_grid, save_png
 
         def leave(_):
-            self.check_stop("unet", step)
+            if self.stop.signum and self.group.size == 1:  # several processes stop together, after a step
+                self.check_stop("unet", step)
 
         x = self.model.sample(prompts, seed=self.config.training.seed, precision=self.precision, callback=leave)
         settings = {"prompt": json.dumps(prompts), "settings": "dpm++, 20 steps, guidance 3, EMA", "step": str(step)}
@@ -339,7 +354,7 @@ class Progress:
             say(f"{self.stage} step {report.step}: {status}")
 
 
-def train(run, a: argparse.Namespace, device, precision: str):
+def train(run, a: argparse.Namespace, group, precision: str):
     r"""Both stages, or those that are asked for, in an opened run."""
     import torch
 
@@ -350,25 +365,28 @@ def train(run, a: argparse.Namespace, device, precision: str):
     from ddpm.text import TextTower
 
     folder, config = run.folder, run.config
-    if a.download:
-        download(config.training.data)
-    table = open_data(config)
+    with group.first_alone():
+        if a.download:
+            download(config.training.data)
+        table = open_data(config)
     own_text, own_vae = folder / "text.safetensors", folder / "vae.safetensors"
     if a.stage == "unet" and not own_vae.is_file() and not (run.state and run.state["stage"] == "unet"):
         raise UserError(f"expected {own_vae} for the second stage; train it with --stage vae first, then --resume")
     torch.manual_seed(config.training.seed)
     model = TextToImage(config.model, TextTower.from_file(own_text) if own_text.is_file() else None)
     cache = Path(a.cache or folder.parent / "cache")
-    remove_leftovers(cache)
-    pictures = load_pictures(config, table, cache)
+    with group.first_alone():
+        remove_leftovers(cache)
+        pictures = load_pictures(config, table, cache)
 
     keeps_text = Path(config.model.text_weights).is_file() and not own_text.is_file()
     run.create(model.text.save if keeps_text else None)  # the run stays whole when the file goes
-    say(f"run {folder}, preset {config.preset}, {precision} on {device}")
+    together = f", {group.size} processes" if group.size > 1 else ""
+    say(f"run {folder}, preset {config.preset}, {precision} on {group.device}{together}")
     say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
-    model.to(device, memory_format=torch.channels_last)
+    model.to(group.device, memory_format=torch.channels_last)
     model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
-    trainer = Trainer(run, model, pictures, table and table.files, cache, precision, a.stop_after)
+    trainer = Trainer(run, model, pictures, table and table.files, cache, precision, a.stop_after, group)
     if not trainer.vae_is_trained(again=a.stage == "vae") and not trainer.train_vae():
         return
     if a.stage != "vae" and trainer.train_unet():
@@ -376,11 +394,25 @@ def train(run, a: argparse.Namespace, device, precision: str):
         say(f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {folder}')
 
 
+def open_run(Run, group, folder: Path, config: Config, resume: bool, started: float):
+    r"""The run in its folder; the first process alone locks it, writes to it and speaks."""
+    if group.rank:
+        cli.be_quiet()
+    with group.first_alone():
+        return Run(folder, config, resume, started, writes=group.rank == 0)
+
+
+class LostGroup(UserError):
+    r"""Another process of the group ended or failed."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
 def main(argv: list[str] | None = None):
     started = time.monotonic()  # --max-minutes counts from here
     a = parser().parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("expected one process, got several from torchrun; training on several is not there yet")
     config = configuration(a)
     folder = Path(a.resume or a.out or Path("runs") / config.preset)
     device = cli.choose_device(a.device)
@@ -392,13 +424,14 @@ def main(argv: list[str] | None = None):
             print(line)
         return
     from ddpm.files import CannotWrite
+    from ddpm.parallel import Group
     from ddpm.run import Run
     from ddpm.training import NotFinite
 
-    with Run(folder, config, a.resume is not None, started) as run:
+    with Group.joined(device) as group, open_run(Run, group, folder, config, a.resume is not None, started) as run:
         try:
-            train(run, a, device, precision)
-        except (CannotWrite, NotFinite) as error:
+            train(run, a, group, precision)
+        except (CannotWrite, NotFinite, LostGroup) as error:
             raise UserError(f"{error}; {run.advice()}") from None
         except Stopped as stop:
             raise Stopped(stop.signum, f"{stop}; {run.advice()}") from None

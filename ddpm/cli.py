@@ -126,6 +126,12 @@ def choose_precision(name: str, device) -> str:
     return "fp32"
 
 
+def be_quiet():
+    r"""From now on this process says nothing but its own end: another one of its group speaks."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    warnings.simplefilter("ignore")
+
+
 def progress_bar(things: Iterable, total: int, label: str) -> Iterable:
     r"""`things` with a bar on the terminal while they pass."""
     from tqdm import tqdm

@@ -41,17 +41,19 @@ class Run:
         state: what the newest whole state held when the run is resumed; None else, and once `restore` has used it.
         rows: of metrics.csv, as far as the state goes; one for each step.
         saved: (stage, step) of the newest whole state, or None.
+        writes: False in all but one of the processes that train together: nothing is locked or written.
     """
 
-    def __init__(self, folder: Path, config: Config, resume: bool, started: float):
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: Config, resume: bool, started: float, writes: bool = True):
+        self.folder, self.config, self.writes = folder, config, writes
         self.rows, self.state, self.saved = [], None, None
         self.lock, self.newest_is_whole = None, False
         try:
             if resume:
-                self._take_lock()
+                if writes:
+                    self._take_lock()
                 self._reopen()
-            else:
+            elif writes:
                 self._check_new()
         except BaseException:
             self.close()
@@ -135,6 +137,8 @@ class Run:
 
         Args: text: writes the text tower's weights, where no name brings them back.
         """
+        if not self.writes:
+            return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if self.lock is None:
             self.folder.joinpath(LOCK).touch()
@@ -172,6 +176,9 @@ class Run:
 
     def save(self, stage: str, optimization, **more):
         r"""Write the metrics, then the checkpoint up to which they go, then their plot; the checkpoint before stays."""
+        if not self.writes:
+            self.saved = (stage, optimization.step)
+            return
         state = {
             "format": FORMAT, "stage": stage, "step": optimization.step, "elapsed": self.clock(),
             "config": settings(self.config), stage: optimization.state_dict(), **more,
