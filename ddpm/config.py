@@ -241,7 +241,9 @@ class Config:
             if unknown:
                 raise UserError(f"unknown settings in {path}: {', '.join(sorted(unknown))}; another version made it")
             sections[name] = _build(section, values[name])
-        config = cls(**sections, preset=str(values.get("preset", ""))).checked()
+        preset = values.get("preset", "")
+        _require(preset == "" or isinstance(preset, str) and is_name(preset), "preset as a name", preset)
+        config = cls(**sections, preset=preset).checked()
         weights = config.model.text_weights
         if not is_name(weights) and not (Path(path).parent / TEXT_FILE).is_file():
             raise UserError(

@@ -10,7 +10,6 @@ a single picture is.
 
 import csv
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -221,7 +220,7 @@ def _listing(folder: Path, subfolders: set[str]) -> set[str]:
 
 # ----------------------------------------------------------------------------- readers: text, rows, columns
 
-MOST_LIST, MOST_COLUMNS = 2**28, 1000  # bytes of a list (CelebA's has 26 million), cells of a row
+MOST_LIST, MOST_ROW = 2**27, 2**20  # bytes of a list (CelebA's has 26 million), characters of a row
 VALUES = {"-1": 0, "0": 0, "1": 1, "-1.0": 0, "0.0": 0, "1.0": 1}
 VALUES |= {"False": 0, "True": 1, "false": 0, "true": 1, "FALSE": 0, "TRUE": 1}
 SPLITS = {"0": TRAIN, "1": VALID, "2": TEST, "0.0": TRAIN, "1.0": VALID, "2.0": TEST}
@@ -255,8 +254,6 @@ def _read_sheet(file: Path) -> _Sheet:
     line, rows = 0, []
     try:
         for line, cells in cells_of(body):
-            if len(cells) > MOST_COLUMNS:
-                raise ValueError(f"{len(cells):,} columns")
             if any(cells):
                 rows.append((line + counted, list(map(sys.intern, cells))))  # 8 million times "-1": keep one
     except (csv.Error, ValueError, TypeError, AttributeError) as error:
@@ -275,20 +272,39 @@ def _read_sheet(file: Path) -> _Sheet:
     return _Sheet(file, header, rows)
 
 
+def _lines(body: str) -> Iterator[str]:
+    for found in re.finditer(r".*\n|.+", body):  # one at a time: a list of them would double the memory
+        if found.end() - found.start() > MOST_ROW:
+            raise ValueError(f"a line of more than {MOST_ROW:,} characters")
+        yield found[0]
+
+
 def _plain_cells(body: str) -> Iterator[tuple[int, list[str]]]:
-    return enumerate(map(str.split, body.split("\n")), 1)
+    return enumerate(map(str.split, _lines(body)), 1)
 
 
 def _csv_cells(body: str) -> Iterator[tuple[int, list[str]]]:
     head = body.lstrip().partition("\n")[0]
     mark = max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(body, newline=""), delimiter=mark, strict=True, skipinitialspace=True)
-    return ((reader.line_num, cells) for cells in reader)
+    length = 0  # of the row so far, which quotes may spread over many lines
+
+    def lines() -> Iterator[str]:
+        nonlocal length
+        for line in _lines(body):
+            length += len(line)
+            if length > MOST_ROW:
+                raise ValueError(f"a row of more than {MOST_ROW:,} characters")
+            yield line
+
+    reader = csv.reader(lines(), delimiter=mark, strict=True, skipinitialspace=True)
+    for cells in reader:
+        length = 0
+        yield reader.line_num, cells
 
 
 def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
     keys = []
-    for line, text in enumerate(body.split("\n"), 1):
+    for line, text in enumerate(_lines(body), 1):
         if text.strip():
             item = parse_json(text)
             if not keys:
@@ -300,11 +316,13 @@ def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
 def _read_text(file: Path) -> str:
     r"""The text of a list: UTF-8, UTF-16 with a byte order mark, or latin-1 where the names are ASCII."""
     try:
-        data = _head_of(file, MOST_LIST + 1)
+        size = file.stat().st_size
+        if size > MOST_LIST:
+            got = f"{size / 2**20:,.0f}"
+            raise _wrong(file, f"a list of at most {MOST_LIST // 2**20} MiB", got, "use a part of the data")
+        data = file.read_bytes()
     except OSError as error:
         raise _wrong(file, "a list that can be read", _short(str(error)), "correct that") from error
-    if len(data) > MOST_LIST:
-        raise _wrong(file, f"a list of at most {MOST_LIST // 2**20} MiB", "more", "use a part of the data")
     kind = _kind(data[:512])
     if kind or not data.strip():
         raise _wrong(file, "a list of pictures as text", kind or "an empty file", AGAIN)
@@ -318,9 +336,9 @@ def _read_text(file: Path) -> str:
     return text
 
 
-def _head_of(file: Path, count: int = 512) -> bytes:
+def _head_of(file: Path) -> bytes:
     with open(file, "rb") as opened:
-        return opened.read(count)
+        return opened.read(512)
 
 
 def _kind(head: bytes) -> str:

@@ -27,6 +27,7 @@ from ddpm.seeding import generator
 
 ARCHITECTURE = "ViT-B-32"
 TOKENS = 77
+LETTERS = 4096  # of a prompt that are read: no token has more than 32, and a long word takes its length squared
 WIDTH = 512
 
 
@@ -55,6 +56,7 @@ class TextTower(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         r"""Token numbers (B, 77): start, words, end, zeros; warns and names what it cuts of a prompt too long."""
+        prompts = [prompt[:LETTERS] for prompt in prompts]
         for prompt in prompts:
             words = self.tokenizer.encode(prompt)
             if len(words) > TOKENS - 2:
