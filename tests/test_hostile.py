@@ -749,6 +749,15 @@ def test_a_hundred_thousand_characters_are_cut_and_said_to_be(tower):
     assert all(str(warning.message).isprintable() and len(str(warning.message)) < 2000 for warning in told)
 
 
+def test_no_more_of_a_prompt_is_read_than_can_matter(tower, monkeypatch):
+    r"""Merging the letters of one word takes the square of its length."""
+    lengths, encode = [], tower.tokenizer.encode
+    monkeypatch.setattr(tower.tokenizer, "encode", lambda text: (lengths.append(len(text)), encode(text))[1])
+    with pytest.warns(UserWarning, match="is cut to 75"):
+        tower.tokenize(["a" * 100_000])
+    assert lengths and max(lengths) <= 4096
+
+
 # --------------------------------------------------------------------------------------------- the screen
 
 
