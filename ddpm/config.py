@@ -61,7 +61,7 @@ class ModelConfig:
     res_blocks: int = option(2, "ResBlocks a level of the UNet")
     head_width: int = option(32, "width of one attention head")
     text_weights: str = option(
-        "laion2b_s34b_b79k", "text tower: an OpenCLIP ViT-B-32 tag, `random`, or a file of weights"
+        "laion2b_s34b_b79k", "text tower: an OpenCLIP ViT-B-32 tag, `random`, or a file of weights, ./FILE"
     )
     text_quick_gelu: bool = option(False, "for a file of text weights: it was trained with quick GELU (OpenAI's were)")
     caption_drop: float = option(0.1, "share of captions replaced by the empty one, which guidance needs")

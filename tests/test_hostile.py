@@ -40,7 +40,7 @@ from ddpm.data import MOST_LIST, BadImage, open_table, read_image
 from ddpm.faces import write_celeba
 from ddpm.model import TextToImage, networks
 from ddpm.pictures import labelled_grid, save_png
-from ddpm.run import Run
+from ddpm.run import COLUMNS, Run
 from ddpm.text import TextTower
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +186,8 @@ RUN_FILES = {
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_a_payload_in_a_run_folder_executes_nothing(name, payload, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    replace(run / name, PAYLOADS[payload](Trap(tmp_path / "mark")))
+    for path in [run / name, *run.glob("state.previous.pt")] if name == "state.pt" else [run / name]:
+        replace(path, PAYLOADS[payload](Trap(tmp_path / "mark")))
     for main, *arguments in RUN_FILES[name]:
         arguments = ["--weights=ema", run, "out"] if main is export.main else [*arguments, run]
         assert name in refused(capsys, main, *arguments)
@@ -546,12 +547,12 @@ WEIGHTS = {
 
 
 def torch_bomb(to):
-    r"""A torch file, deflated: 200 MB of zeros in 200 KB."""
+    r"""A torch file, deflated: 500 MB of zeros in 500 KB."""
     plain = to_bytes(lambda buffer: torch.save({"token_embedding.weight": torch.ones(25)}, buffer))
     with zipfile.ZipFile(io.BytesIO(plain)) as source, zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as target:
         for entry in source.infolist():
             with target.open(entry.filename, "w") as out:
-                for _ in range(200 if entry.filename.endswith("data/0") else 1):
+                for _ in range(500 if entry.filename.endswith("data/0") else 1):
                     out.write(bytes(2**20) if entry.filename.endswith("data/0") else source.read(entry))
 
 
@@ -590,8 +591,9 @@ ARRAYS = {
 LINES = {
     "one line of 100 MB": ("captions.csv", b"file,caption\n" + b"," * 100_000_000),
     "millions of columns": ("captions.csv", b"file,caption\n" + b"a.png,b\n" + b"a," * 5_000_000),
-    "a row of quotes over many lines": ("captions.csv", b"file,caption\n" + b'"\n",' * 10_000_000),
+    "a row of quotes over many lines": ("captions.csv", b"file,caption\n" + (b'"\n"' + b"," * 1000) * 20_000),
     "a field beyond csv's limit": ("captions.csv", b"file,caption\na.png," + b"x" * 200_000),
+    "words of 100 MB": ("list_attr_celeba.txt", b"1\n" + b"a " * 50_000_000),
     "a word of 100 MB": ("list_attr_celeba.txt", b"1\n" + b"Male" * 25_000_000),
     "a count of 5,000 digits": ("list_attr_celeba.txt", b"9" * 5000 + b"\nMale\n"),
     "a count with a strange space": ("list_attr_celeba.txt", b"3\x1f\nMale\n"),
@@ -687,7 +689,7 @@ def test_what_claims_to_be_large_is_refused_in_little_memory(trained, tmp_path):
     assert len(told) == cases
     for kind, name, answer, grown in told:
         assert answer.startswith("refused: ") and answer.isprintable(), (kind, name, answer)
-        assert grown < (900 if "100 MB" in name or "quotes" in name else 300), (kind, name, answer, grown)
+        assert grown < (400 if "100 MB" in name else 200 if "tensors" in name else 120), (kind, name, answer, grown)
 
 
 def test_a_list_beyond_its_limit_is_refused_before_it_is_read(tmp_path):
@@ -864,6 +866,21 @@ def test_any_list_of_pictures_is_a_table_or_refused(text, name, to, tmp_path_fac
     if table is not None:
         assert table.files == ("a.png",) and len(table.split) == 1
     shutil.rmtree(data)
+
+
+ROWS = st.lists(
+    st.sampled_from(["stage", "step", "loss", "vae", "unet", "1", "2", "-1", "1e999", "nan", ",", "\n", '"', "\0"])
+    | st.text(max_size=5), max_size=40,
+).map("".join)  # fmt: skip
+
+
+@pytest.mark.xfail(reason="ddpm.run reads metrics.csv in trust", strict=False)
+@QUIETLY
+@given(text=ROWS, header=st.booleans(), to=ENCODINGS)
+def test_any_metrics_are_read_or_refused(text, header, to, run):
+    whole = ",".join(COLUMNS) + "\n" + text if header else text
+    replace(run / "metrics.csv", whole.encode(to, "replace"))
+    answers_or_refuses(lambda: Run(run, Config.read(run / "config.json"), True, 0.0))
 
 
 @QUIETLY
