@@ -35,7 +35,7 @@ import train
 from ddpm import cli, export
 from ddpm.cache import cached_array
 from ddpm.captions import ATTRIBUTES, parse
-from ddpm.config import TEXT_FILE, Config, ModelConfig, UserError, add_flags, given_flags, parameters, printable
+from ddpm.config import TEXT_FILE, Config, ModelConfig, UserError, add_flags, given_flags, parameters
 from ddpm.data import MOST_LIST, BadImage, open_table, read_image
 from ddpm.faces import write_celeba
 from ddpm.model import TextToImage, networks
@@ -417,17 +417,17 @@ def test_the_parameters_are_counted_within_a_factor_of_two(preset):
 
 
 def test_a_diffusers_folder_may_not_ask_for_an_absurd_model(exported, tmp_path, capsys):
-    for key, value in (
-        ("block_out_channels", [32] * 100_000),
-        ("block_out_channels", [10**9, 10**9]),
-        ("block_out_channels", [4096] * 6),
-        ("layers_per_block", 10**6),
-        ("sample_size", 1e300),
-    ):
-        folder = linked(exported, tmp_path / f"{key}{len(str(value))}")
-        content = json.loads((folder / "unet/config.json").read_text()) | {key: value}
-        replace(folder / "unet/config.json", json.dumps(content).encode())
-        refused(capsys, export.main, "--reverse", folder, tmp_path / "out")
+    for i, (part, key, value) in enumerate((
+        ("vae", "block_out_channels", [32] * 100_000),  # the picture's side would have 30,000 digits
+        ("unet", "block_out_channels", [32] * 100_000),
+        ("unet", "block_out_channels", [10**9, 10**9]),
+        ("unet", "block_out_channels", [4096] * 6),
+        ("unet", "layers_per_block", 10**6),
+        ("unet", "sample_size", 1e300),
+    )):  # fmt: skip
+        path = linked(exported, tmp_path / str(i)) / part / "config.json"
+        replace(path, json.dumps(json.loads(path.read_text()) | {key: value}).encode())
+        refused(capsys, export.main, "--reverse", tmp_path / str(i), tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------- sizes, before memory is taken
@@ -648,44 +648,46 @@ for kind, read in readers.items():
 """
 
 
-def fill(folder, cases, suffix=""):
-    folder.mkdir()
-    for name, content in cases.items():
-        path = folder / (printable(name).replace("/", " ") + suffix)
-        path.write_bytes(content if isinstance(content, bytes) else to_bytes(content))
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, content if isinstance(content, bytes) else to_bytes(content))
+
+
+def gigabyte(path):
+    r"""A file of that length, all holes."""
+    put(path, b"")
+    os.truncate(path, 10**9)
+
+
+def lay_out(home, trained) -> int:
+    r"""Every case below `home`, in a folder named after its reader; how many there are."""
+    for case, content in PICTURES.items():
+        put(home / "pictures" / case, content)
+    for case, content in ARRAYS.items():
+        put(home / "arrays" / case, content)
+    for case, content in TEXTS.items():
+        put(home / "texts" / f"{case}.pt", content)
+    for case, content in WEIGHTS.items():
+        put(home / "texts" / f"{case}.safetensors", content)
+        for part in ("vae", "ema", "text"):
+            put(linked(trained, home / "runs" / f"{part}, {case}") / f"{part}.safetensors", content)
+    large = linked(trained, home / "runs" / "weights of another size")
+    change_config(large, "model", channels=[1024, 1024], res_blocks=5, head_width=32)
+    gigabyte(linked(trained, home / "runs" / "settings of 1 GB") / "config.json")
+    for case, (name, content) in LINES.items():
+        put(home / "lists" / case / name, content)
+    for name in ("captions.csv", "metadata.jsonl", "list_attr_celeba.txt"):
+        gigabyte(home / "lists" / f"1 GB in {name}" / name)
+    return len(PICTURES) + len(ARRAYS) + len(TEXTS) + 4 * len(WEIGHTS) + 2 + len(LINES) + 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="limits the memory by what Linux tells")
 def test_what_claims_to_be_large_is_refused_in_little_memory(trained, tmp_path):
-    r"""Every case in one process that may take 1 GiB of addresses, most of it for a list of 100 MB and its text."""
-    fill(tmp_path / "pictures", PICTURES)
-    fill(tmp_path / "arrays", ARRAYS)
-    fill(tmp_path / "texts", TEXTS, ".pt")
-    fill(tmp_path / "more", {n: c for n, c in WEIGHTS.items()}, ".safetensors")
-    for path in (tmp_path / "more").iterdir():
-        path.rename(tmp_path / "texts" / path.name)
-    (tmp_path / "lists").mkdir()
-    for case, (name, content) in LINES.items():
-        (tmp_path / "lists" / case).mkdir()
-        (tmp_path / "lists" / case / name).write_bytes(content)
-    for name in ("captions.csv", "metadata.jsonl", "list_attr_celeba.txt"):
-        (tmp_path / "lists" / f"1 GB {name}").mkdir()
-        with open(tmp_path / "lists" / f"1 GB {name}" / name, "wb") as file:
-            file.truncate(10**9)
-    (tmp_path / "runs").mkdir()
-    for part in ("vae", "ema", "text"):
-        for case, content in WEIGHTS.items():
-            replace(linked(trained, tmp_path / "runs" / f"{part} {printable(case)}") / f"{part}.safetensors", content)
-    large = linked(trained, tmp_path / "runs" / "weights of another size")
-    change_config(large, "model", channels=[1024, 1024], res_blocks=5, head_width=32)
-    with open(linked(trained, tmp_path / "runs" / "1 GB of settings") / "config.json", "r+b") as file:
-        os.unlink(file.name)
-    with open(tmp_path / "runs" / "1 GB of settings" / "config.json", "wb") as file:
-        file.truncate(10**9)
+    r"""Every case in one process that may take 1 GiB of addresses; a list of 100 MB is read before its lines are."""
+    cases = lay_out(tmp_path, trained)
     done = subprocess.run([sys.executable, "-c", CHILD, tmp_path, str(2**30)], cwd=ROOT, capture_output=True, text=True)
-    told = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr[-2000:]
-    cases = len(PICTURES) + len(ARRAYS) + len(TEXTS) + len(LINES) + 3 + 4 * len(WEIGHTS) + 2
+    told = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(told) == cases
     for kind, name, answer, grown in told:
         assert answer.startswith("refused: ") and answer.isprintable(), (kind, name, answer)
