@@ -274,7 +274,8 @@ def train_unet(
         ]
         z_0 = latents.gaussian(share(chosen), share(flip)).sample(eps=share(eps_vae)) * model.latent_scale
 
-        mine = (z_0, share(times), share(eps), texts(captions))
+        context = texts(captions)
+        mine = (z_0, share(times), share(eps), context)
 
         def losses(batch=mine) -> Iterator[Tensor]:
             for k, part in enumerate(parts(batch, t.accumulation)):
