@@ -876,7 +876,6 @@ ROWS = st.lists(
 ).map("".join)  # fmt: skip
 
 
-@pytest.mark.xfail(reason="ddpm.run reads metrics.csv in trust", strict=False)
 @settings(QUIETLY, max_examples=40, phases=[Phase.generate])
 @given(text=ROWS, header=st.booleans(), to=ENCODINGS)
 def test_any_metrics_are_read_or_refused(text, header, to, run):
