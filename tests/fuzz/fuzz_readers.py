@@ -38,7 +38,7 @@ with contextlib.ExitStack() as instrumented:
     from ddpm.export import Settings
     from ddpm.model import load_weights
 
-FOLDER = Path(tempfile.mkdtemp(prefix="fuzz", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+FOLDER = Path(tempfile.mkdtemp(prefix="fuzz"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 NAMES = [f"00000{i}.jpg" for i in range(1, 5)]  # pictures that the lists may name
 
@@ -155,21 +155,27 @@ def check(target: str, data: bytes):
         _refused_or(lambda: TARGETS[target](data))
 
 
+def fuzz(target: str, flags: list[str]):
+    r"""Fuzz in this process, which libFuzzer ends without a word to Python."""
+    seeds = FOLDER / "seeds"  # what is found is written here, not into the repository
+    shutil.copytree(CORPUS / target, seeds)
+    artifacts = f"-artifact_prefix={os.getcwd()}/{target}-"
+    atheris.Setup([sys.argv[0], *LIMITS, artifacts, *flags, str(seeds)], lambda data: check(target, data))
+    atheris.Fuzz()
+
+
 def main():
-    if len(sys.argv) > 1 and sys.argv[1] in TARGETS:
-        target = sys.argv.pop(1)
-        seeds = FOLDER / "seeds"  # what is found is written here, not into the repository
-        shutil.copytree(CORPUS / target, seeds)
-        artifacts = f"-artifact_prefix={os.getcwd()}/{target}-"
-        atheris.Setup([sys.argv[0], *LIMITS, artifacts, *sys.argv[1:], str(seeds)], lambda data: check(target, data))
-        return atheris.Fuzz()
-    for target in TARGETS:
-        each = f"-max_total_time={SECONDS // len(TARGETS)}"
-        done = subprocess.run([sys.executable, __file__, target, each], capture_output=True, text=True)
+    if sys.argv[1:2] == ["--here"]:
+        return fuzz(sys.argv[2], sys.argv[3:])
+    chosen, flags = sys.argv[1:2] or list(TARGETS), sys.argv[2:] or [f"-max_total_time={SECONDS // len(TARGETS)}"]
+    for target in chosen:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as home:
+            command = [sys.executable, __file__, "--here", target, *flags]
+            done = subprocess.run(command, env=os.environ | {"TMPDIR": home}, stderr=subprocess.PIPE, text=True)
         print(target, next((line for line in done.stderr.splitlines() if line.startswith("Done")), ""), flush=True)
         if done.returncode:
             print(done.stderr[-5000:])
-            sys.exit(done.returncode)
+            sys.exit(1)
 
 
 if __name__ == "__main__":
