@@ -7,6 +7,7 @@ the same pictures is read by the same classifier, from one file in the cache.
 
 import hashlib
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,10 @@ STEPS, BATCH, LR, WEIGHT_DECAY = 1_500, 64, 3e-3, 0.05
 MIN_SHARE, MIN_PICTURES = 0.01, 30  # of either value in the train split, for an attribute to be learned
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of colours in [0, 1]
 EXTRACTORS = ("classifier", "efficientnet-lite0", "inception")
+
+
+class NothingToLearn(UserError):
+    r"""The data has no attribute that a classifier could learn."""
 
 
 class Residual(nn.Module):
@@ -87,15 +92,18 @@ def truths(pictures: Pictures, rows: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array([consistent(row) for row in pictures.attributes[rows]]).reshape(-1, 40) > 0)
 
 
-def learnable(truth: Tensor) -> tuple[str, ...]:
-    r"""The attributes with enough examples of both values among `truth` (N, 40): 1 % of them, and 30.
+def learnable_names(pictures: Pictures) -> tuple[str, ...]:
+    r"""The attributes with enough training pictures of both values: 1 % of them, and 30.
 
-    Of drawn faces these are the 24 that change the picture, since the others are never true.
+    Of drawn faces these are the 24 that change the picture, since the others are never true. Without attributes
+    there are none.
     """
+    if pictures.attributes is None:
+        return ()
+    truth = truths(pictures, pictures.rows(TRAIN))
+    rarer = torch.minimum(truth.sum(dim=0), (~truth).sum(dim=0)).tolist()
     enough = max(MIN_PICTURES, MIN_SHARE * len(truth))
-    positive = truth.sum(dim=0)
-    rarer = torch.minimum(positive, len(truth) - positive)
-    return tuple(name for name, count in zip(ATTRIBUTES, rarer.tolist(), strict=True) if count >= enough)
+    return tuple(name for name, count in zip(ATTRIBUTES, rarer, strict=True) if count >= enough)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -189,6 +197,18 @@ def train_classifier(
     return network.eval()
 
 
+def training_seconds(network: AttributeClassifier, x: Tensor, precision: str) -> float:
+    r"""What `train_classifier` would take, from one step on a batch of the pictures `x`."""
+    device = network.head.weight.device
+    x = x[torch.arange(BATCH) % len(x)]
+    for _ in range(2):  # the first is slower
+        started = time.monotonic()
+        with autocast(device, precision):
+            loss = network(degrade(x, generator()).to(device)).float().square().mean()
+        loss.backward()
+    return STEPS * (time.monotonic() - started)
+
+
 def classifier_path(folder: Path, pictures: Pictures, precision: str = "fp32", seed: int = 0) -> Path:
     r"""The file in the cache for the classifier of this data set; its name follows from all that shapes it."""
     rows = pictures.rows(TRAIN)
@@ -203,15 +223,13 @@ def attribute_classifier(
 ) -> AttributeClassifier:  # fmt: skip
     r"""The classifier of a data set, from the cache, trained first where it is not there.
 
-    Raises: UserError when the data has no attributes, or too few pictures of any.
+    Raises: NothingToLearn when the data has no attributes, or too few pictures of any.
     """
-    if pictures.attributes is None:
-        raise UserError("the pictures come with captions, not with attributes; there is nothing to classify")
-    names = learnable(truths(pictures, pictures.rows(TRAIN)))
+    names = learnable_names(pictures)
     if not names:
-        raise UserError(
+        raise NothingToLearn(
             f"expected at least {MIN_PICTURES} training pictures of both values of an attribute to learn it, "
-            f"found none among {len(pictures.rows(TRAIN))} pictures"
+            f"found none among {len(pictures.rows(TRAIN))}"
         )
     path = classifier_path(folder, pictures, precision, seed)
     if not path.exists():
@@ -226,20 +244,15 @@ def attribute_classifier(
 # -------------------------------------------------------------------------------------- ready-made networks
 
 
-def feature_extractor(
-    name: str, classifier: AttributeClassifier | None, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    r"""Pictures (B, 3, S, S) in [-1, 1] -> features (B, D), by the network called `name` out of EXTRACTORS.
+def feature_extractor(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    r"""Pictures (B, 3, S, S) in [-1, 1] -> features (B, D), by the ready-made network called `name`.
 
-    Raises: UserError when the name is none of them, or its package or weights are not there.
+    Raises: UserError when there is none of that name, or its package or weights are not there.
     """
-    if name not in EXTRACTORS:
-        raise UserError(f"expected an extractor out of {', '.join(EXTRACTORS)}, got {name!r}")
-    if name == "classifier":
-        if classifier is None:
-            raise UserError("the extractor `classifier` needs attributes; take --extractor efficientnet-lite0")
-        return classifier.features
-    return {"efficientnet-lite0": efficientnet_lite0, "inception": inception}[name](device)
+    networks = {"efficientnet-lite0": efficientnet_lite0, "inception": inception}
+    if name not in networks:
+        raise UserError(f"expected a ready-made extractor out of {', '.join(networks)}, got {name!r}")
+    return networks[name](device)
 
 
 def efficientnet_lite0(device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -262,7 +275,7 @@ def efficientnet_lite0(device: torch.device) -> Callable[[Tensor], Tensor]:
     mean, deviation = (torch.tensor(v, device=device).reshape(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_DEVIATION))
 
     def features(x: Tensor) -> Tensor:
-        x = F.interpolate((x + 1) / 2, size=(224, 224), mode="bilinear")
+        x = F.interpolate((x + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
         return network.extract_features((x - mean) / deviation).mean(dim=(2, 3))
 
     return features
