@@ -10,9 +10,9 @@ An evaluation that is in the folder already is replaced.
 import argparse
 import json
 import math
-import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -578,8 +578,10 @@ def check(a: argparse.Namespace):
         raise UserError(f"expected the folder of a run, {a.run} is none; train one with python train.py")
     out = a.out = Path(a.out or Path(a.run) / "evaluation")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"expected a folder that can be written to, {there} cannot; choose another --out")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError:
+        raise UserError(f"expected a folder that can be written to, {there} cannot; choose another --out") from None
 
 
 def open_run(a: argparse.Namespace, cache: Path) -> tuple[TextToImage, Config, Pictures]:
