@@ -174,15 +174,22 @@ class Evaluation:
         self.extract = None if a.extractor == "classifier" else feature_extractor(a.extractor, model.device)
 
     def prepare(self):
-        r"""The classifier and the prompts' embeddings, from the cache or made now."""
-        with suppress(NothingToLearn):
-            self.classifier = attribute_classifier(
-                self.cache, self.pictures, self.model.device, self.precision, progress=progress_bar
-            )
-            self.extract = self.extract or self.classifier.features
-        self.texts = Texts(self.cache, self.model.text, self.prompts, progress=progress_bar)
-        self.model.text = Remembered(self.texts, self.model.device)
-        self.latents = encode_latents(self.cache, self.model.vae, self.held, self.precision, progress_bar)
+        r"""What the parts need from the cache, or made now: classifier, the prompts' embeddings, latents."""
+        parts = set(self.a.only)
+        if self.needs_classifier(parts):
+            with suppress(NothingToLearn):
+                self.classifier = attribute_classifier(
+                    self.cache, self.pictures, self.model.device, self.precision, progress=progress_bar
+                )
+                self.extract = self.extract or self.classifier.features
+        if parts - {"vae", "latents"}:
+            self.texts = Texts(self.cache, self.model.text, self.prompts, progress=progress_bar)
+            self.model.text = Remembered(self.texts, self.model.device)
+        if parts & {"latents", "loss", "bits"}:
+            self.latents = encode_latents(self.cache, self.model.vae, self.held, self.precision, progress_bar)
+
+    def needs_classifier(self, parts: set[str]) -> bool:
+        return bool(parts & READING or ("frechet" in parts and self.a.extractor == "classifier"))
 
     # ---- what several parts need
 
@@ -428,6 +435,7 @@ METHODS = {  # part -> method
     "guidance": Evaluation.guidance_curve, "steps": Evaluation.steps_curve,
 }  # fmt: skip
 DRAWING = {"adherence", "frechet", "neighbours"}  # parts that look at the pictures of the main setting
+READING = {"adherence", "neighbours", "guidance", "steps"}  # parts that ask the classifier, if there can be one
 
 
 # ----------------------------------------------------------------------------------------------- the time
@@ -461,13 +469,15 @@ def estimate(e: Evaluation, parts: Iterable[str]) -> float:
     names = learnable_names(e.pictures)
     network = AttributeClassifier(names).to(model.device)
     read = seconds_each(lambda: network(x)) / b
-    if names and not classifier_path(e.cache, e.pictures, e.precision).exists():
+    if names and e.needs_classifier(parts) and not classifier_path(e.cache, e.pictures, e.precision).exists():
         seconds += training_seconds(network, e.x, e.precision)
     extract = read if e.extract is None else seconds_each(lambda: e.extract(x)) / b
     seconds += (4 * e.n * ("frechet" in parts) + e.curve_n * len(curves) + e.n) * extract
     seconds += len(e.pictures.rows(TRAIN)) * read * ("neighbours" in parts)
     told = e.prompts[:8]
-    return seconds + len(set(e.prompts)) * seconds_each(lambda: model.text(told)) / len(told)
+    if parts - {"vae", "latents"}:
+        seconds += len(set(e.prompts)) * seconds_each(lambda: model.text(told)) / len(told)
+    return seconds
 
 
 # ---------------------------------------------------------------------------------------------- the plots
@@ -699,7 +709,7 @@ def main(argv: list[str] | None = None):
             say(f"{part} left out: {reason}")
         seconds[part] = round(time.monotonic() - started, 1)
         say(f"{part}: {seconds[part]:.0f} s")
-    if e.main in e.drawn:
+    if DRAWING & set(a.only):
         e.files["pictures.png"] = e.grid()
     write(a.out, result | {"left_out": left_out, "seconds": seconds}, e.files)
     for line in summary(result):
