@@ -693,7 +693,7 @@ def main(argv: list[str] | None = None):
     model.to(device, memory_format=CHANNELS_LAST)
     e = Evaluation(model, pictures, rows, cache, a, precision)
     say(f"{len(rows)} {a.split} pictures of {config.training.data}, {precision} on {device}")
-    say(f"about {max(1, round(estimate(e, a.only) / 60))} minutes for {', '.join(a.only)}")
+    say(f"about {estimate(e, a.only) / 60:.1f} minutes for {', '.join(a.only)}")
 
     result = {"format": 1, "settings": settings_of(a, config, len(rows), precision, device)}
     seconds, left_out = {}, {}

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, without_zeros
 from PIL import Image
 from torch import nn
 
@@ -194,16 +195,20 @@ def test_some_parts_of_some_rows_of_another_split(run, tmp_path, capsys):
     assert told[1].startswith("about ") and any(line.startswith("VAE, n 12") for line in told)
 
 
-def test_pictures_drawn_for_a_short_curve_are_the_first_of_a_long_one(run):
+def test_pictures_drawn_for_a_short_curve_are_the_first_of_a_long_one(tmp_path):
     class Arguments:
-        scope, sampler, steps, guidance, seed, extractor = "quick", "dpm++", 2, 3.0, 0, "classifier"
+        scope, sampler, steps, guidance, seed, extractor = "quick", "dpm++", 2, 3.0, 5, "classifier"
 
-    pictures = drawn_pictures(run.parent / "cache", COUNT, seed=0, size=16)
-    rows, setting = pictures.rows(TEST), Setting("ddpm", 2, 3.0)
-    e, f = (Evaluation(TextToImage.load(run), pictures, rows, run.parent, Arguments, "fp32") for _ in range(2))
-    first = e.draw(setting, 3)
-    assert torch.allclose(e.draw(setting, 6), f.draw(setting, 6), atol=1e-5)
-    assert torch.equal(e.draw(setting, 3), first)
+    torch.manual_seed(0)
+    model = TextToImage(TINY, CheapTower()).eval()
+    for network in (model.unet, model.vae):
+        without_zeros(network)  # it listens to its prompt
+    pictures, setting = drawn_pictures(tmp_path, COUNT, seed=0, size=16), Setting("ddpm", 2, 3.0)
+    e = Evaluation(model, pictures, pictures.rows(TEST), tmp_path, Arguments, "fp32")
+    whole = model.sample(e.prompts[:6], "ddpm", 2, 3.0, seed=5)
+    assert torch.allclose(e.draw(setting, 3), whole[:3], atol=1e-5)
+    assert torch.allclose(e.draw(setting, 6), whole, atol=1e-5)
+    assert not torch.allclose(model.sample(e.prompts[:3], "ddpm", 2, 3.0, seed=5, first=3), whole[3:], atol=1e-4)
 
 
 def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run):
