@@ -50,7 +50,7 @@ from ddpm.seeding import generator
 
 CHANNELS_LAST = torch.channels_last
 PARTS = ("adherence", "frechet", "neighbours", "vae", "latents", "loss", "bits", "guidance", "steps")
-SPLITS = {"train": TRAIN, "valid": VALID, "test": TEST}
+SPLITS = {"valid": VALID, "test": TEST}
 FILES = ("result.json", "pictures.png", "neighbours.png", "adherence.png", "latents.png", "loss.png", "guidance.png",
          "steps.png")  # fmt: skip
 PROMPTS = 391  # what --n is without being said
@@ -370,7 +370,7 @@ class Evaluation:
 
     def bits(self) -> dict:
         r"""Bits a dimension by the variational bound, where `ddpm.metrics` has it."""
-        bits_per_dimension = getattr(metrics, "bits_per_dimension", None)
+        bits_per_dimension = getattr(metrics, "bits_per_dimension", None)  # the one place that asks for it
         if bits_per_dimension is None:
             raise LeftOut("ddpm.metrics has no bits_per_dimension")
         n = min(self.n, 64)
@@ -451,7 +451,10 @@ def seconds_each(work: Callable[[], object]) -> float:
 
 
 def estimate(e: Evaluation, parts: Iterable[str]) -> float:
-    r"""Seconds that the parts will take, from a batch of each kind of work; what is in the cache already is free."""
+    r"""Seconds that the parts will take, bits a dimension aside, from a batch of each kind of work.
+
+    A classifier that is in the cache already is free.
+    """
     model, parts, b = e.model, set(parts), min(BATCH, e.n)
     z, t = torch.randn(b, *model.latent_shape, device=model.device), torch.zeros(b, dtype=torch.long)
     context, x = torch.zeros(b, 77, 512, device=model.device), e.x[:b].to(model.device)
@@ -610,13 +613,17 @@ def open_run(a: argparse.Namespace, cache: Path) -> tuple[TextToImage, Config, P
 
 
 def choose_rows(pictures: Pictures, a: argparse.Namespace) -> np.ndarray:
-    r"""n rows of the split, chosen by the seed, in their order; without --n as many as the scope wants or there are."""
+    r"""n rows of the split, shuffled by the seed; without --n as many as the scope wants or there are.
+
+    Shuffled, for the curves take the first of them, and drawn faces stand four of a prompt together.
+    """
     rows = pictures.rows(SPLITS[a.split])
     n = min(SCOPES[a.scope].prompts, len(rows)) if a.n is None else a.n
+    if len(rows) < MIN_EACH:
+        raise UserError(f"expected at least {MIN_EACH} pictures in the {a.split} split, got {len(rows)}; see --split")
     if not MIN_EACH <= n <= len(rows):
         raise UserError(f"expected --n from {MIN_EACH} to {len(rows)}, the pictures of the {a.split} split, got {n}")
-    order = torch.randperm(len(rows), generator=generator(a.seed, "evaluation", "rows"))
-    return np.sort(rows[order[:n].numpy()])
+    return rows[torch.randperm(len(rows), generator=generator(a.seed, "evaluation", "rows"))[:n].numpy()]
 
 
 def rounded(value):

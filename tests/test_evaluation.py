@@ -13,7 +13,18 @@ from ddpm import classifier, cli, evaluation, metrics
 from ddpm.cache import drawn_pictures
 from ddpm.classifier import attribute_classifier, truths
 from ddpm.data import TEST, TRAIN
-from ddpm.evaluation import MIN_EACH, PARTS, SCOPES, Evaluation, Setting, adherence, rounded, subset, unseen_rows
+from ddpm.evaluation import (
+    MIN_EACH,
+    PARTS,
+    SCOPES,
+    Evaluation,
+    Setting,
+    adherence,
+    choose_rows,
+    rounded,
+    subset,
+    unseen_rows,
+)
 from ddpm.model import TextToImage
 from ddpm.seeding import generator
 from ddpm.text import TextTower
@@ -146,7 +157,8 @@ def test_the_result_names_what_it_measured_and_every_part(run, result):
 def test_the_figures_are_those_of_the_library_called_by_hand(run, result):
     model = TextToImage.load(run)
     pictures = drawn_pictures(run.parent / "cache", COUNT, seed=0, size=16)
-    rows = pictures.rows(TEST)
+    rows = choose_rows(pictures, evaluation.parser().parse_args([str(run)]))
+    assert set(rows) == set(pictures.rows(TEST))
     x, prompts = pictures.batch(rows), [pictures.full_caption(i) for i in rows]
     generated = model.sample(prompts, "dpm++", 2, 3.0, seed=0)
     network = attribute_classifier(run.parent / "cache", pictures, torch.device("cpu"))
@@ -275,6 +287,16 @@ def test_what_is_no_run_or_half_a_run_is_told(run, tmp_path, capsys):
     assert "config.json" in refused(capsys, tmp_path)
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     assert "--resume" in refused(capsys, tmp_path)
+
+
+def test_a_split_that_is_empty_is_told(run, tmp_path, capsys):
+    (tmp_path / "few").mkdir()
+    for name in ("vae.safetensors", "ema.safetensors"):
+        (tmp_path / "few" / name).write_bytes((run / name).read_bytes())
+    config = json.loads((run / "config.json").read_text())
+    config["training"]["drawn_images"] = 40
+    (tmp_path / "few" / "config.json").write_text(json.dumps(config))
+    assert "--split" in refused(capsys, tmp_path / "few")
 
 
 def test_numbers_are_rounded_and_what_is_none_becomes_null():
