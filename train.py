@@ -379,7 +379,7 @@ def train(run, a: argparse.Namespace, group, precision: str):
         remove_leftovers(cache)
         pictures = load_pictures(config, table, cache)
 
-    keeps_text = Path(config.model.text_weights).is_file() and not own_text.is_file()
+    keeps_text = not own_text.is_file() and Path(config.model.text_weights).is_file()
     run.create(model.text.save if keeps_text else None)  # the run stays whole when the file goes
     together = f", {group.size} processes" if group.size > 1 else ""
     say(f"run {folder}, preset {config.preset}, {precision} on {group.device}{together}")

@@ -9,6 +9,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
+from ddpm.config import UserError, escaped, printable
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -20,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {printable(message)}; see {self.prog} --help\n")
 
 
 class Stopped(KeyboardInterrupt):
@@ -75,17 +77,17 @@ def _next_ends():
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     r"""Call `main`; print a UserError or an OSError as one line and return 2, SIGINT as 130, SIGTERM as 143."""
-    from ddpm.config import UserError
-
     try:
         with on_signals(_leave), warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: print(
+                f"warning: {printable(str(message))}", file=sys.stderr
+            )
             main(argv)
         return 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)  # one printable line by its making
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        print(printable(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")), file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)):
             raise
@@ -100,8 +102,6 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 def choose_device(name: str):
     r"""The torch device called `name`; auto takes cuda (ROCm too), then mps, then the CPU; raises UserError."""
     import torch
-
-    from ddpm.config import UserError
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -143,4 +143,4 @@ def say(text: str):
     r"""A line on the screen, above a bar that is being drawn."""
     from tqdm import tqdm
 
-    tqdm.write(text)
+    tqdm.write(escaped(text))  # file names may be in it

@@ -25,7 +25,12 @@ def printable(text: str, length: int = 2000) -> str:
     text = " ".join(text.split())
     if len(text) > length:
         text = f"{text[: length // 2]} ... {text[-length // 2 :]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    r"""`text` with all but spaces, line ends and what is printable escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class UserError(ValueError):

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,6 +94,14 @@ def remove_leftovers(folder: Path):
             with contextlib.suppress(OSError), open(path, "rb+") as file:
                 if flock(file):
                     path.unlink()
+
+
+def check_not_packed(path: Path):
+    r"""ValueError for a zip that holds more than its length: what torch.save writes is not packed, a bomb is."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
+                raise ValueError("it is packed, which torch.save never does")
 
 
 def digest_of(value) -> str:

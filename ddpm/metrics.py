@@ -7,7 +7,7 @@ neighbours).
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.cache import Latents, Pictures, Texts
-from ddpm.data import TRAIN
 from ddpm.diffusion import diffusion_loss, prior_term, q_sample, split_output, variational_term
 from ddpm.model import TextToImage, autocast
 from ddpm.seeding import generator
@@ -115,7 +114,7 @@ def loss_by_timestep(
 
 @torch.no_grad()
 def bits_per_dimension(
-    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, rows: np.ndarray,
+    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, rows: np.ndarray, width: float,
     precision: str = "fp32", seed: int = 0, strata: int = 24, batch: int = 64,
 ) -> dict:  # fmt: skip
     r"""The full variational bound of held-out pictures: of their latents, and of the 8-bit pictures themselves.
@@ -130,8 +129,10 @@ def bits_per_dimension(
 
     $$-\log P(x) \le \mathbb E_{q(z_0 \mid x)}\left[-\log P(x \mid z_0) + \log q(z_0 \mid x) - \log p(z_0)\right]$$
 
-    where P(x | z_0) is a Laplace distribution around the decoded picture, in bins of 1/255, its width the mean error on
-    256 pictures of the train split.
+    where P(x | z_0) is a Laplace distribution around the decoded picture, see `laplace_bits`.
+
+    Args:
+        width: of that distribution; best is the mean absolute error, taken from other pictures than these.
 
     Returns: `latent`: for each form of Sigma that the model has, {prior, steps, last, total, standard_error} in bits a
     dimension of z; `picture`: {latent, error, total} in bits a dimension of x, for the model's own Sigma; `by_time`:
@@ -164,7 +165,7 @@ def bits_per_dimension(
     by_time = [[a, b - 1, mean] for (a, b), mean in zip(slices, terms[own].mean(dim=1).tolist(), strict=True)]
     entropy = q.entropy().mean().item() / (z_0[0].numel() * math.log(2)) + math.log2(model.latent_scale)
     rate = (latent[own]["total"] - entropy) * z_0[0].numel() / pictures.pixels[0].size
-    error = _laplace_bits(model, latents, pictures, rows, precision, g, batch)
+    error = _decoded_bits(model, z_0 / model.latent_scale, pictures, rows, width, precision, batch)
     return {"latent": latent, "picture": {"latent": rate, "error": error, "total": rate + error}, "by_time": by_time}
 
 
@@ -175,20 +176,16 @@ def _summed(terms: Tensor, widths: Tensor, prior: float) -> dict[str, float]:
     return {"prior": prior, "steps": steps, "last": last, "total": prior + steps + last, "standard_error": error}
 
 
-def _laplace_bits(model, latents: Latents, pictures: Pictures, rows, precision: str, g, batch: int) -> float:
-    r"""-log2 P(x | z) a dimension of 8-bit pictures, z drawn from q(z | x); see `laplace_bits`."""
-
-    def decoded(chosen: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        for begin in range(0, len(chosen), batch):
-            part = chosen[begin : begin + batch]
-            z = latents.gaussian(part, torch.zeros(len(part), dtype=torch.bool)).sample(g).to(model.device)
-            with autocast(model.device, precision):
-                x_hat = model.vae.decode(z)
-            yield pictures.batch(part), x_hat.float().cpu().clamp(-1, 1)
-
-    train = pictures.rows(TRAIN)[:256]
-    width = float(np.mean([(x - x_hat).abs().mean().item() for x, x_hat in decoded(train)]))
-    bits = [laplace_bits(x, x_hat, width) for x, x_hat in decoded(rows)]
+def _decoded_bits(
+    model: TextToImage, z: Tensor, pictures: Pictures, rows: np.ndarray, width: float, precision: str, batch: int
+) -> float:
+    r"""-log2 P(x | z) a dimension, the mean over pictures whose latents, not scaled, are z."""
+    bits = []
+    for begin in range(0, len(rows), batch):
+        part = slice(begin, begin + batch)
+        with autocast(model.device, precision):
+            x_hat = model.vae.decode(z[part].to(model.device))
+        bits.append(laplace_bits(pictures.batch(rows[part]), x_hat.float().cpu().clamp(-1, 1), width))
     return torch.cat(bits).mean().item()
 
 

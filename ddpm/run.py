@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ddpm.config import MOVABLE, Config, UserError
-from ddpm.files import CannotWrite, digest_of, flock, remove_leftovers, write_atomically
+from ddpm.files import CannotWrite, check_not_packed, digest_of, flock, remove_leftovers, write_atomically
 
 STAGES = ("vae", "unet")
 COLUMNS = ("stage", "step", "seconds", "loss", "lr", "grad_norm", "images_per_second", "psnr", "ssim", "val_loss")
@@ -234,7 +234,10 @@ def read_state(path: Path) -> dict:
     try:
         with warnings.catch_warnings():  # of what torch wonders about in a damaged file
             warnings.simplefilter("ignore")
+            check_not_packed(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
+        if size_of(state) > path.stat().st_size:
+            raise ValueError("it claims more numbers than it holds")
         if "sha256" not in state and "format" not in state:
             raise UserError(f"expected a state with a checksum in {path}, an older version of ddpm made it; use that")
         if state.pop("sha256") != digest_of(state):
@@ -254,9 +257,9 @@ def read_state(path: Path) -> dict:
 
 
 def size_of(value) -> int:
-    r"""Bytes of the tensors in nested dictionaries."""
-    if isinstance(value, dict):
-        return sum(size_of(part) for part in value.values())
+    r"""Bytes of the tensors in nested dictionaries and lists."""
+    if isinstance(value, dict | list | tuple):
+        return sum(size_of(part) for part in (value.values() if isinstance(value, dict) else value))
     return value.nbytes if isinstance(value, Tensor) else 0
 
 
@@ -266,7 +269,10 @@ def read_metrics(path: Path) -> list[dict]:
         return []
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         lines = [line.replace("\0", "") for line in file]
-    rows = ({name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(lines))
+    try:
+        rows = [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(lines)]
+    except csv.Error as error:
+        raise UserError(f"expected the metrics of a run in {path}, got {error}; move the file away") from None
     return [row for row in rows if _is_whole(row)]
 
 

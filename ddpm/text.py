@@ -11,7 +11,6 @@ import math
 import os
 import socket
 import warnings
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddpm.config import UserError, is_name
+from ddpm.files import check_not_packed
 from ddpm.seeding import generator
 
 ARCHITECTURE = "ViT-B-32"
@@ -214,14 +214,6 @@ def _impatient_hub():
     finally:
         level, constants.HF_HUB_OFFLINE = before
         logger.setLevel(level)
-
-
-def check_not_packed(path: Path):
-    r"""ValueError for a zip that holds more than its length: what torch.save writes is not packed, a bomb is."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
-                raise ValueError("it is packed, which torch.save never does")
 
 
 def _read_state(path: Path) -> tuple[dict, dict]:

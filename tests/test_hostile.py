@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -40,7 +41,7 @@ from ddpm.data import MOST_LIST, BadImage, open_table, read_image
 from ddpm.faces import write_celeba
 from ddpm.model import TextToImage, networks
 from ddpm.pictures import labelled_grid, save_png
-from ddpm.run import COLUMNS, Run
+from ddpm.run import COLUMNS, Damaged, Run, read_metrics, read_state
 from ddpm.text import TextTower
 
 ROOT = Path(__file__).parents[1]
@@ -972,3 +973,37 @@ def test_the_fuzzer_sees_a_traceback_and_a_line_that_is_not_printable(monkeypatc
     fuzz.TARGETS["raw"] = lambda data: (_ for _ in ()).throw(BadImage("\x1b[2J"))
     with pytest.raises(AssertionError, match="not one printable line"):
         fuzz.check("raw", b"a")
+
+
+def test_a_state_that_claims_or_inflates_to_more_than_its_file_is_damaged_before_memory_is_taken(tmp_path):
+    claims, packed = tmp_path / "claims.pt", tmp_path / "packed.pt"
+    torch.save({"format": 1, "sha256": "", "network": torch.ones(1).expand(700_000_000)}, claims)
+    torch.save({"format": 1, "sha256": "", "network": torch.zeros(50_000_000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in plain.namelist():
+            file.writestr(name, plain.read(name))
+    for path in (claims, packed):
+        assert path.stat().st_size < 10_000_000
+        tracemalloc.start()
+        with pytest.raises(Damaged, match="claims more numbers|packed"):
+            read_state(path)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+        tracemalloc.stop()
+
+
+def test_a_field_of_metrics_too_long_for_csv_is_one_line(tmp_path):
+    (tmp_path / "metrics.csv").write_text(",".join(COLUMNS) + "\n" + "1" * 200_000 + "\n")
+    assert "expected the metrics of a run" in refusal_of(lambda: read_metrics(tmp_path / "metrics.csv"))
+
+
+def test_no_line_of_a_command_carries_escape_codes(capsys):
+    def main(argv):
+        warnings.warn("a \x1b[2J name", stacklevel=1)
+        cli.say("skipped \x1b[2Jx.jpg")
+        raise OSError(2, "No such file", "\x1b[2Jx")
+
+    assert cli.run(main) == 2
+    with pytest.raises(SystemExit):
+        cli.Parser("x").parse_args(["--\x1b[2Jx"])
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err and said.err.count("\\x1b") == 3
