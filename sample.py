@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ddpm import cli
-from ddpm.config import UserError
+from ddpm.config import UserError, printable
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 VARIANCES = ("posterior", "beta", "learned")
@@ -111,14 +111,14 @@ def main(argv: list[str] | None = None):
         out.mkdir(parents=True, exist_ok=True)
         for i, (picture, prompt) in enumerate(zip(to_uint8(x), prompts, strict=True)):
             save_png(out / f"{i:04d}.png", Image.fromarray(picture), {"prompt": prompt, **settings, "index": str(i)})
-    print(f"{len(prompts)} picture{'s' * (len(prompts) > 1)} in {out}")
+    print(printable(f"{len(prompts)} picture{'s' * (len(prompts) > 1)} in {out}"))
     if a.film:
         film = Path(a.film)
         if film.suffix.lower() == ".gif":
             save_gif(film, frames, prompts)
         else:
             save_png(film, strip(frames), {"prompt": json.dumps(prompts), **settings})
-        print(f"film of {len(frames)} steps in {film}")
+        print(printable(f"film of {len(frames)} steps in {film}"))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,16 @@ python train.py --resume runs/NAME        go on as if never stopped
 
 import argparse
 import json
-import os
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ddpm import cli
-from ddpm.cli import progress_bar, say
-from ddpm.config import PRESETS, Config, UserError, add_flags, given_flags
+from ddpm.cli import Stopped, StopRequest, on_signals, progress_bar, say
+from ddpm.config import MOVABLE, PRESETS, Config, UserError, add_flags, given_flags
 
 ENOUGH_PSNR = 20  # decibels on held-out pictures; below, the second stage learns to draw blur
 
@@ -60,20 +61,27 @@ def configuration(a: argparse.Namespace) -> Config:
 
 def resumed_configuration(config: Config, flags: dict) -> Config:
     r"""The stored configuration with its bounds moved; anything else that differs is refused by name."""
-    movable = {"max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every"}
     stored = {**vars(config.model), **vars(config.training)}
-    differing = [f"{n} (is {stored[n]}, asked {v})" for n, v in flags.items() if n not in movable and v != stored[n]]
+    differing = [f"{n} (is {stored[n]}, asked {v})" for n, v in flags.items() if n not in MOVABLE and v != stored[n]]
     if differing:
         raise UserError(f"a resumed run keeps its settings, got others: {', '.join(differing)}; leave them out")
-    return config.with_training(**{n: v for n, v in flags.items() if n in movable})
+    return config.with_training(**{n: v for n, v in flags.items() if n in MOVABLE})
 
 
 class Trainer:
-    r"""Runs the stages over the generators of `ddpm.training`; logs, validates, draws and saves."""
+    r"""Runs the stages over the generators of `ddpm.training`; logs, validates, draws and saves.
 
-    def __init__(self, run, model, pictures, cache: Path, precision: str, stop_after: int | None):
-        self.run, self.model, self.pictures, self.cache = run, model, pictures, cache
+    Args: names: of the pictures' files; None: they are drawn, and told by their numbers.
+    """
+
+    def __init__(
+        self, run, model, pictures, names: Sequence[str] | None, cache: Path, precision: str, stop_after: int | None,
+        group,
+    ):  # fmt: skip
+        self.group = group
+        self.run, self.model, self.pictures, self.names, self.cache = run, model, pictures, names, cache
         self.config, self.precision, self.left = run.config, precision, stop_after
+        self.stop = StopRequest()
 
     def optimization(self, stage: str, network, lr: float, ema: bool):
         r"""The stage's optimizer and bound, from the checkpoint where it stopped in this stage."""
@@ -83,60 +91,135 @@ class Trainer:
         if t.max_minutes:
             whole = 60 * t.max_minutes
             until = whole * t.vae_share if stage == "vae" else whole - max(10, 0.02 * whole)  # to save and draw
-        bound = Bound(stage_steps(self.config, stage, self.pictures), self.run.clock, self.run.clock(), until)
-        opt = Optimization(network, self.config, lr, bound, ema, self.precision)
-        if self.run.state and self.run.state["stage"] == stage:
-            opt.load_state_dict(self.run.state[stage])
+
+        def clock() -> float:
+            return self.group.of_first(self.run.clock())
+
+        bound = Bound(stage_steps(self.config, stage, self.pictures), clock, clock(), until)
+        opt = Optimization(network, self.config, lr, bound, ema, self.precision, self.group)
+        self.run.restore(stage, opt)
         return opt
 
-    def train(self, opt, reports: Iterable, batch: int, validate: Callable[[], dict], stage: str) -> bool:
-        r"""Take steps until the stage's bound; False when --stop-after came first."""
-        from tqdm import tqdm
+    def train(self, opt, reports: Iterator, batch: int, validate: Callable[[], dict], stage: str, **more) -> bool:
+        r"""Take steps until the stage's bound, and save; False when --stop-after came first.
 
-        t, now = self.config.training, time.monotonic
-        total = opt.bound.steps if opt.bound.until is None else None
-        bar = tqdm(total=total, initial=opt.step, desc=stage, unit="step", disable=None)
-        mean, validated, last = None, False, now()
-        told = last
-        for report in reports:
-            rate, last = batch / max(now() - last, 1e-9), now()
-            mean = report.loss if mean is None else 0.98 * mean + 0.02 * report.loss
-            if not report.finite:
-                say(f"skipped {stage} step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}")
-            left = max(0.0, opt.bound.until - self.run.clock()) / 60 if opt.bound.until else None
-            status = f"loss {mean:.4f}, {rate:.0f} images/s" + (f", {left:.1f} min left" if opt.bound.until else "")
-            bar.set_postfix_str(status, refresh=False)
-            bar.update()
-            if bar.disable and last - told >= 30:  # no terminal: a line now and then instead of a bar
-                told = last
-                say(f"{stage} step {report.step}: {status}")
-            if self.left is not None:
-                self.left -= 1
-            validated = report.step % t.sample_every == 0
-            self.log(report, rate, **(validate() if validated else {}))
-            if self.left == 0 or report.step % t.save_every == 0:
-                self.run.save(stage, opt)
-            if self.left == 0:
-                bar.close()
-                say(f"stopped at {stage} step {report.step}; go on with python train.py --resume {self.run.folder}")
-                return False
-            last = now()
-        bar.close()
-        if not validated:
-            self.run.log(stage=stage, step=opt.step, seconds=f"{self.run.clock():.1f}", **validate())
-        self.run.save(stage, opt)
+        Args: more: what the checkpoint holds beside the optimization.
+
+        Raises: Stopped after a signal, NotFinite after too many skipped steps; both when the last step is saved.
+        """
+        from ddpm.training import NotFinite
+
+        self.stop = StopRequest()
+        with on_signals(self.stop):
+            try:
+                whole = self.take_steps(opt, reports, batch, validate, stage, lambda: self.run.save(stage, opt, **more))
+            except (Stopped, NotFinite):
+                self.run.save(stage, opt, **more)
+                raise
+            except RuntimeError as error:
+                if self.group.size == 1:
+                    raise
+                self.run.save(stage, opt, **more)  # a step is whole or has changed nothing
+                raise LostGroup(f"lost the other processes at {stage} step {opt.step} ({first_line(error)})") from None
+            self.run.save(stage, opt, **more)
+        self.check_stop(stage, opt.step)
+        if not whole:
+            say(f"stopped at {stage} step {opt.step}; {self.run.advice()}")
+        return whole
+
+    def take_steps(self, opt, reports: Iterator, batch: int, validate: Callable, stage: str, save: Callable) -> bool:
+        r"""The loop of `train`; it ends after a whole step or within a validation, which the resumed run repeats."""
+        t = self.config.training
+        if opt.step and opt.step % t.sample_every == 0:
+            self.held_out(stage, opt.step, validate)
+        with Progress(opt, stage, batch, self.run.clock) as progress:
+            for report, seconds in timed(reports):
+                if not report.finite:
+                    say(f"skipped {self.told(report)}")
+                progress.show(report, seconds)
+                self.log(report, batch / seconds)
+                if report.step % t.sample_every == 0:
+                    self.held_out(stage, report.step, validate)
+                self.check_stop(stage, report.step)
+                if self.left is not None:
+                    self.left -= 1
+                    if self.left == 0:
+                        return False
+                if report.step % t.save_every == 0:
+                    save()
+        self.held_out(stage, opt.step, validate)
         return True
 
-    def log(self, report, rate: float, **held_out):
+    def check_stop(self, stage: str, step: int):
+        r"""Raise Stopped where a signal asked for it, in all processes or none."""
+        signum = int(self.group.largest(self.stop.signum))
+        if signum:
+            raise Stopped(signum, f"stopped at {stage} step {step}")
+
+    def held_out(self, stage: str, step: int, validate: Callable[[], dict]):
+        r"""Validate this step, unless it has been; the figures join its row of the metrics."""
+        row = self.run.row(stage, step)
+        if self.run.writes and not (row["psnr"] or row["val_loss"]):
+            row.update(validate())
+
+    def told(self, report) -> str:
+        r"""A step that was not finite, with the pictures and times it saw, in one line."""
+        names = [str(i) if self.names is None else self.names[i] for i in report.rows]
+        times = "" if report.times is None else f"; t {' '.join(map(str, report.times.tolist()))}"
+        return (
+            f"{report.stage} step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}; "
+            f"pictures {' '.join(names)}{times}"
+        )
+
+    def log(self, report, rate: float):
         self.run.log(
             stage=report.stage, step=report.step, seconds=f"{self.run.clock():.1f}", loss=f"{report.loss:.6g}",
-            lr=f"{report.lr:.4g}", grad_norm=f"{report.grad_norm:.4g}", images_per_second=f"{rate:.1f}", **held_out,
+            lr=f"{report.lr:.4g}", grad_norm=f"{report.grad_norm:.4g}", images_per_second=f"{rate:.1f}",
         )  # fmt: skip
+
+    def vae_is_trained(self, again: bool) -> bool:
+        r"""Load the VAE where its stage is over: from the checkpoint of the second stage, else from its file.
+
+        Args: again: the first stage is to go on if it was the last.
+        """
+        path, state = self.run.folder / "vae.safetensors", self.run.state
+        if state and state["stage"] == "unet":
+            self.load_vae_of_state(path, state)
+            return True
+        if not path.is_file() or (again and state):
+            return False
+        try:
+            self.model.load_vae(self.run.folder)
+        except UserError as error:
+            if not state:
+                raise
+            warnings.warn(f"{error}; it is made again from the checkpoint of the first stage", stacklevel=2)
+            return False
+        return True
+
+    def load_vae_of_state(self, path: Path, state: dict):
+        r"""The VAE that the UNet was trained with so far; its file is written again where it holds another."""
+        from ddpm.files import digest_of
+
+        def digest() -> str:
+            return digest_of([self.model.vae.state_dict(), self.model.latent_scale])
+
+        try:
+            self.model.load_vae(self.run.folder)
+            in_file, reason = digest(), "it is not the VAE of the checkpoint"
+        except UserError as error:
+            in_file, reason = None, str(error)
+        with self.run.fitting():
+            self.model.vae.load_state_dict(state["trained_vae"]["weights"])
+            self.model.latent_scale = state["trained_vae"]["latent_scale"]
+        if in_file != digest() and self.run.writes:
+            warnings.warn(f"wrote {path} again from the checkpoint: {reason}", stacklevel=2)
+            self.model.save_vae(self.run.folder)
 
     def train_vae(self) -> bool:
         r"""First stage; False when it was stopped before its end."""
-        from ddpm.data import VALID
-        from ddpm.metrics import reconstruction_quality
+        from ddpm.data import TRAIN, VALID
+        from ddpm.metrics import measure_latent_scale, reconstruction_quality
         from ddpm.training import train_vae
 
         t, model, valid = self.config.training, self.model, self.pictures.rows(VALID)
@@ -151,23 +234,22 @@ class Trainer:
         reports = train_vae(model, self.pictures, self.config, opt, self.precision)
         if not self.train(opt, reports, t.vae_batch_size, validate, "vae"):
             return False
-        if float(validate(valid)["psnr"]) < ENOUGH_PSNR:
+        if self.run.writes and float(validate(valid)["psnr"]) < ENOUGH_PSNR:
             say(f"warning: below {ENOUGH_PSNR} dB the VAE blurs what the UNet draws; give the first stage more time")
-        self.encode()
-        model.save_vae(self.run.folder)
+        latents = self.encode()
+        model.latent_scale = measure_latent_scale(latents, self.pictures.rows(TRAIN))
+        if self.run.writes:
+            model.save_vae(self.run.folder)
         say(f"latents {model.latent_shape}, scale {model.latent_scale:.4f}")
         return True
 
     def encode(self):
-        r"""All latents; their scale is measured on the train split and kept in the model."""
+        r"""All latents."""
         from ddpm.cache import encode_latents
-        from ddpm.data import TRAIN
-        from ddpm.metrics import measure_latent_scale
 
         self.model.vae.eval()
-        latents = encode_latents(self.cache, self.model.vae, self.pictures, self.precision, progress_bar)
-        self.model.latent_scale = measure_latent_scale(latents, self.pictures.rows(TRAIN))
-        return latents
+        with self.group.first_alone():
+            return encode_latents(self.cache, self.model.vae, self.pictures, self.precision, progress_bar)
 
     def train_unet(self) -> bool:
         r"""Second stage; False when it was stopped before its end."""
@@ -181,7 +263,8 @@ class Trainer:
         latents, train, valid = self.encode(), pictures.rows(TRAIN), pictures.rows(VALID)[:64]
         sentences = {pictures.caption(i, t.seed, v) for i in train for v in range(t.caption_variants)}
         told = {pictures.full_caption(i) for i in valid}
-        texts = Texts(self.cache, model.text, sentences | told, t.text_cache_gb, progress_bar)
+        with self.group.first_alone():
+            texts = Texts(self.cache, model.text, sentences | told, t.text_cache_gb, progress_bar)
         prompts = sorted(told)[:: max(1, len(told) // 16)][:16]
         opt = self.optimization("unet", model.unet, t.lr, ema=True)
 
@@ -197,13 +280,18 @@ class Trainer:
             return {"val_loss": f"{mean:.5f}"}
 
         reports = train_unet(model, latents, texts, pictures, self.config, opt, self.precision)
-        return self.train(opt, reports, t.batch_size, validate, "unet")
+        vae = {"weights": model.vae.state_dict(), "latent_scale": model.latent_scale}
+        return self.train(opt, reports, t.batch_size, validate, "unet", trained_vae=vae)
 
     def draw_samples(self, step: int, prompts: list[str]):
         r"""A grid of the averaged weights' pictures, always from the same noise and prompts."""
         from ddpm.pictures import labelled_grid, save_png
 
-        x = self.model.sample(prompts, seed=self.config.training.seed, precision=self.precision)
+        def leave(_):
+            if self.stop.signum and self.group.size == 1:  # several processes stop together, after a step
+                self.check_stop("unet", step)
+
+        x = self.model.sample(prompts, seed=self.config.training.seed, precision=self.precision, callback=leave)
         settings = {"prompt": json.dumps(prompts), "settings": "dpm++, 20 steps, guidance 3, EMA", "step": str(step)}
         save_png(self.run.folder / "samples" / f"step_{step:06d}.png", labelled_grid(x, prompts, 8), settings)
 
@@ -228,11 +316,103 @@ def download(folder: str):
     download_celeba(folder)
 
 
+def timed(things: Iterator) -> Iterator[tuple]:
+    r"""Each of `things` with the seconds it took."""
+    began = time.monotonic()
+    for thing in things:
+        yield thing, max(time.monotonic() - began, 1e-9)
+        began = time.monotonic()
+
+
+class Progress:
+    r"""A bar over a stage's steps, or without a terminal a line now and then: running mean of the loss, speed."""
+
+    def __init__(self, opt, stage: str, batch: int, clock: Callable[[], float]):
+        from tqdm import tqdm
+
+        self.stage, self.batch, self.clock, self.until = stage, batch, clock, opt.bound.until
+        total = opt.bound.steps if self.until is None else None
+        self.bar = tqdm(total=total, initial=opt.step, desc=stage, unit="step", disable=None)
+        self.mean, self.last = None, time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def show(self, report, seconds: float):
+        if report.finite:
+            self.mean = report.loss if self.mean is None else 0.98 * self.mean + 0.02 * report.loss
+        status = f"loss {math.nan if self.mean is None else self.mean:.4f}, {self.batch / seconds:.0f} images/s"
+        if self.until is not None:
+            status += f", {max(0.0, self.until - self.clock()) / 60:.1f} min left"
+        self.bar.set_postfix_str(status, refresh=False)
+        self.bar.update()
+        if self.bar.disable and time.monotonic() - self.last >= 30:
+            self.last = time.monotonic()
+            say(f"{self.stage} step {report.step}: {status}")
+
+
+def train(run, a: argparse.Namespace, group, precision: str):
+    r"""Both stages, or those that are asked for, in an opened run."""
+    import torch
+
+    from ddpm.cache import open_data
+    from ddpm.data import TRAIN, VALID
+    from ddpm.files import remove_leftovers
+    from ddpm.model import TextToImage
+    from ddpm.text import TextTower
+
+    folder, config = run.folder, run.config
+    with group.first_alone():
+        if a.download:
+            download(config.training.data)
+        table = open_data(config)
+    own_text, own_vae = folder / "text.safetensors", folder / "vae.safetensors"
+    if a.stage == "unet" and not own_vae.is_file() and not (run.state and run.state["stage"] == "unet"):
+        raise UserError(f"expected {own_vae} for the second stage; train it with --stage vae first, then --resume")
+    torch.manual_seed(config.training.seed)
+    model = TextToImage(config.model, TextTower.from_file(own_text) if own_text.is_file() else None)
+    cache = Path(a.cache or folder.parent / "cache")
+    with group.first_alone():
+        remove_leftovers(cache)
+        pictures = load_pictures(config, table, cache)
+
+    keeps_text = not own_text.is_file() and Path(config.model.text_weights).is_file()
+    run.create(model.text.save if keeps_text else None)  # the run stays whole when the file goes
+    together = f", {group.size} processes" if group.size > 1 else ""
+    say(f"run {folder}, preset {config.preset}, {precision} on {group.device}{together}")
+    say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
+    model.to(group.device, memory_format=torch.channels_last)
+    model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
+    trainer = Trainer(run, model, pictures, table and table.files, cache, precision, a.stop_after, group)
+    if not trainer.vae_is_trained(again=a.stage == "vae") and not trainer.train_vae():
+        return
+    if a.stage != "vae" and trainer.train_unet():
+        say(f"done in {run.clock() / 60:.1f} minutes; try:")
+        say(f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {folder}')
+
+
+def open_run(Run, group, folder: Path, config: Config, resume: bool, started: float):
+    r"""The run in its folder; the first process alone locks it, writes to it and speaks."""
+    if group.rank:
+        cli.be_quiet()
+    with group.first_alone():
+        return Run(folder, config, resume, started, writes=group.rank == 0)
+
+
+class LostGroup(UserError):
+    r"""Another process of the group ended or failed."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
 def main(argv: list[str] | None = None):
     started = time.monotonic()  # --max-minutes counts from here
     a = parser().parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("expected one process, got several from torchrun; training on several is not there yet")
     config = configuration(a)
     folder = Path(a.resume or a.out or Path("runs") / config.preset)
     device = cli.choose_device(a.device)
@@ -243,43 +423,18 @@ def main(argv: list[str] | None = None):
         for line in estimate(config, device, precision):
             print(line)
         return
-    import torch
-
-    from ddpm.cache import open_data
-    from ddpm.data import TRAIN, VALID
-    from ddpm.model import TextToImage
+    from ddpm.files import CannotWrite
+    from ddpm.parallel import Group
     from ddpm.run import Run
-    from ddpm.text import TextTower
+    from ddpm.training import NotFinite
 
-    run = Run(folder, config, a.resume is not None, started)
-    if a.download:
-        download(config.training.data)
-    table = open_data(config)
-    own_text, own_vae = folder / "text.safetensors", folder / "vae.safetensors"
-    if a.stage == "unet" and not own_vae.is_file():
-        raise UserError(f"expected {own_vae} for the second stage; train it with --stage vae first, then --resume")
-    torch.manual_seed(config.training.seed)
-    model = TextToImage(config.model, TextTower.from_file(own_text) if own_text.is_file() else None)
-    cache = Path(a.cache or folder.parent / "cache")
-    pictures = load_pictures(config, table, cache)
-
-    run.create()
-    say(f"run {folder}, preset {config.preset}, {precision} on {device}")
-    say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
-    if Path(config.model.text_weights).is_file() and not own_text.is_file():
-        run.write(own_text.name, model.text.save)  # the run stays whole when the file goes
-    model.to(device, memory_format=torch.channels_last)
-    model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
-    trainer = Trainer(run, model, pictures, cache, precision, a.stop_after)
-
-    vae_is_done = own_vae.is_file() and not (a.stage == "vae" and run.state and run.state["stage"] == "vae")
-    if vae_is_done:
-        model.load_vae(folder)
-    elif not trainer.train_vae():
-        return
-    if a.stage != "vae" and trainer.train_unet():
-        say(f"done in {run.clock() / 60:.1f} minutes; try:")
-        say(f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {folder}')
+    with Group.joined(device) as group, open_run(Run, group, folder, config, a.resume is not None, started) as run:
+        try:
+            train(run, a, group, precision)
+        except (CannotWrite, NotFinite, LostGroup) as error:
+            raise UserError(f"{error}; {run.advice()}") from None
+        except Stopped as stop:
+            raise Stopped(stop.signum, f"{stop}; {run.advice()}") from None
 
 
 if __name__ == "__main__":

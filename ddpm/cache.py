@@ -6,6 +6,7 @@ A file appears under its name only when it is whole. Nothing here grows with the
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ddpm.captions import describe
-from ddpm.config import Config, UserError
+from ddpm.config import Config, UserError, parse_json
 from ddpm.data import TEST, TRAIN, VALID, BadImage, ImageTable, open_table, read_image
 from ddpm.faces import draw_many, drawn_rows
-from ddpm.model import autocast, write_atomically
+from ddpm.files import reserve, write_atomically
+from ddpm.model import autocast
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.vae import KLVAE, DiagonalGaussian
 
@@ -46,11 +48,15 @@ def cached_array(path: Path, shape: tuple[int, ...], dtype, fill: Callable[[np.n
 
         def build(temporary: Path):
             array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+            reserve(temporary)
             fill(array)
             array.flush()
 
-        write_atomically(path, build)
-    array = np.load(path, mmap_mode="r")
+        write_atomically(path, build, math.prod(shape) * np.dtype(dtype).itemsize)
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # no pickles, and no more than the file holds
+    except (ValueError, OSError, OverflowError) as error:
+        raise UserError(f"expected an array of numbers in the cache {path}, got {error}; delete the file") from None
     if array.shape != shape or array.dtype != dtype:
         raise UserError(
             f"expected {shape} {np.dtype(dtype)} in the cache {path}, got {array.shape} {array.dtype}; delete the file"
@@ -154,10 +160,13 @@ def photographs(
         write_atomically(listing, json.dumps(bad).encode())
 
     path = folder / f"pictures-{key}.npy"
-    if not listing.exists():
+    if path.exists() and not listing.exists():  # in this order: the listing is written first
         path.unlink(missing_ok=True)
     pixels = cached_array(path, (len(table), size, size, 3), np.uint8, fill)
-    bad = tuple((name, reason) for name, reason in json.loads(listing.read_text(encoding="utf-8")))
+    try:
+        bad = tuple((name, reason) for name, reason in parse_json(listing.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"expected skipped pictures and reasons in {listing}, got {error}; delete the file") from None
     _refuse_bad(table, bad, max_bad, of=len(table))
     skipped = {name for name, _ in bad}
     good = np.array([name not in skipped for name in table.files])

@@ -1,11 +1,18 @@
 r"""What the commands share: one line for what a person can mend, exit code 2, lines and bars, a device."""
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+from ddpm.config import UserError, escaped, printable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,38 +22,86 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {printable(message)}; see {self.prog} --help\n")
+
+
+class Stopped(KeyboardInterrupt):
+    r"""SIGINT (Ctrl-C) or SIGTERM came; `signum` says which."""
+
+    def __init__(self, signum: int, told: str = "stopped"):
+        super().__init__(told)
+        self.signum = signum
+
+
+class StopRequest:
+    r"""A signal handler that only notes the first signal, for those who ask; the next one ends the process at once."""
+
+    signum = 0
+
+    def __call__(self, signum: int, frame):
+        self.signum = signum
+        _next_ends()
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nfinishing the step and saving; once more leaves at once\n")  # print is not for handlers
+
+    def check(self):
+        r"""Raise Stopped after a signal."""
+        if self.signum:
+            raise Stopped(self.signum)
+
+
+@contextlib.contextmanager
+def on_signals(handler: Callable) -> Iterator:
+    r"""Within this context SIGINT and SIGTERM call `handler`, except those that are ignored, as under nohup."""
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set them
+    before = {s: signal.getsignal(s) for s in SIGNALS if in_main}
+    before = {s: old for s, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for signum in before:
+        signal.signal(signum, handler)
+    try:
+        yield handler
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+def _leave(signum: int, frame):
+    _next_ends()
+    raise Stopped(signum)
+
+
+def _next_ends():
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    r"""Call `main`; print a UserError or an OSError as one line and return 2, Ctrl-C as 130."""
-    from ddpm.config import UserError
-
+    r"""Call `main`; print a UserError or an OSError as one line and return 2, SIGINT as 130, SIGTERM as 143."""
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        with on_signals(_leave), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(
+                f"warning: {printable(str(message))}", file=sys.stderr
+            )
             main(argv)
         return 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)  # one printable line by its making
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        print(printable(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")), file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)):
             raise
         print("error: out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
               "--preset lowvram; --dry-run tells what is needed", file=sys.stderr)  # fmt: skip
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
+        return 128 + getattr(stop, "signum", signal.SIGINT)
     return 2
 
 
 def choose_device(name: str):
     r"""The torch device called `name`; auto takes cuda (ROCm too), then mps, then the CPU; raises UserError."""
     import torch
-
-    from ddpm.config import UserError
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -71,6 +126,12 @@ def choose_precision(name: str, device) -> str:
     return "fp32"
 
 
+def be_quiet():
+    r"""From now on this process says nothing but its own end: another one of its group speaks."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    warnings.simplefilter("ignore")
+
+
 def progress_bar(things: Iterable, total: int, label: str) -> Iterable:
     r"""`things` with a bar on the terminal while they pass."""
     from tqdm import tqdm
@@ -82,4 +143,4 @@ def say(text: str):
     r"""A line on the screen, above a bar that is being drawn."""
     from tqdm import tqdm
 
-    tqdm.write(text)
+    tqdm.write(escaped(text))  # file names may be in it

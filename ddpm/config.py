@@ -8,13 +8,36 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 
+def printable(text: str, length: int = 2000) -> str:
+    r"""`text` as one line for a terminal: what is not printable is escaped, the middle of a long one left out.
+
+    What came may be a stranger's: a file name or a setting can hold the escape codes that rewrite a screen.
+
+    >>> printable("no\n such   file: \x1b[2J")
+    'no such file: \\x1b[2J'
+    """
+    text = " ".join(text.split())
+    if len(text) > length:
+        text = f"{text[: length // 2]} ... {text[-length // 2 :]}"
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    r"""`text` with all but spaces, line ends and what is printable escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class UserError(ValueError):
-    r"""What a person can mend: one line that says what was expected, what came and what to do next."""
+    r"""What a person can mend: one printable line that says what was expected, what came and what to do next."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def option(default, help: str, choices: tuple = ()):
@@ -43,7 +66,7 @@ class ModelConfig:
     res_blocks: int = option(2, "ResBlocks a level of the UNet")
     head_width: int = option(32, "width of one attention head")
     text_weights: str = option(
-        "laion2b_s34b_b79k", "text tower: an OpenCLIP ViT-B-32 tag, `random`, or a file of weights"
+        "laion2b_s34b_b79k", "text tower: an OpenCLIP ViT-B-32 tag, `random`, or a file of weights, ./FILE"
     )
     text_quick_gelu: bool = option(False, "for a file of text weights: it was trained with quick GELU (OpenAI's were)")
     caption_drop: float = option(0.1, "share of captions replaced by the empty one, which guidance needs")
@@ -119,6 +142,10 @@ PRESETS = {
 }  # fmt: skip
 
 
+TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
+MOST_WIDTH, MOST_PARAMETERS = 4096, 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
+MOST_JSON = 2**20  # bytes of a file of settings
+AT_MOST = {"drawn_images": 10**7, "batch_size": 2**16, "vae_batch_size": 2**16, "caption_variants": 1000}
 AT_LEAST_ONE = (
     "batch_size", "vae_batch_size", "accumulation", "vae_steps", "unet_steps", "drawn_images", "caption_variants",
     "save_every", "sample_every",
@@ -127,6 +154,7 @@ NOT_NEGATIVE = (
     "crop", "seed", "steps_per_epoch", "epochs", "max_minutes", "vae_lr", "lr", "warmup", "weight_decay", "clip",
     "vlb_weight", "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images",
 )  # fmt: skip
+MOVABLE = {"max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every", "precision"}  # by --resume
 
 
 @dataclass(frozen=True)
@@ -158,7 +186,8 @@ class Config:
             1 <= len(m.vae_channels) <= 6 and 1 <= len(m.channels) <= 6, "1 to 6 widths in vae_channels and channels"
         )
         widths = m.vae_channels + m.channels
-        _require(all(c > 0 and c % 32 == 0 for c in widths), "widths that 32 divides", widths)
+        _require(all(0 < c <= MOST_WIDTH and c % 32 == 0 for c in widths),
+                 f"widths up to {MOST_WIDTH} that 32 divides", widths)  # fmt: skip
         _require(
             m.image_size > 0 and m.image_size % 2**halvings == 0,
             f"an image_size that {2**halvings} divides",
@@ -172,9 +201,13 @@ class Config:
         _require(30 <= m.timesteps <= 100_000, "timesteps from 30 to 100000", m.timesteps)
         for name in ("vae_layers", "latent_channels", "res_blocks"):
             _require(1 <= getattr(m, name) <= 64, f"{name} from 1 to 64", getattr(m, name))
+        size = parameters(m)
+        _require(size <= MOST_PARAMETERS, f"a model of at most {MOST_PARAMETERS:,} parameters", f"about {size:,}")
         _require(0 <= m.caption_drop < 1, "caption_drop in [0, 1)", m.caption_drop)
         for name in AT_LEAST_ONE:
             _require(getattr(t, name) >= 1, f"{name} of at least 1", getattr(t, name))
+        for name, most in AT_MOST.items():
+            _require(getattr(t, name) <= most, f"{name} of at most {most}", getattr(t, name))
         for name in NOT_NEGATIVE:
             _require(getattr(t, name) >= 0, f"{name} not below 0", getattr(t, name))
         for batch in (t.batch_size, t.vae_batch_size):
@@ -193,10 +226,14 @@ class Config:
 
     @classmethod
     def read(cls, path: Path) -> "Config":
-        r"""The configuration in the config.json at `path`; raises UserError when it is none of ours."""
+        r"""The configuration in the config.json at `path`; raises UserError when it is none of ours.
+
+        It may be a stranger's, so it names no file to be read for the model: its text weights are `random`, a tag, or
+        text.safetensors beside it. (`data` is a folder of the person who trains; only --resume opens it.)
+        """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            values = read_json(path)
+        except (OSError, ValueError) as error:
             raise UserError(f"expected the config.json of a run at {path}, could not read it: {error}") from None
         if not isinstance(values, dict) or not all(isinstance(values.get(k), dict) for k in ("model", "training")):
             raise UserError(f"expected config.json with the sections model and training, got something else in {path}")
@@ -210,7 +247,75 @@ class Config:
             if unknown:
                 raise UserError(f"unknown settings in {path}: {', '.join(sorted(unknown))}; another version made it")
             sections[name] = _build(section, values[name])
-        return cls(**sections, preset=str(values.get("preset", ""))).checked()
+        preset = values.get("preset", "")
+        _require(preset == "" or isinstance(preset, str) and is_name(preset), "preset as a name", preset)
+        config = cls(**sections, preset=preset).checked()
+        weights = config.model.text_weights
+        if not is_name(weights) and not (Path(path).parent / TEXT_FILE).is_file():
+            raise UserError(
+                f"expected text_weights `random`, a tag, or a file {TEXT_FILE} beside {path}, got {weights!r} alone; "
+                f"a run reads no file outside its folder: copy the weights there as {TEXT_FILE}"
+            )
+        return config
+
+
+def is_name(weights: str) -> bool:
+    r"""Whether text weights are told by a name, `random` or a tag, and not by a path."""
+    return re.fullmatch(r"[A-Za-z0-9_-]+", weights) is not None
+
+
+def parameters(m: ModelConfig) -> int:
+    r"""About how many numbers the VAE and the UNet hold, within a factor of two.
+
+    A convolution from c to c channels has 9 c^2. Each of the 2 R + 1 ResBlocks of a level has two (those on the way up
+    read a skip as well); attention to the caption has about 22 c^2.
+    """
+    vae = sum((2 * m.vae_layers + 1) * 20 * c**2 for c in m.vae_channels) + 80 * m.vae_channels[-1] ** 2
+    levels = ((2 * m.res_blocks + 1) * (26 + 22 * (k in m.attention_levels)) * c**2 for k, c in enumerate(m.channels))
+    return vae + sum(levels) + 60 * m.channels[-1] ** 2
+
+
+def read_json(path: Path):
+    r"""What a small JSON file holds, by `parse_json`; raises OSError or ValueError."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("it is no file")
+    with open(path, "rb") as file:
+        data = file.read(MOST_JSON + 1)
+    if len(data) > MOST_JSON:
+        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+    return parse_json(data.decode("utf-8-sig"))
+
+
+def parse_json(text: str):
+    r"""JSON without what Python lets pass: ValueError for a name given twice, NaN, infinities and 1e999, whole numbers
+    beyond 64 bits, and brackets nested too deep.
+    """
+
+    def once(pairs: list) -> dict:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+        return values
+
+    def whole(digits: str) -> int:
+        if len(digits) > 20 or not _fits(int(digits)):
+            raise ValueError(f"{digits[:25]} is beyond 64 bits")
+        return int(digits)
+
+    def finite(digits: str) -> float:
+        if not math.isfinite(float(digits)):
+            raise ValueError(f"{digits[:25]} is not finite")
+        return float(digits)
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_int=whole, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _fits(value: int) -> bool:
+    return -(2**63) <= value < 2**63
 
 
 def fields_of(section) -> dict:
@@ -277,7 +382,7 @@ def _check_types(section):
         elif kind is float:
             good = type(value) in (int, float) and math.isfinite(value)
         else:
-            good = type(value) is kind
+            good = type(value) is kind and (kind is not int or _fits(value))
         _require(good, f"{name} of type {getattr(kind, '__name__', kind)}, finite", value)
         choices = f.metadata["choices"]
         _require(not choices or value in choices, f"{name} out of {', '.join(choices)}", value)

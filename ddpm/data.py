@@ -10,8 +10,6 @@ a single picture is.
 
 import csv
 import hashlib
-import io
-import json
 import os
 import re
 import shutil
@@ -27,7 +25,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ddpm.captions import ATTRIBUTES
-from ddpm.config import UserError
+from ddpm.config import UserError, parse_json
 
 TRAIN, VALID, TEST = 0, 1, 2
 
@@ -157,7 +155,7 @@ def _existing_folder(path) -> Path:
     if not folder.exists():
         raise _wrong(folder, "a folder of pictures", "nothing of that name", "check the path")
     if not folder.is_dir():
-        kind = _kind(folder.read_bytes()[:512]) if folder.is_file() else ""
+        kind = _kind(_head_of(folder)) if folder.is_file() else ""
         step = "unpack it and give the folder" if "archive" in kind else f"give its folder, {folder.parent}"
         raise _wrong(folder, "a folder of pictures", kind or "a file", step)
     return folder
@@ -222,6 +220,7 @@ def _listing(folder: Path, subfolders: set[str]) -> set[str]:
 
 # ----------------------------------------------------------------------------- readers: text, rows, columns
 
+MOST_LIST, MOST_ROW = 2**27, 2**20  # bytes of a list (CelebA's has 26 million), characters of a row
 VALUES = {"-1": 0, "0": 0, "1": 1, "-1.0": 0, "0.0": 0, "1.0": 1}
 VALUES |= {"False": 0, "True": 1, "false": 0, "true": 1, "FALSE": 0, "TRUE": 1}
 SPLITS = {"0": TRAIN, "1": VALID, "2": TEST, "0.0": TRAIN, "1.0": VALID, "2.0": TEST}
@@ -247,7 +246,7 @@ def _read_sheet(file: Path) -> _Sheet:
     r"""Reads a csv, a table split on white space, or a jsonl; checks the count in line 1, if there is one."""
     text = _read_text(file).replace("\r\n", "\n").replace("\r", "\n")
     first, _, rest = text.partition("\n")
-    counted = first.strip().isdecimal()
+    counted = re.fullmatch(r"\s*[0-9]{1,18}\s*", first) is not None
     body = rest if counted else text
     head = body.lstrip().partition("\n")[0]
     plain = not any(mark in head for mark in ",;\t")
@@ -265,30 +264,49 @@ def _read_sheet(file: Path) -> _Sheet:
         header = [_plain_name(cell) for cell in rows.pop(0)[1]]
     if header and plain and header[0] in PLAIN_ATTRIBUTES:
         header.insert(0, "image_id")  # the official list does not name its first column
-    if counted and int(first) != len(rows):
-        expected = f"{int(first):,} rows by its first line"
+    if counted and int(first.strip()) != len(rows):
+        expected = f"{int(first.strip()):,} rows by its first line"
         raise _wrong(file, expected, f"{len(rows):,}", f"if the download was cut short, {AGAIN}")
     if not rows:
         raise _wrong(file, "a line of column names and then rows", "no rows", AGAIN)
     return _Sheet(file, header, rows)
 
 
+def _lines(body: str) -> Iterator[str]:
+    for found in re.finditer(r".*\n|.+", body):  # one at a time: a list of them would double the memory
+        if found.end() - found.start() > MOST_ROW:
+            raise ValueError(f"a line of more than {MOST_ROW:,} characters")
+        yield found[0]
+
+
 def _plain_cells(body: str) -> Iterator[tuple[int, list[str]]]:
-    return enumerate(map(str.split, body.split("\n")), 1)
+    return enumerate(map(str.split, _lines(body)), 1)
 
 
 def _csv_cells(body: str) -> Iterator[tuple[int, list[str]]]:
     head = body.lstrip().partition("\n")[0]
     mark = max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(body, newline=""), delimiter=mark, strict=True, skipinitialspace=True)
-    return ((reader.line_num, cells) for cells in reader)
+    length = 0  # of the row so far, which quotes may spread over many lines
+
+    def lines() -> Iterator[str]:
+        nonlocal length
+        for line in _lines(body):
+            length += len(line)
+            if length > MOST_ROW:
+                raise ValueError(f"a row of more than {MOST_ROW:,} characters")
+            yield line
+
+    reader = csv.reader(lines(), delimiter=mark, strict=True, skipinitialspace=True)
+    for cells in reader:
+        length = 0
+        yield reader.line_num, cells
 
 
 def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
     keys = []
-    for line, text in enumerate(body.split("\n"), 1):
+    for line, text in enumerate(_lines(body), 1):
         if text.strip():
-            item = json.loads(text)
+            item = parse_json(text)
             if not keys:
                 keys = list(item)
                 yield line, keys
@@ -298,6 +316,10 @@ def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
 def _read_text(file: Path) -> str:
     r"""The text of a list: UTF-8, UTF-16 with a byte order mark, or latin-1 where the names are ASCII."""
     try:
+        size = file.stat().st_size
+        if size > MOST_LIST:
+            got = f"{size / 2**20:,.0f}"
+            raise _wrong(file, f"a list of at most {MOST_LIST // 2**20} MiB", got, "use a part of the data")
         data = file.read_bytes()
     except OSError as error:
         raise _wrong(file, "a list that can be read", _short(str(error)), "correct that") from error
@@ -312,6 +334,11 @@ def _read_text(file: Path) -> str:
     if "\0" in text:
         raise _wrong(file, "text in UTF-8", "other bytes", f"save it as UTF-8, or {AGAIN}")
     return text
+
+
+def _head_of(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(512)
 
 
 def _kind(head: bytes) -> str:
@@ -462,7 +489,7 @@ def _with_valid(split: np.ndarray, files: Sequence[str]) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------------------- pictures
 
-MIN_SIDE, MAX_SIDE, MAX_PIXELS = 8, 8192, 50_000_000
+MIN_SIDE, MAX_SIDE, MAX_PIXELS, MAX_BYTES = 8, 8192, 50_000_000, 2**29
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 TURNS = {  # EXIF orientation -> what sets the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -553,6 +580,8 @@ def read_image(path, size: int = 64, crop: int = 0) -> np.ndarray:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
             raise BadImage("not a file" if not stat.S_ISREG(status.st_mode) else "zero bytes")
+        if status.st_size > MAX_BYTES:
+            raise BadImage(f"too large: above {MAX_BYTES // 2**20} MiB")
         with open(path, "rb") as file:
             return np.array(crop_and_resize(_open_image(file), size, crop))
     except (BadImage, DataError):

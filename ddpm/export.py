@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ddpm import cli
-from ddpm.config import Config, ModelConfig, TrainConfig, UserError
-from ddpm.model import TextToImage, save_weights
+from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig, UserError, printable, read_json
+from ddpm.model import TextToImage, networks, save_weights
 from ddpm.schedule import Schedule
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.unet import UNet
@@ -85,7 +85,6 @@ INDEX = {
 }  # fmt: skip
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TEXT_FILE = "text.safetensors"  # of a run that has a text tower of its own
 PREFIX = "text_model."  # of the text tower's tensors; transformers 5 reads them with and without
 
 
@@ -234,8 +233,8 @@ class Settings(dict):
     def __init__(self, path: Path):
         self.path = path
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            values = read_json(path)
+        except (OSError, ValueError) as error:
             raise UserError(f"expected a diffusers folder with {path}, could not read it: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"expected settings by name in {path}, got something else")
@@ -249,10 +248,10 @@ class Settings(dict):
         return value
 
     def widths(self, key: str) -> tuple[int, ...]:
-        r"""Whole numbers above 0, one or several."""
+        r"""Whole numbers above 0, one to six."""
         values = self.get(key) if isinstance(self.get(key), list) else [self.get(key)]
-        if not values or not all(type(v) is int and v > 0 for v in values):
-            raise UserError(f"expected {key} as whole numbers above 0 in {self.path}, got {self.get(key)!r}")
+        if not 1 <= len(values) <= 6 or not all(type(v) is int and v > 0 for v in values):
+            raise UserError(f"expected {key} as one to six whole numbers above 0 in {self.path}, got {self.get(key)!r}")
         return tuple(values)
 
     def ours(self, key: str, names: dict[str, str]) -> str:
@@ -281,6 +280,10 @@ def import_diffusers(folder: str | Path) -> TextToImage:
     """
     folder = Path(folder)
     c = model_config(folder)
+    with torch.device("meta"):  # files that do not fit are refused before memory is taken
+        vae, unet = networks(c)
+    read_weights(folder / "unet" / WEIGHTS, unet, RENAMES)
+    read_weights(folder / "vae" / WEIGHTS, vae, RENAMES)
     model = TextToImage(c, TextTower(c.text_quick_gelu))
     model.latent_scale = float(Settings(folder / "vae/config.json").number("scaling_factor"))
     read_weights(folder / "unet" / WEIGHTS, model.unet, RENAMES)
@@ -363,7 +366,7 @@ def main(argv: list[str] | None = None):
             model.save(folder)  # with its text tower, which no name would bring back
     else:
         export(TextToImage.load(a.source, a.weights), a.target)
-    print(f"wrote {a.target}")
+    print(printable(f"wrote {a.target}"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-r"""How good it is, in numbers: reconstruction (PSNR, SSIM), latent scale, loss by timestep, bits a dimension."""
+r"""How good it is, in numbers.
+
+Reconstruction (PSNR, SSIM), the latents, the validation loss by timestep, bits a dimension; how well pictures follow
+their prompts (balanced accuracy), and how two sets of pictures differ (Frechet distance, precision and recall, nearest
+neighbours).
+"""
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -10,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.cache import Latents, Pictures, Texts
-from ddpm.data import TRAIN
 from ddpm.diffusion import diffusion_loss, prior_term, q_sample, split_output, variational_term
 from ddpm.model import TextToImage, autocast
 from ddpm.seeding import generator
+from ddpm.vae import DiagonalGaussian
+
+Z = 1.96  # standard deviations to either side that hold 95 % of a normal distribution
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ def loss_by_timestep(
 
 @torch.no_grad()
 def bits_per_dimension(
-    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, rows: np.ndarray,
+    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, rows: np.ndarray, width: float,
     precision: str = "fp32", seed: int = 0, strata: int = 24, batch: int = 64,
 ) -> dict:  # fmt: skip
     r"""The full variational bound of held-out pictures: of their latents, and of the 8-bit pictures themselves.
@@ -122,8 +129,10 @@ def bits_per_dimension(
 
     $$-\log P(x) \le \mathbb E_{q(z_0 \mid x)}\left[-\log P(x \mid z_0) + \log q(z_0 \mid x) - \log p(z_0)\right]$$
 
-    where P(x | z_0) is a Laplace distribution around the decoded picture, in bins of 1/255, its width the mean error on
-    256 pictures of the train split.
+    where P(x | z_0) is a Laplace distribution around the decoded picture, see `laplace_bits`.
+
+    Args:
+        width: of that distribution; best is the mean absolute error, taken from other pictures than these.
 
     Returns: `latent`: for each form of Sigma that the model has, {prior, steps, last, total, standard_error} in bits a
     dimension of z; `picture`: {latent, error, total} in bits a dimension of x, for the model's own Sigma; `by_time`:
@@ -156,7 +165,7 @@ def bits_per_dimension(
     by_time = [[a, b - 1, mean] for (a, b), mean in zip(slices, terms[own].mean(dim=1).tolist(), strict=True)]
     entropy = q.entropy().mean().item() / (z_0[0].numel() * math.log(2)) + math.log2(model.latent_scale)
     rate = (latent[own]["total"] - entropy) * z_0[0].numel() / pictures.pixels[0].size
-    error = _laplace_bits(model, latents, pictures, rows, precision, g, batch)
+    error = _decoded_bits(model, z_0 / model.latent_scale, pictures, rows, width, precision, batch)
     return {"latent": latent, "picture": {"latent": rate, "error": error, "total": rate + error}, "by_time": by_time}
 
 
@@ -167,20 +176,16 @@ def _summed(terms: Tensor, widths: Tensor, prior: float) -> dict[str, float]:
     return {"prior": prior, "steps": steps, "last": last, "total": prior + steps + last, "standard_error": error}
 
 
-def _laplace_bits(model, latents: Latents, pictures: Pictures, rows, precision: str, g, batch: int) -> float:
-    r"""-log2 P(x | z) a dimension of 8-bit pictures, z drawn from q(z | x); see `laplace_bits`."""
-
-    def decoded(chosen: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        for begin in range(0, len(chosen), batch):
-            part = chosen[begin : begin + batch]
-            z = latents.gaussian(part, torch.zeros(len(part), dtype=torch.bool)).sample(g).to(model.device)
-            with autocast(model.device, precision):
-                x_hat = model.vae.decode(z)
-            yield pictures.batch(part), x_hat.float().cpu().clamp(-1, 1)
-
-    train = pictures.rows(TRAIN)[:256]
-    width = float(np.mean([(x - x_hat).abs().mean().item() for x, x_hat in decoded(train)]))
-    bits = [laplace_bits(x, x_hat, width) for x, x_hat in decoded(rows)]
+def _decoded_bits(
+    model: TextToImage, z: Tensor, pictures: Pictures, rows: np.ndarray, width: float, precision: str, batch: int
+) -> float:
+    r"""-log2 P(x | z) a dimension, the mean over pictures whose latents, not scaled, are z."""
+    bits = []
+    for begin in range(0, len(rows), batch):
+        part = slice(begin, begin + batch)
+        with autocast(model.device, precision):
+            x_hat = model.vae.decode(z[part].to(model.device))
+        bits.append(laplace_bits(pictures.batch(rows[part]), x_hat.float().cpu().clamp(-1, 1), width))
     return torch.cat(bits).mean().item()
 
 
@@ -202,3 +207,148 @@ def laplace_bits(x: Tensor, x_hat: Tensor, width: float) -> Tensor:
         return torch.where(y < 0, 0.5 * torch.exp(y / width), 1 - 0.5 * torch.exp(-y / width))
 
     return -torch.log2((F(high) - F(low)).clamp(min=1e-300))
+
+
+def latent_health(q: DiagonalGaussian, scale: float) -> dict[str, list]:
+    r"""Moments of the scaled latents z = s (mu + sigma eps), q(z | x) of (N, c, h, w), by channel.
+
+    $$\mathbb E[z] = s\,\mathbb E[\mu], \qquad
+    \mathrm{Cov}[z] = s^2 \left(\mathrm{Cov}[\mu] + \mathrm{diag}\,\mathbb E[\sigma^2]\right)$$
+
+    over pictures and places. Healthy are means near 0, variances near 1, small correlations, and no KL of 0: such a
+    channel carries nothing.
+
+    Returns: `mean`, `variance`, `kl` (nats an element, of q to the standard normal), each of c numbers, and
+    `correlation`, c lists of c.
+    """
+    mu, logvar = (v.double().transpose(0, 1).flatten(1) for v in (q.mu, q.logvar))  # (c, N h w)
+    covariance = scale**2 * (torch.cov(mu).reshape(len(mu), len(mu)) + logvar.exp().mean(dim=1).diag())
+    variance = covariance.diagonal()
+    kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean(dim=1)
+    correlation = covariance / (variance[:, None] * variance).sqrt()
+    return {"mean": (scale * mu.mean(dim=1)).tolist(), "variance": variance.tolist(), "kl": kl.tolist(),
+            "correlation": correlation.tolist()}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ adherence
+
+
+def balanced_accuracy(wanted: Tensor, seen: Tensor) -> Tensor:
+    r"""The share of right answers among those that want an attribute and those that do not, averaged; (A,) float64.
+
+    $$\frac12 \left(\frac{\#\{\text{wanted and seen}\}}{\#\{\text{wanted}\}}
+    + \frac{\#\{\text{neither}\}}{\#\{\text{not wanted}\}}\right)$$
+
+    One half is what guessing gives, however rare the attribute; nan where either count is zero.
+
+    Args:
+        wanted, seen: (N, A) bool.
+    """
+    right, rows = wanted == seen, wanted.double()
+    return ((rows * right).sum(0) / rows.sum(0) + ((1 - rows) * right).sum(0) / (1 - rows).sum(0)) / 2
+
+
+def wilson_interval(right: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The 95 % interval of a share, of which `right` of `of` were counted (Wilson 1927)."""
+    centre = (right + Z**2 / 2) / (of + Z**2)
+    half = Z / (of + Z**2) * (right * (of - right) / of + Z**2 / 4).sqrt()
+    return centre - half, centre + half
+
+
+def balanced_interval(wanted: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The 95 % interval of `balanced_accuracy`, from those of its two shares (Newcombe 1998, method 10).
+
+    $$\hat p - \tfrac12 \sqrt{\textstyle\sum_i (\hat p_i - l_i)^2}, \qquad
+    \hat p + \tfrac12 \sqrt{\textstyle\sum_i (u_i - \hat p_i)^2}$$
+
+    It takes the pictures as independent, and does not shrink to a point when all of them are right.
+    """
+    below, above, p = 0.0, 0.0, balanced_accuracy(wanted, seen)
+    for group in (wanted, ~wanted):
+        right, of = (group & (wanted == seen)).double().sum(0), group.double().sum(0)
+        low, high = wilson_interval(right, of)
+        below, above = below + (right / of - low) ** 2, above + (high - right / of) ** 2
+    return p - below.sqrt() / 2, p + above.sqrt() / 2
+
+
+def bootstrap_interval(
+    wanted: Tensor, seen: Tensor, groups: Tensor, seed: int = 0, draws: int = 1000
+) -> tuple[float, float]:
+    r"""The 95 % interval of the mean of `balanced_accuracy` over the attributes, by resampling whole groups.
+
+    Args:
+        groups: (N,) long; pictures of one prompt share a number, for they are no independent evidence.
+    """
+    count = int(groups.max()) + 1
+    drawn = torch.randint(count, (draws, count), generator=generator(seed, "bootstrap"))
+    weight = torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+    weight, right = weight[:, groups], wanted == seen  # (draws, N)
+    shares = [(weight @ (group & right).double()) / (weight @ group.double()) for group in (wanted, ~wanted)]
+    means = ((shares[0] + shares[1]) / 2).nanmean(dim=1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+# ------------------------------------------------------------------------------------ two sets of pictures
+
+
+def gaussian_of(features: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Mean (D,) and covariance (D, D) of features (N, D), in float64; N of 2 or more."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"expected features (N, D) with N of at least 2, got {tuple(features.shape)}")
+    features = features.double()
+    return features.mean(dim=0), torch.cov(features.T).reshape(features.shape[1], -1)
+
+
+def frechet_distance(mu_1: Tensor, S_1: Tensor, mu_2: Tensor, S_2: Tensor) -> float:
+    r"""Squared Frechet distance between two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, equation 6).
+
+    $$d^2 = \lVert \mu_1 - \mu_2 \rVert^2 + \mathrm{tr}\left(S_1 + S_2
+    - 2 \left(S_1^{1/2} S_2 S_1^{1/2}\right)^{1/2}\right)$$
+
+    The matrix under the outer root is symmetric, so its eigenvalues are real, and their roots sum to the trace.
+    Fitted to N pictures each, it is above 0 even for two samples of one distribution, the more the smaller N is:
+    only distances at equal N compare.
+    """
+    values, vectors = torch.linalg.eigh(S_1.double())
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ S_2.double() @ root).clamp(min=0).sqrt().sum()
+    apart = (mu_1.double() - mu_2.double()).square().sum()
+    return float(apart + S_1.double().trace() + S_2.double().trace() - 2 * cross)
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    r"""How many generated pictures lie among the real ones, and the reverse (Kynkaanniemi et al. 2019, equation 2).
+
+    A set covers the balls around its members that reach to their k-th nearest fellow. Precision is the share of
+    generated features (M, D) that the real ones (N, D) cover, recall the share of real ones that the generated cover.
+    """
+    if min(len(real), len(generated)) <= k:
+        raise ValueError(f"expected more than k = {k} pictures in each set, got {len(real)} and {len(generated)}")
+
+    def covered(x: Tensor, by: Tensor) -> float:
+        reach = _distances(by, by).kthvalue(k + 1, dim=1).values  # the nearest is itself
+        return (_distances(x, by) <= reach).any(dim=1).double().mean().item()
+
+    return covered(generated, by=real), covered(real, by=generated)
+
+
+def nearest(queries: Tensor, chunks: Iterable[Tensor], k: int = 3) -> tuple[Tensor, Tensor]:
+    r"""Euclidean distances and places of the k nearest neighbours of each query, (N, k) each, the nearest first.
+
+    Args:
+        queries: (N, D). chunks: the pool (M, D) in parts, which need not fit into memory together.
+    """
+    best = torch.empty(len(queries), 0, dtype=torch.float64)
+    places, begin = torch.empty(len(queries), 0, dtype=torch.long), 0
+    for chunk in chunks:
+        best = torch.cat([best, _distances(queries, chunk)], dim=1)
+        places = torch.cat([places, torch.arange(begin, begin + len(chunk)).expand(len(queries), -1)], dim=1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1, largest=False)
+        places, begin = places.gather(1, order), begin + len(chunk)
+    return best, places
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    r"""Euclidean distances (N, M); by products, which is fast, in float64, which keeps the digits of near twins."""
+    return torch.cdist(x.double(), y.double(), compute_mode="use_mm_for_euclid_dist")

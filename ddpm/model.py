@@ -2,9 +2,8 @@ r"""TextToImage: the VAE, the text tower, the UNet and the schedule together; pr
 
 import contextlib
 import math
-import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ddpm.config import Config, ModelConfig, UserError
+from ddpm.config import TEXT_FILE, Config, ModelConfig, UserError
+from ddpm.files import digest_of, write_atomically
 from ddpm.sampling import State, guided, sample_loop
 from ddpm.schedule import Schedule
 from ddpm.seeding import generator
@@ -36,12 +36,7 @@ class TextToImage(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = Schedule.named(config.schedule, config.timesteps)
-        self.vae = KLVAE(config.vae_channels, config.vae_layers, config.latent_channels)
-        outputs = config.latent_channels * (2 if config.variance == "learned" else 1)
-        self.unet = UNet(
-            config.latent_channels, outputs, config.channels, config.attention_levels, config.res_blocks, WIDTH,
-            config.head_width,
-        )  # fmt: skip
+        self.vae, self.unet = networks(config)
         self.own_text = text is not None
         self.text = text if text is not None else TextTower.named(config.text_weights, config.text_quick_gelu)
         self.latent_scale = 1.0
@@ -150,7 +145,7 @@ class TextToImage(nn.Module):
         write_atomically(folder / "config.json", Config(self.config, TrainConfig(), preset).to_json().encode())
         self.save_vae(folder)
         if self.own_text and self.config.text_weights != "random":  # no name would bring this tower back
-            write_atomically(folder / "text.safetensors", self.text.save)
+            write_atomically(folder / TEXT_FILE, self.text.save)
         save_weights(folder / "ema.safetensors", self.unet.state_dict())
 
     @classmethod
@@ -185,12 +180,24 @@ class TextToImage(nn.Module):
                     f"{folder} has no {part}.safetensors: its training is not finished; "
                     f"go on with python train.py --resume {folder}"
                 )
-        own_text = folder / "text.safetensors"
+        with torch.device("meta"):  # shapes alone: files that do not fit are refused before memory is taken
+            vae, unet = networks(config)
+        check_shapes(folder / "vae.safetensors", vae)
+        check_shapes(folder / f"{weights}.safetensors", unet)
+        own_text = folder / TEXT_FILE
         text = TextTower.from_file(own_text) if own_text.is_file() else None
         model = cls(config, text)
         model.load_vae(folder)
         load_weights(folder / f"{weights}.safetensors", model.unet)
         return model.eval()
+
+
+def networks(c: ModelConfig) -> tuple[KLVAE, UNet]:
+    r"""The VAE and the UNet of a configuration, untrained."""
+    outputs = c.latent_channels * (2 if c.variance == "learned" else 1)
+    return KLVAE(c.vae_channels, c.vae_layers, c.latent_channels), UNet(
+        c.latent_channels, outputs, c.channels, c.attention_levels, c.res_blocks, WIDTH, c.head_width
+    )
 
 
 def autocast(device: torch.device, precision: str):
@@ -203,44 +210,52 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, kinds[precision])
 
 
-def write_atomically(path: Path, content: bytes | Callable[[Path], None]):
-    r"""Write a file under a temporary name in its folder, then rename it: it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None):
-    r"""Write tensors as safetensors, atomically."""
+    r"""Write tensors as safetensors, atomically; the digest of tensors and metadata is kept as `sha256` among these."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    write_atomically(path, save(tensors, {"format": "pt", **(metadata or {})}))
+    metadata = {"format": "pt", **(metadata or {})}
+    write_atomically(path, save(tensors, {**metadata, "sha256": digest_of([tensors, metadata])}))
 
 
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
-    r"""Read safetensors into `module`, strictly: every name and shape must fit. Returns the file's metadata."""
+    r"""Read safetensors into `module`, strictly: every name and shape must fit, and the checksum where there is one.
+
+    Returns: the file's metadata.
+    """
+    check_shapes(path, module)
+    with _reading(path) as file:
+        state, metadata = {name: file.get_tensor(name) for name in module.state_dict()}, file.metadata() or {}
+    stored = metadata.pop("sha256", None)  # other programs' files have none
+    if stored is not None and stored != digest_of([state, metadata]):
+        raise UserError(f"{path} is damaged: its checksum does not fit; train again or fetch it again")
+    module.load_state_dict(state)
+    return metadata
+
+
+def check_shapes(path: Path, module: nn.Module):
+    r"""Raise UserError unless the safetensors hold just the names and shapes of `module`, which may be on `meta`.
+
+    Reads the header alone, which has been held against the length of the file by then.
+    """
     wanted = module.state_dict()
+    with _reading(path) as file:
+        names = set(file.keys())
+        for name in sorted(names ^ set(wanted)):
+            raise UserError(
+                f"expected the weights of this configuration in {path}; "
+                f"{name} is {'too much' if name in names else 'missing'}"
+            )
+        for name in names:
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(wanted[name].shape):
+                raise UserError(f"expected {name} of shape {tuple(wanted[name].shape)} in {path}, got {shape}")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            for name in sorted(names ^ set(wanted)):
-                raise UserError(
-                    f"expected the weights of this configuration in {path}; "
-                    f"{name} is {'too much' if name in names else 'missing'}"
-                )
-            for name in names:
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != tuple(wanted[name].shape):
-                    raise UserError(f"expected {name} of shape {tuple(wanted[name].shape)} in {path}, got {shape}")
-            module.load_state_dict({name: file.get_tensor(name) for name in names})
-            return file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"could not read the weights in {path}: {error}; if it is damaged, train again or fetch it again"

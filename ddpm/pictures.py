@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ddpm.model import write_atomically
+from ddpm.files import write_atomically
 
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
@@ -59,10 +59,10 @@ def save_gif(path: Path, frames: Sequence[Tensor], labels: Sequence[str], millis
 
 
 def save_png(path: Path, image: Image.Image, text: dict[str, str] | None = None):
-    r"""Write a PNG whose text chunks hold `text`: prompt, seed and settings."""
+    r"""Write a PNG whose text chunks hold `text`: prompt, seed and settings. NUL, which ends a text, becomes U+FFFD."""
     info = PngInfo()
     for key, value in (text or {}).items():
-        info.add_itxt(key, value.encode("utf-8", "replace").decode())
+        info.add_itxt(key, value.encode("utf-8", "replace").decode().replace("\0", "\ufffd"))
     write_atomically(path, lambda to: image.save(to, format="PNG", pnginfo=info))
 
 

@@ -1,40 +1,79 @@
-r"""The folder of a run: configuration, resume state, metrics and their plot; each file is whole or not there."""
+r"""The folder of a run: configuration, resume state, metrics and their plot; each file is whole or not there.
 
+A process may be killed between any two lines here. So the metrics are written before the state, and rows beyond the
+state are dropped when a run goes on; the state before the last is kept; and a state carries a digest of its content.
+"""
+
+import contextlib
 import csv
+import dataclasses
 import io
 import os
+import pickle
+import platform
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ddpm.config import Config, UserError
-from ddpm.model import write_atomically
+from ddpm.config import MOVABLE, Config, UserError
+from ddpm.files import CannotWrite, check_not_packed, digest_of, flock, remove_leftovers, write_atomically
 
 STAGES = ("vae", "unet")
 COLUMNS = ("stage", "step", "seconds", "loss", "lr", "grad_norm", "images_per_second", "psnr", "ssim", "val_loss")
+FORMAT = 1  # of the state; what `digest_of` makes of it stays the same in all formats
+STATE, PREVIOUS = "state.pt", "state.previous.pt"
+LOCK = ".lock"
+
+
+class Damaged(Exception):
+    r"""A state that is not what was written."""
 
 
 class Run:
-    r"""One run folder.
+    r"""One run folder, locked from `create` or from its resuming until `close`.
 
     Attributes:
         config: the run's configuration.
-        state: what state.pt held when the run is resumed, else None.
-        rows: of metrics.csv, as far as the state goes.
+        state: what the newest whole state held when the run is resumed; None else, and once `restore` has used it.
+        rows: of metrics.csv, as far as the state goes; one for each step.
+        saved: (stage, step) of the newest whole state, or None.
+        writes: False in all but one of the processes that train together: nothing is locked or written.
     """
 
-    def __init__(self, folder: Path, config: Config, resume: bool, started: float):
-        self.folder, self.config = folder, config
-        self.rows, self.state = [], None
-        if resume:
-            self._reopen()
-        else:
-            self._check_new()
+    def __init__(self, folder: Path, config: Config, resume: bool, started: float, writes: bool = True):
+        self.folder, self.config, self.writes = folder, config, writes
+        self.rows, self.state, self.saved = [], None, None
+        self.lock, self.newest_is_whole = None, False
+        try:
+            if resume:
+                if writes:
+                    self._take_lock()
+                self._reopen()
+            elif writes:
+                self._check_new()
+        except BaseException:
+            self.close()
+            raise
         self.started = started - (self.state["elapsed"] if self.state else 0.0)
 
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        r"""Let others have the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
     def _check_new(self):
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        begun = (self.folder / LOCK).exists() and not (self.folder / "config.json").exists()  # killed in `create`
+        if self.folder.exists() and not begun and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(
                 f"expected a new folder for the run, {self.folder} is there already; "
                 f"choose another --out, or go on with --resume {self.folder}"
@@ -43,49 +82,206 @@ class Run:
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise UserError(f"expected a folder that can be written to, {there} cannot; choose another --out")
 
-    def _reopen(self):
-        path = self.folder / "state.pt"
-        if not path.is_file():
-            return
+    def _take_lock(self):
         try:
-            self.state = torch.load(path, map_location="cpu", weights_only=True)
-            place = (STAGES.index(self.state["stage"]), self.state["step"])
-        except Exception as error:  # a cut or foreign file fails in many ways
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(f"could not read {path} ({reason}); it is damaged: start anew with --out") from None
-        metrics = self.folder / "metrics.csv"
-        if metrics.is_file():
-            with open(metrics, encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row.get("stage") in STAGES]
-            self.rows = [row for row in rows if (STAGES.index(row["stage"]), int(row["step"])) <= place]
+            self.lock = open(self.folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (held until `close`)
+        except OSError as error:
+            raise CannotWrite(f"could not write to {self.folder}: {error.strerror}; let it be written to") from None
+        if flock(self.lock) is False:
+            self.lock.seek(0)
+            who = self.lock.read(200).decode("utf-8", "replace") or "another process"
+            raise UserError(
+                f"expected a run that is at rest, {who} is training in {self.folder}; "
+                "wait for it, stop it, or choose another --out"
+            )
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+        for folder in (self.folder, self.folder / "samples"):
+            remove_leftovers(folder)
 
-    def create(self):
-        r"""Make the folder, once everything that can be refused has been looked at."""
+    def _reopen(self):
+        damaged = []
+        for name in (STATE, PREVIOUS):
+            if self.state is None and (self.folder / name).is_file():
+                try:
+                    self.state = read_state(self.folder / name)
+                    self.newest_is_whole = name == STATE
+                except Damaged as error:
+                    damaged.append(f"{self.folder / name} is damaged ({error})")
+        if self.state is None:
+            if damaged:
+                raise UserError(f"{' and '.join(damaged)}, no checkpoint is left to go on from; start anew with --out")
+            return  # killed before its first checkpoint
+        self._check_config()
+        self.saved = (self.state["stage"], self.state["step"])
+        if damaged:
+            warnings.warn(f"{damaged[0]}; going on from the checkpoint before, {told(self.saved)}", stacklevel=3)
+        self.rows = [row for row in read_metrics(self.folder / "metrics.csv") if place(row) <= place(self.state)]
+
+    def _check_config(self):
+        now = settings(self.config)
+        differing = [
+            f"{name} (config.json {now[name]}, state {value})"
+            for name, value in self.state["config"].items()
+            if name in now and name not in MOVABLE and value != now[name]
+        ]
+        if differing:
+            raise UserError(
+                f"expected config.json and the state in {self.folder} to agree, they differ in "
+                f"{', '.join(differing)}; put config.json back"
+            )
+
+    def create(self, text: Callable[[Path], None] | None = None):
+        r"""Make the folder, once everything that can be refused has been looked at; config.json last.
+
+        Args: text: writes the text tower's weights, where no name brings them back.
+        """
+        if not self.writes:
+            return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        if self.lock is None:
+            self.folder.joinpath(LOCK).touch()
+            self._check_new()
+            self._take_lock()
+        if text is not None:
+            self.write("text.safetensors", text)
         self.write("config.json", self.config.to_json().encode())
 
-    def write(self, name: str, content):
-        r"""Write a file of the run; `content` is bytes or a function of the path to write to."""
-        write_atomically(self.folder / name, content)
+    def write(self, name: str, content: bytes | Callable[[Path], None], size: int = 0, keep: Path | None = None):
+        r"""Write a file of the run, as `write_atomically` does."""
+        write_atomically(self.folder / name, content, size, keep)
 
     def clock(self) -> float:
         r"""Seconds that the run has taken, earlier sessions included."""
         return time.monotonic() - self.started
 
-    def log(self, **row):
+    def advice(self) -> str:
+        r"""What is saved and how to go on."""
+        if not (self.folder / "config.json").exists():
+            return "nothing is saved yet; give the command again"
+        saved = f"{told(self.saved)} is saved" if self.saved else "no step is saved yet"
+        return f"{saved}; go on with python train.py --resume {self.folder}"
+
+    def log(self, **row) -> dict:
         r"""Note a row of metrics; it reaches the file with the next checkpoint."""
         self.rows.append({name: row.get(name, "") for name in COLUMNS})
+        return self.rows[-1]
 
-    def save(self, stage: str, optimization):
-        r"""Write the checkpoint, then the metrics up to it and their plot."""
-        state = {"stage": stage, "step": optimization.step, "elapsed": self.clock(), stage: optimization.state_dict()}
-        self.write("state.pt", lambda to: torch.save(state, to))
+    def row(self, stage: str, step: int) -> dict:
+        r"""The last row, which is this step's, or a new one."""
+        if self.rows and (self.rows[-1]["stage"], int(self.rows[-1]["step"])) == (stage, step):
+            return self.rows[-1]
+        return self.log(stage=stage, step=step, seconds=f"{self.clock():.1f}")
+
+    def save(self, stage: str, optimization, **more):
+        r"""Write the metrics, then the checkpoint up to which they go, then their plot; the checkpoint before stays."""
+        if not self.writes:
+            self.saved = (stage, optimization.step)
+            return
+        state = {
+            "format": FORMAT, "stage": stage, "step": optimization.step, "elapsed": self.clock(),
+            "config": settings(self.config), stage: optimization.state_dict(), **more,
+        }  # fmt: skip
+        state["sha256"] = digest_of(state)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()
         writer.writerows(self.rows)
         self.write("metrics.csv", text.getvalue().encode())
+        keep = self.folder / PREVIOUS if self.newest_is_whole else None  # a damaged one must not push out the whole
+        self.write(STATE, lambda to: save_state(to, state), size_of(state), keep)
+        self.newest_is_whole, self.saved = True, (stage, optimization.step)
         self.write("loss.png", lambda to: plot_losses(to, self.rows))
+
+    def restore(self, stage: str, optimization):
+        r"""Bring the stage's optimization to where the state has it, if it is of this stage; then let the state go."""
+        state, self.state = self.state, None
+        if state and state["stage"] == stage:
+            with self.fitting():
+                optimization.load_state_dict(state[stage])
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[None]:
+        r"""Within this context what the state holds is used; UserError where it is whole but not of this model."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"expected the state of this configuration in {self.folder}: {str(error)[:300]}") from None
+
+
+def settings(config: Config) -> dict:
+    r"""Every setting by its name."""
+    return dataclasses.asdict(config.model) | dataclasses.asdict(config.training)
+
+
+def told(saved: tuple[str, int]) -> str:
+    return f"{saved[0]} step {saved[1]}"
+
+
+def place(row: dict) -> tuple[int, int]:
+    r"""How far a row of metrics or a state is, to compare."""
+    return STAGES.index(row["stage"]), int(row["step"])
+
+
+def save_state(path: Path, state: dict):
+    with open(path, "wb") as file:  # given a path instead, torch does not say why it could not write
+        torch.save(state, file)
+
+
+def read_state(path: Path) -> dict:
+    r"""The state in a file; raises Damaged, or UserError where another version wrote it."""
+    try:
+        with warnings.catch_warnings():  # of what torch wonders about in a damaged file
+            warnings.simplefilter("ignore")
+            check_not_packed(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if size_of(state) > path.stat().st_size:
+            raise ValueError("it claims more numbers than it holds")
+        if "sha256" not in state and "format" not in state:
+            raise UserError(f"expected a state with a checksum in {path}, an older version of ddpm made it; use that")
+        if state.pop("sha256") != digest_of(state):
+            raise ValueError("its checksum does not fit")
+        if state["format"] != FORMAT:
+            raise UserError(
+                f"expected a state of format {FORMAT} in {path}, got {state['format']}, "
+                "a newer version of ddpm made it; use that"
+            )
+        STAGES.index(state["stage"]), int(state["step"]), float(state["elapsed"]), state["config"].items()
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a cut or foreign file fails in many ways
+        foreign = isinstance(error, pickle.UnpicklingError)  # whose text is advice to load it without care
+        raise Damaged("it cannot be read" if foreign else " ".join(str(error).split())[:100]) from None
+    return state
+
+
+def size_of(value) -> int:
+    r"""Bytes of the tensors in nested dictionaries and lists."""
+    if isinstance(value, dict | list | tuple):
+        return sum(size_of(part) for part in (value.values() if isinstance(value, dict) else value))
+    return value.nbytes if isinstance(value, Tensor) else 0
+
+
+def read_metrics(path: Path) -> list[dict]:
+    r"""The rows of metrics.csv, those that are none left out."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        lines = [line.replace("\0", "") for line in file]
+    try:
+        rows = [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(lines)]
+    except csv.Error as error:
+        raise UserError(f"expected the metrics of a run in {path}, got {error}; move the file away") from None
+    return [row for row in rows if _is_whole(row)]
+
+
+def _is_whole(row: dict) -> bool:
+    try:
+        [float(row[name] or 0) for name in COLUMNS[2:]]
+        return place(row)[1] > 0
+    except ValueError:
+        return False
 
 
 def plot_losses(path: Path, rows: list[dict]):

@@ -21,11 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ddpm.config import UserError
+from ddpm.config import UserError, is_name
+from ddpm.files import check_not_packed
 from ddpm.seeding import generator
 
 ARCHITECTURE = "ViT-B-32"
 TOKENS = 77
+LETTERS = 4096  # of a prompt that are read: no token has more than 32, and a long word takes its length squared
 WIDTH = 512
 
 
@@ -54,6 +56,7 @@ class TextTower(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         r"""Token numbers (B, 77): start, words, end, zeros; warns and names what it cuts of a prompt too long."""
+        prompts = [prompt[:LETTERS] for prompt in prompts]
         for prompt in prompts:
             words = self.tokenizer.encode(prompt)
             if len(words) > TOKENS - 2:
@@ -85,10 +88,13 @@ class TextTower(nn.Module):
 
     @classmethod
     def named(cls, weights: str, quick_gelu: bool = False) -> "TextTower":
-        r"""The tower with `weights`: `random`, a file, or an OpenCLIP tag of ViT-B-32; raises UserError."""
+        r"""The tower with `weights`: `random`, a file, or an OpenCLIP tag of ViT-B-32; raises UserError.
+
+        A bare word is a name, whatever lies in the current folder; a file has a suffix or a folder, ./weights.
+        """
         if weights == "random":
             return cls.random()
-        if os.path.isfile(weights):
+        if not is_name(weights) and os.path.isfile(weights):
             return cls.from_file(Path(weights), quick_gelu)
         return cls.from_tag(weights)
 
@@ -166,7 +172,10 @@ class TextTower(nn.Module):
                 f"{len(wrong)} of {len(wanted)} tensors do not fit: {wrong[0]} should be "
                 f"{tuple(wanted[wrong[0]].shape)}, got {'nothing' if came is None else tuple(came.shape)}"
             )
-        tower.tower.load_state_dict(picked)
+        try:
+            tower.tower.load_state_dict(picked)
+        except RuntimeError as error:  # sparse, quantized or without content, which weights_only lets pass
+            raise UserError(f"expected plain tensors in {path}, got others: {str(error)[:300]}") from None
         return tower
 
 
@@ -212,6 +221,7 @@ def _read_state(path: Path) -> tuple[dict, dict]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        check_not_packed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state) if isinstance(state, dict) else None
     except Exception as error:  # each reader has its own kinds

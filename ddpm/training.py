@@ -7,7 +7,7 @@ stage, epoch). So a run that goes on from a checkpoint takes the steps it would 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,15 +20,23 @@ from ddpm.config import Config, UserError
 from ddpm.data import TRAIN
 from ddpm.diffusion import diffusion_loss
 from ddpm.model import TextToImage, autocast
+from ddpm.parallel import ALONE, Group
 from ddpm.seeding import generator, seed_of
 from ddpm.vae import vae_loss
 
 BAD_STEPS = 5  # non-finite steps in a row after which a run stops
 
 
+class NotFinite(UserError):
+    r"""The loss or its gradient was not finite for several steps in a row; the weights are those before them."""
+
+
 @dataclass(frozen=True)
 class Report:
-    r"""One step: its number from 1, means over the batch, the learning rate, and how far the stage is, 0..1."""
+    r"""One step: its number from 1, means over the batch, the learning rate, and how far the stage is, 0..1.
+
+    `rows` are the pictures it saw, `times` (B,) the UNet's t.
+    """
 
     stage: str
     step: int
@@ -37,6 +45,8 @@ class Report:
     grad_norm: float
     progress: float
     finite: bool
+    rows: np.ndarray | None = None
+    times: Tensor | None = None
 
 
 @dataclass
@@ -95,8 +105,18 @@ class Optimization:
     `state_dict` holds all that a resumed run needs, weights included.
     """
 
-    def __init__(self, network: nn.Module, config: Config, lr: float, bound: Bound, ema: bool, precision: str):
+    def __init__(
+        self, network: nn.Module, config: Config, lr: float, bound: Bound, ema: bool, precision: str,
+        group: Group = ALONE,
+    ):  # fmt: skip
         t = config.training
+        for batch in (t.batch_size, t.vae_batch_size):
+            if batch % (t.accumulation * group.size):
+                raise UserError(
+                    f"expected a batch that {group.size} processes x {t.accumulation} parts divide, got {batch}; "
+                    "change --nproc_per_node, or start anew with another --batch-size and --vae-batch-size"
+                )
+        self.group, self.parallel = group, group.wrapped(network)
         self.network, self.lr, self.warmup, self.clip, self.bound = network, lr, t.warmup, t.clip, bound
         device = next(network.parameters()).device
         self.optimizer = torch.optim.AdamW(
@@ -112,8 +132,20 @@ class Optimization:
         warm = min(1.0, (self.step + 1) / max(1, self.warmup))
         return self.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def update(self, stage: str, losses: Iterator[Tensor]) -> Report:
-        r"""One step from the losses of the parts of a batch, each already divided by their number."""
+    def update(
+        self, stage: str, losses: Iterator[Tensor], rows: np.ndarray | None = None, times: Tensor | None = None
+    ) -> Report:
+        r"""One step from the losses of the parts of a batch, each already divided by their number.
+
+        A loss or gradient that is not finite changes nothing but the count of steps.
+
+        Raises: NotFinite in place of a further step after `BAD_STEPS` of these in a row.
+        """
+        if self.bad >= BAD_STEPS:
+            raise NotFinite(
+                f"the {stage} loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; look at the "
+                "pictures named above, resume with --precision fp32, or start anew with a lower --lr or --vae-lr"
+            )
         progress = self.bound.progress(self.step)
         lr = self.learning_rate(progress)
         for group in self.optimizer.param_groups:
@@ -122,6 +154,7 @@ class Optimization:
         for loss in losses:
             self.scaler.scale(loss).backward()
             total += loss.item()
+        total = self.group.mean(total)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip or math.inf).item()
         finite = math.isfinite(total) and math.isfinite(norm)
@@ -135,12 +168,11 @@ class Optimization:
         overflow = not finite and math.isfinite(total) and self.scaler.get_scale() > 1
         if not overflow:  # fp16's scaler still comes down, which is no failure
             self.bad = 0 if finite else self.bad + 1
-        if self.bad >= BAD_STEPS:
-            raise UserError(
-                f"the {stage} loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; "
-                "lower --lr or --vae-lr, or use --precision bf16 or fp32"
-            )
-        return Report(stage, self.step, total, lr, norm, progress, finite)
+        return Report(stage, self.step, total, lr, norm, progress, finite, rows, times)
+
+    def part(self, last: bool):
+        r"""The context of one part of a batch, forward and backward: processes average gradients in the last alone."""
+        return nullcontext() if last or self.group.size == 1 else self.parallel.no_sync()
 
     def state_dict(self) -> dict:
         return {
@@ -156,7 +188,8 @@ class Optimization:
         self.step, self.bound.since = state["step"], state["since"]
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:  # another precision may have come with --resume
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             for name, tensor in self.ema.shadow.items():
                 tensor.copy_(state["ema"][name])
@@ -195,28 +228,29 @@ def train_vae(
     model: TextToImage, pictures: Pictures, config: Config, opt: Optimization, precision: str
 ) -> Iterator[Report]:
     r"""First stage: the VAE learns to give pictures back; yields a `Report` a step until its bound."""
-    t = config.training
+    t, share = config.training, opt.group.share
     rows = pictures.rows(TRAIN)
     perceptual = perceptual_loss(model.device) if t.perceptual_weight else None
     while opt.bound.progress(opt.step) < 1:
         model.vae.train()
         g = generator(t.seed, "vae", opt.step)
         chosen, _ = batch_rows(rows, t.vae_batch_size, opt.step, t.seed, "vae")
-        x = pictures.batch(chosen, flip=torch.rand(len(chosen), generator=g) < 0.5)
+        flip = torch.rand(len(chosen), generator=g) < 0.5
+        eps = torch.randn(len(chosen), *model.latent_shape, generator=g)
+        x, eps = pictures.batch(share(chosen), share(flip)), share(eps)
 
-        def losses(x=x, g=g) -> Iterator[Tensor]:
-            for part in x.chunk(t.accumulation):
+        def losses(batch=(x, eps)) -> Iterator[Tensor]:
+            for k, (part, noise) in enumerate(parts(batch, t.accumulation)):
                 part = part.to(model.device).contiguous(memory_format=torch.channels_last)
-                with autocast(model.device, precision):
-                    posterior = model.vae.encode(part)
-                    posterior.mu, posterior.logvar = posterior.mu.float(), posterior.logvar.float()
-                    x_hat = model.vae.decode(posterior.sample(g))
-                _, loss = vae_loss(part, x_hat, posterior, t.kl_weight, t.reconstruction)
-                if perceptual is not None:
-                    loss = loss + t.perceptual_weight * perceptual(part, x_hat.float())
-                yield loss / t.accumulation
+                with opt.part(k == t.accumulation - 1):
+                    with autocast(model.device, precision):
+                        x_hat, posterior = opt.parallel(part, noise)
+                    _, loss = vae_loss(part, x_hat, posterior, t.kl_weight, t.reconstruction)
+                    if perceptual is not None:
+                        loss = loss + t.perceptual_weight * perceptual(part, x_hat.float())
+                    yield loss / t.accumulation
 
-        yield opt.update("vae", losses())
+        yield opt.update("vae", losses(), chosen)
 
 
 def train_unet(
@@ -224,32 +258,43 @@ def train_unet(
     config: Config, opt: Optimization, precision: str,
 ) -> Iterator[Report]:  # fmt: skip
     r"""Second stage: the UNet learns to denoise latents (DDPM, algorithm 1); yields a `Report` a step."""
-    t = config.training
+    t, share = config.training, opt.group.share
     rows = pictures.rows(TRAIN)
     while opt.bound.progress(opt.step) < 1:
         model.unet.train()
         g = generator(t.seed, "unet", opt.step)
         chosen, epoch = batch_rows(rows, t.batch_size, opt.step, t.seed, "unet")
-        q = latents.gaussian(chosen, flip=torch.rand(len(chosen), generator=g) < 0.5)
-        z_0 = q.sample(g) * model.latent_scale
+        flip = torch.rand(len(chosen), generator=g) < 0.5
+        eps_vae, eps = torch.randn(2, len(chosen), *model.latent_shape, generator=g)
         times = timestep_batch(len(chosen), model.schedule.timesteps, g)
-        eps = torch.randn(z_0.shape, generator=g)
         dropped = torch.rand(len(chosen), generator=g) < model.config.caption_drop
-        captions = [pictures.caption(i, t.seed, epoch % t.caption_variants) for i in chosen]
-        context = texts(["" if drop else c for c, drop in zip(captions, dropped, strict=True)])
+        captions = [
+            "" if drop else pictures.caption(i, t.seed, epoch % t.caption_variants)
+            for i, drop in zip(share(chosen), share(dropped), strict=True)
+        ]
+        z_0 = latents.gaussian(share(chosen), share(flip)).sample(eps=share(eps_vae)) * model.latent_scale
 
-        def losses(batch=(z_0, times, eps, context)) -> Iterator[Tensor]:
-            for part in zip(*(tensor.chunk(t.accumulation) for tensor in batch), strict=True):
+        context = texts(captions)
+        mine = (z_0, share(times), share(eps), context)
+
+        def losses(batch=mine) -> Iterator[Tensor]:
+            for k, part in enumerate(parts(batch, t.accumulation)):
                 z, at, noise, c = (tensor.to(model.device) for tensor in part)
 
                 def denoise(z_t: Tensor, t: Tensor, c=c) -> Tensor:
                     with autocast(model.device, precision):
-                        return model.unet(z_t.contiguous(memory_format=torch.channels_last), t, c)
+                        return opt.parallel(z_t.contiguous(memory_format=torch.channels_last), t, c)
 
-                loss = diffusion_loss(model.schedule, denoise, z, at, noise, model.config.prediction, t.vlb_weight)
-                yield loss.mean() / t.accumulation
+                with opt.part(k == t.accumulation - 1):
+                    loss = diffusion_loss(model.schedule, denoise, z, at, noise, model.config.prediction, t.vlb_weight)
+                    yield loss.mean() / t.accumulation
 
-        yield opt.update("unet", losses())
+        yield opt.update("unet", losses(), chosen, times)
+
+
+def parts(batch: tuple[Tensor, ...], number: int) -> Iterator[tuple[Tensor, ...]]:
+    r"""A batch of several tensors in `number` parts of equal length."""
+    return zip(*(tensor.chunk(number) for tensor in batch), strict=True)
 
 
 def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

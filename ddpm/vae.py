@@ -32,9 +32,10 @@ class DiagonalGaussian:
         r"""The most likely z, which is mu."""
         return self.mu
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        r"""z = mu + sigma eps with eps drawn from `generator` (Kingma and Welling, section 2.4)."""
-        eps = torch.randn(self.mu.shape, generator=generator, dtype=self.mu.dtype)
+    def sample(self, generator: torch.Generator | None = None, eps: Tensor | None = None) -> Tensor:
+        r"""z = mu + sigma eps, with eps given or drawn from `generator` (Kingma and Welling, section 2.4)."""
+        if eps is None:
+            eps = torch.randn(self.mu.shape, generator=generator, dtype=self.mu.dtype)
         return self.mu + (self.logvar / 2).exp() * eps.to(self.mu.device)
 
     def kl(self) -> Tensor:
@@ -180,6 +181,12 @@ class KLVAE(nn.Module):
             raise ValueError(f"expected latents of shape (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
         check_type(self.quant_conv.weight, z=z)
         return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+        r"""decode(mu + sigma eps) and q(z | x), as training needs them; mu and logvar in float32 under autocast."""
+        q = self.encode(x)
+        q = DiagonalGaussian(q.mu.float(), q.logvar.float())
+        return self.decode(q.sample(eps=eps)), q
 
 
 def vae_loss(

@@ -409,16 +409,14 @@ training-path: captions of the unconditional alone
 
 ddpm/training.py
 training-path: latents not scaled
-- q.sample(g) * model.latent_scale
-+ q.sample(g)
+- .sample(eps=share(eps_vae)) * model.latent_scale
++ .sample(eps=share(eps_vae))
 training-path: captions never dropped
 - generator=g) < model.config.caption_drop
 + generator=g) < 0
 training-path: captions of other pictures
-- for i in chosen]
--         context
-+ for i in chosen[::-1]]
-+         context
+- for i, drop in zip(share(chosen),
++ for i, drop in zip(share(chosen[::-1]),
 ema: old and new swapped
 - parameters, 1 - d)
 + parameters, d)

@@ -85,7 +85,7 @@ def test_the_bound_of_the_latents_is_the_one_computed_without_drawing_a_number(k
     r"""Within four standard errors, as the function itself states them, and above the entropy."""
     model, latents, pictures = known
     rows = np.concatenate([pictures.rows(TRAIN), pictures.rows(VALID)])[:256]
-    found = bits_per_dimension(model, latents, model.text, pictures, rows, seed=1)
+    found = bits_per_dimension(model, latents, model.text, pictures, rows, 0.1, seed=1)
     entropy = torch.distributions.Normal(0.6, 0.5).entropy().item() / math.log(2)
     for form in ("posterior", "beta"):
         bound = found["latent"][form]
@@ -110,13 +110,13 @@ def test_the_same_seed_gives_the_same_bits_and_a_learned_variance_is_reported_be
     pictures = drawn_pictures(tmp_path, 80, seed=0, size=16)
     moments = np.random.default_rng(0).standard_normal((80, 2, 2, 4, 8, 8)).astype(np.float16)
     latents, rows = Latents(moments), pictures.rows(VALID)
-    found = bits_per_dimension(tiny, latents, tiny.text, pictures, rows, seed=3, batch=2)
-    assert found == bits_per_dimension(tiny, latents, tiny.text, pictures, rows, seed=3, batch=2)
-    assert found != bits_per_dimension(tiny, latents, tiny.text, pictures, rows, seed=4, batch=2)
+    found = bits_per_dimension(tiny, latents, tiny.text, pictures, rows, 0.1, seed=3, batch=2)
+    assert found == bits_per_dimension(tiny, latents, tiny.text, pictures, rows, 0.1, seed=3, batch=2)
+    assert found != bits_per_dimension(tiny, latents, tiny.text, pictures, rows, 0.1, seed=4, batch=2)
     assert set(found["latent"]) == {"posterior", "beta"}
 
     learned = TextToImage(ModelConfig(**{**vars(TINY), "variance": "learned"}), tiny.text).eval()
-    found = bits_per_dimension(learned, latents, learned.text, pictures, rows)
+    found = bits_per_dimension(learned, latents, learned.text, pictures, rows, 0.1)
     assert set(found["latent"]) == {"posterior", "beta", "learned"}
     assert (
         found["latent"]["beta"]["total"] < found["latent"]["learned"]["total"] < found["latent"]["posterior"]["total"]

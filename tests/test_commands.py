@@ -63,8 +63,8 @@ def trained(tmp_path_factory, tower):
 def test_a_run_folder_holds_what_the_contract_says(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
-        "config.json", "vae.safetensors", "unet.safetensors", "ema.safetensors", "state.pt", "metrics.csv", "loss.png",
-        "samples",
+        "config.json", "vae.safetensors", "unet.safetensors", "ema.safetensors", "state.pt", "state.previous.pt",
+        "metrics.csv", "loss.png", "samples", ".lock",
     }  # fmt: skip
     assert [p.name for p in sorted((trained / "samples").iterdir())] == ["step_000004.png", "step_000006.png"]
 

@@ -105,7 +105,7 @@ def test_a_file_that_is_no_configuration_is_refused_in_one_line(content, told, t
         (lambda v: v.update(format=2), "format 1"),
         (lambda v: v["model"].update(colour=1), "colour"),
         (lambda v: v["model"].update(channels="64"), "channels"),
-        (lambda v: v["training"].update(lr=float("inf")), "lr"),
+        (lambda v: v["training"].update(lr=float("inf")), "Infinity is not finite"),
         (lambda v: v["model"].update(timesteps=True), "timesteps"),
     ],
 )

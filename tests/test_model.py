@@ -372,3 +372,18 @@ def test_a_latent_scale_that_cannot_be_is_refused(scale, tiny, tmp_path):
     save_weights(tmp_path / "vae.safetensors", tiny.vae.state_dict(), {"latent_scale": scale})
     with pytest.raises(UserError, match="latent scale"):
         tiny.load_vae(tmp_path)
+
+
+def test_weights_with_a_flipped_bit_or_another_scale_are_damaged(tiny, tmp_path):
+    tiny.save_vae(tmp_path)
+    path = tmp_path / "vae.safetensors"
+    data = path.read_bytes()
+    last = bytearray(data)
+    last[-1] ^= 1
+    for damaged in (bytes(last), data.replace(b'"latent_scale":"1.25"', b'"latent_scale":"1.26"')):
+        assert damaged != data
+        path.write_bytes(damaged)
+        assert "checksum does not fit" in refusal_of(lambda: tiny.load_vae(tmp_path))
+    save_file(tiny.vae.state_dict(), path, {"latent_scale": "2.0"})  # of a program that writes no checksum
+    tiny.load_vae(tmp_path)
+    assert tiny.latent_scale == 2.0

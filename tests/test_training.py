@@ -136,6 +136,7 @@ def test_the_vae_learns_to_give_pictures_back(small, pictures):
     after, _ = reconstruction_quality(model, pictures, pictures.rows(TRAIN))
     assert after > before + 4  # decibels
     assert [r.step for r in reports] == list(range(1, 81))
+    assert set(np.concatenate([r.rows for r in reports])) == set(pictures.rows(TRAIN)) and reports[0].times is None
 
 
 def test_the_unet_learns_a_latent_by_heart(small, pictures, tmp_path):
@@ -143,6 +144,7 @@ def test_the_unet_learns_a_latent_by_heart(small, pictures, tmp_path):
     latents, texts = prepared_unet(tmp_path, config, model, pictures)
     latents.moments[:, :, 0] = latents.moments[0, 0, 0, :, :1, :1]  # one and the same, flat
     _, reports = run_unet(config, model, pictures, latents, texts, 80)
+    assert all(len(r.rows) == len(r.times) == config.training.batch_size for r in reports)
     first, last = (np.mean([r.loss for r in part]) for part in (reports[:5], reports[-5:]))
     assert last < 0.7 * first
 
@@ -220,7 +222,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run(smal
     opt = Optimization(model.unet, config, 1e-3, Bound(100), ema=True, precision="fp32")
     before = [p.detach().clone() for p in model.unet.parameters()]
     broken = [next(model.unet.parameters()).sum() * math.nan]
+    for shadow in opt.ema.shadow.values():
+        shadow.zero_()
     assert not opt.update("unet", iter(broken)).finite
+    assert opt.step == 1 and not any(shadow.any() for shadow in opt.ema.shadow.values())
     for a, b in zip(before, model.unet.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(UserError, match="not finite for 5 steps"):

@@ -1,0 +1,737 @@
+r"""How good a run is, in numbers: one JSON, its plots and grids, in RUN/evaluation.
+
+python -m ddpm.evaluation runs/NAME              391 held-out prompts; says first how long it will take
+python -m ddpm.evaluation runs/NAME --quick      128 prompts, short curves
+python -m ddpm.evaluation runs/NAME --full       every curve with all prompts, and DDPM at all steps; hours on a CPU
+
+An evaluation that is in the folder already is replaced.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddpm import __version__, cli, metrics
+from ddpm.cache import Pictures, Texts, encode_latents, key_of, load_pictures, open_data
+from ddpm.classifier import (
+    EXTRACTORS,
+    AttributeClassifier,
+    NothingToLearn,
+    attribute_classifier,
+    classifier_path,
+    feature_extractor,
+    gaussian_blur,
+    learnable_names,
+    training_seconds,
+    truths,
+)
+from ddpm.cli import progress_bar, say
+from ddpm.config import Config, UserError
+from ddpm.data import TEST, TRAIN, VALID, DataError
+from ddpm.files import write_atomically
+from ddpm.metrics import (
+    bits_per_dimension,
+    frechet_distance,
+    gaussian_of,
+    loss_by_timestep,
+    nearest,
+    precision_recall,
+    psnr,
+    ssim,
+)
+from ddpm.model import TextToImage, autocast
+from ddpm.pictures import labelled_grid, save_png
+from ddpm.sampling import SAMPLERS
+from ddpm.seeding import generator
+
+CHANNELS_LAST = torch.channels_last
+PARTS = ("adherence", "frechet", "neighbours", "vae", "latents", "loss", "bits", "guidance", "steps")
+SPLITS = {"valid": VALID, "test": TEST}
+FILES = ("result.json", "pictures.png", "neighbours.png", "adherence.png", "latents.png", "loss.png", "guidance.png",
+         "steps.png")  # fmt: skip
+PROMPTS = 391  # what --n is without being said
+MIN_EACH, MIN_READ = 8, 0.8
+RULE = (
+    f"counted are attributes that at least {MIN_EACH} of the prompts want and {MIN_EACH} do not, and that the "
+    f"classifier reads from the real held-out pictures with a balanced accuracy of at least {MIN_READ}"
+)
+UNSEEN = "held-out pictures whose row of 40 attributes, as the full caption says it, no training picture has"
+NO_CLASSIFIER = "the data has no attribute with enough pictures of both values to train a classifier on"
+BATCH = 32
+
+
+class Scope(NamedTuple):
+    r"""How far the curves go: prompts (0: all), guidance scales, numbers of steps, and DDPM over the whole chain."""
+
+    prompts: int
+    curve_prompts: int
+    guidances: tuple[float, ...]
+    steps: tuple[int, ...]
+    whole_chain: bool = False
+
+
+SCOPES = {
+    "quick": Scope(128, 64, (1.0, 3.0, 7.5), (5, 20)),
+    "normal": Scope(PROMPTS, 128, (1.0, 2.0, 3.0, 5.0, 7.5), (5, 10, 20, 50)),
+    "full": Scope(PROMPTS, 0, (1.0, 2.0, 3.0, 5.0, 7.5), (5, 10, 20, 50), True),
+}
+
+
+class LeftOut(Exception):
+    r"""A part that this run or its data cannot have; the message says why."""
+
+
+class Setting(NamedTuple):
+    r"""A way to draw: the same noise and prompts every time."""
+
+    sampler: str
+    steps: int
+    guidance: float
+
+    @property
+    def calls(self) -> int:
+        r"""Pictures that go through the network for each one drawn."""
+        return self.steps * (1 if self.guidance in (0, 1) else 2)
+
+
+class Remembered(nn.Module):
+    r"""The text tower with every prompt embedded once."""
+
+    def __init__(self, texts: Texts, device: torch.device):
+        super().__init__()
+        self.texts, self.device = texts, device
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        return self.texts(prompts).to(self.device)
+
+
+# ------------------------------------------------------------------------------------------- the measures
+
+
+def adherence(wanted: Tensor, seen: Tensor, names: tuple[str, ...], groups: Tensor, readable: Tensor) -> dict:
+    r"""Balanced accuracy of what the classifier sees against what the prompts want, by attribute, and its mean.
+
+    Args:
+        wanted, seen: (N, A) bool. groups: (N,) long, the number of each picture's prompt.
+        readable: (A,) bool, the attributes that the classifier can be trusted with.
+    Returns:
+        `n`, `mean` over the counted attributes (see RULE), its `interval`, and `attributes`: how many want each,
+        balanced accuracy, its interval, and whether it counts.
+    """
+    positive = wanted.sum(dim=0)
+    counted = readable & (positive >= MIN_EACH) & (len(wanted) - positive >= MIN_EACH)
+    accuracy = metrics.balanced_accuracy(wanted, seen)
+    low, high = metrics.balanced_interval(wanted, seen)
+    interval = None
+    if counted.any():
+        groups = groups.unique(return_inverse=True)[1]
+        interval = metrics.bootstrap_interval(wanted[:, counted], seen[:, counted], groups)
+    by_name = zip(names, positive.tolist(), accuracy.tolist(), low.tolist(), high.tolist(), counted.tolist(),
+                  strict=True)  # fmt: skip
+    return {
+        "n": len(wanted),
+        "mean": accuracy[counted].mean().item() if counted.any() else None,
+        "interval": interval,
+        "counted": int(counted.sum()),
+        "attributes": {name: {"wanted": k, "balanced_accuracy": p, "interval": [a, b], "counted": c}
+                       for name, k, p, a, b, c in by_name},
+    }  # fmt: skip
+
+
+def subset(pictures: Pictures, rows: np.ndarray) -> Pictures:
+    r"""Some rows of a data set as a data set of their own."""
+    captions = None if pictures.captions is None else tuple(pictures.captions[i] for i in rows)
+    attributes = None if pictures.attributes is None else pictures.attributes[rows]
+    return Pictures(
+        pictures.pixels[rows], pictures.good[rows], pictures.split[rows], attributes, captions, (),
+        key_of(pictures.key, "rows", rows.tolist()),
+    )  # fmt: skip
+
+
+class Evaluation:
+    r"""One run measured: the method called like a part returns what goes into the result under that name.
+
+    Attributes:
+        held: the n held-out pictures, as a data set of their own; x: the same, (n, 3, S, S).
+        prompts: their full captions.
+        files: name -> function of the path to write to, for all files but the JSON.
+    """
+
+    def __init__(self, model: TextToImage, pictures: Pictures, rows: np.ndarray, cache: Path, a, precision: str):
+        self.model, self.pictures, self.cache, self.a, self.precision = model, pictures, cache, a, precision
+        self.scope, self.main = SCOPES[a.scope], Setting(a.sampler, a.steps, a.guidance)
+        self.held, self.n = subset(pictures, rows), len(rows)
+        self.x = self.held.batch(np.arange(self.n))
+        self.prompts = [self.held.full_caption(i) for i in range(self.n)]
+        self.groups = torch.tensor([self.prompts.index(p) for p in self.prompts])
+        self.drawn: dict[Setting, Tensor] = {}
+        self.files: dict[str, Callable[[Path], None]] = {}
+        self.classifier = None
+        self.extract = None if a.extractor == "classifier" else feature_extractor(a.extractor, model.device)
+
+    def prepare(self):
+        r"""What the parts need from the cache, or made now: classifier, the prompts' embeddings, latents."""
+        parts = set(self.a.only)
+        if self.needs_classifier(parts):
+            with suppress(NothingToLearn):
+                self.classifier = attribute_classifier(
+                    self.cache, self.pictures, self.model.device, self.precision, progress=progress_bar
+                )
+                self.extract = self.extract or self.classifier.features
+        if parts - {"vae", "latents"}:
+            self.texts = Texts(self.cache, self.model.text, self.prompts, progress=progress_bar)
+            self.model.text = Remembered(self.texts, self.model.device)
+        if parts & {"latents", "loss", "bits"}:
+            self.latents = encode_latents(self.cache, self.model.vae, self.held, self.precision, progress_bar)
+
+    def needs_classifier(self, parts: set[str]) -> bool:
+        return bool(parts & READING or ("frechet" in parts and self.a.extractor == "classifier"))
+
+    # ---- what several parts need
+
+    @property
+    def curve_n(self) -> int:
+        return min(self.n, self.scope.curve_prompts or self.n)
+
+    def draw(self, setting: Setting, n: int) -> Tensor:
+        r"""The pictures of the first n prompts; those of a setting are drawn once."""
+        have = self.drawn.get(setting, self.x[:0])
+        if len(have) < n:  # picture i follows from (seed, i, prompt i) alone, so some may be drawn already
+            batches = -(-(n - len(have)) // BATCH)
+            label = f"{setting.sampler}, {setting.steps} steps, guidance {setting.guidance:g}"
+            with tqdm(total=setting.steps * batches, desc=label, leave=False, disable=None) as bar:
+                new = self.model.sample(
+                    self.prompts[len(have) : n], setting.sampler, setting.steps, setting.guidance, self.a.seed,
+                    callback=lambda state: bar.update(), precision=self.precision, batch_size=BATCH, first=len(have),
+                )  # fmt: skip
+            self.drawn[setting] = torch.cat([have, new.cpu()])
+        return self.drawn[setting][:n]
+
+    @torch.no_grad()
+    def through(self, network: Callable[[Tensor], Tensor], x: Tensor, label: str) -> Tensor:
+        r"""A network over many pictures in fp32, batch by batch."""
+        parts = progress_bar(x.split(BATCH), -(-len(x) // BATCH), label)
+        return torch.cat([network(part.to(self.model.device)).float().cpu() for part in parts])
+
+    def features(self, x: Tensor) -> Tensor:
+        if self.extract is None:
+            raise LeftOut(f"{NO_CLASSIFIER}; --extractor efficientnet-lite0 needs none")
+        return self.through(self.extract, x, f"features, {self.a.extractor}")
+
+    def decoded(self, x: Tensor) -> Tensor:
+        r"""decode(encode(x).mode()): what the VAE lets through."""
+
+        def network(x: Tensor) -> Tensor:
+            with autocast(self.model.device, self.precision):
+                x_hat = self.model.vae.decode(self.model.vae.encode(x.contiguous(memory_format=CHANNELS_LAST)).mode())
+            return x_hat.clamp(-1, 1)
+
+        return self.through(network, x, "encoding and decoding")
+
+    @cached_property
+    def reconstructed(self) -> Tensor:
+        return self.decoded(self.x)
+
+    @cached_property
+    def others(self) -> Tensor:
+        r"""As many pictures of the train split as are held out."""
+        train = self.pictures.rows(TRAIN)
+        order = torch.randperm(len(train), generator=generator(self.a.seed, "evaluation", "others"))
+        return self.pictures.batch(np.sort(train[order[: self.n].numpy()]))
+
+    @cached_property
+    def real_gaussian(self) -> tuple[Tensor, Tensor]:
+        return gaussian_of(self.real_features)
+
+    @cached_property
+    def real_features(self) -> Tensor:
+        return self.features(self.x)
+
+    def seen(self, x: Tensor) -> Tensor:
+        r"""What the classifier sees in pictures, (N, A) bool."""
+        if self.classifier is None:
+            raise LeftOut(NO_CLASSIFIER)
+        return self.through(self.classifier, x, "reading attributes") > 0
+
+    @cached_property
+    def wanted(self) -> Tensor:
+        return truths(self.held, np.arange(self.n))[:, self.classifier.columns]
+
+    @cached_property
+    def readable(self) -> Tensor:
+        r"""(A,) bool: what the classifier can be trusted with."""
+        return metrics.balanced_accuracy(self.wanted, self.seen(self.x)) >= MIN_READ
+
+    def scores(self, seen: Tensor, rows: Tensor | slice = slice(None)) -> dict:
+        r"""`adherence` of what was seen in pictures of the prompts `rows`."""
+        return adherence(self.wanted[rows], seen, self.classifier.names, self.groups[rows], self.readable)
+
+    # ---- the parts
+
+    def adherence(self) -> dict:
+        r"""Do the pictures show what their prompts say? Beside it, what the classifier reads from real pictures.
+
+        `reconstructed` is as far as any model with this VAE can come.
+        """
+        seen = {"real": self.seen(self.x), "reconstructed": self.seen(self.reconstructed),
+                "generated": self.seen(self.draw(self.main, self.n))}  # fmt: skip
+        unseen = torch.from_numpy(unseen_rows(self.pictures, self.held))
+        result = {"rule": RULE, "unseen_means": UNSEEN}
+        for name, rows in (("held_out", torch.ones_like(unseen)), ("unseen", unseen)):
+            if rows.any():
+                result[name] = {source: self.scores(what[rows], rows) for source, what in seen.items()}
+        self.files["adherence.png"] = lambda to: plot_adherence(to, result["held_out"])
+        return result
+
+    def frechet(self) -> dict:
+        r"""Distance, precision and recall against the held-out pictures, beside baselines of as many pictures."""
+        sets = {
+            "generated": self.draw(self.main, self.n),
+            "train pictures": self.others,
+            "train pictures through the VAE": self.decoded(self.others),
+            "train pictures, blurred by 2 pixels of 64": gaussian_blur(self.others, self.x.shape[-1] / 32, reach=6),
+            "their mean": self.others.mean(dim=0, keepdim=True),
+        }
+        result = {}
+        for name, x in sets.items():
+            features = self.features(x).expand(len(x) if len(x) > 1 else self.n, -1)
+            precision, recall = precision_recall(self.real_features, features)
+            distance = frechet_distance(*self.real_gaussian, *gaussian_of(features))
+            result[name] = {"n": len(features), "distance": distance, "precision": precision, "recall": recall}
+        return result
+
+    def neighbours(self) -> dict:
+        r"""How near the generated pictures come to training pictures, beside how near held-out pictures come.
+
+        A ratio of medians near 1 is as new as new photographs are; near 0, copies.
+        """
+        train, result, found = self.pictures.rows(TRAIN), {}, {}
+        generated, many = self.draw(self.main, self.n), -(-len(train) // 512)
+
+        def parts(network: Callable[[Tensor], Tensor], label: str) -> Iterator[Tensor]:
+            for begin in progress_bar(range(0, len(train), 512), many, label):
+                yield network(self.pictures.batch(train[begin : begin + 512]))
+
+        spaces = {"pixels": lambda x: x.flatten(1)}
+        if self.classifier is not None:
+            spaces["features"] = lambda x: torch.cat([self.classifier.features(b.to(self.model.device)).cpu()
+                                                      for b in x.split(BATCH)])  # fmt: skip
+        for name, network in spaces.items():
+            with torch.no_grad():
+                queries = network(torch.cat([generated, self.x]))
+                distances, places = nearest(queries, parts(network, f"nearest training pictures, {name}"))
+            mine, held_out = distances[: self.n, 0], distances[self.n :, 0]
+            found[name] = distances[: self.n], places[: self.n]
+            result[name] = {
+                "n_train": len(train), "generated_median": mine.median().item(),
+                "held_out_median": held_out.median().item(), "ratio": (mine.median() / held_out.median()).item(),
+                "nearer_than_1_percent_of_held_out": (mine < held_out.quantile(0.01)).double().mean().item(),
+            }  # fmt: skip
+        self.files["neighbours.png"] = self.neighbour_grid(generated, train, found)
+        return result
+
+    def neighbour_grid(self, generated: Tensor, train: np.ndarray, found: dict) -> Callable[[Path], None]:
+        r"""The eight generated pictures that come nearest to a training picture, each before its neighbours."""
+        closest = found[next(reversed(found))][0][:, 0].argsort(stable=True)[:8].tolist()
+        pictures, labels = [], []
+        for i in closest:
+            pictures.append(generated[i : i + 1])
+            labels.append(self.prompts[i])
+            for name, (distances, places) in found.items():
+                pictures.append(self.pictures.batch(train[places[i].numpy()]))
+                labels += [f"{name} {distance:.2f}" for distance in distances[i].tolist()]
+        grid = labelled_grid(torch.cat(pictures), labels, columns=len(labels) // len(closest), side=96)
+        return lambda to: save_png(to, grid)
+
+    def vae(self) -> dict:
+        r"""PSNR in dB and SSIM of the held-out pictures through the VAE."""
+        values = {"psnr": psnr(self.x, self.reconstructed), "ssim": ssim(self.x, self.reconstructed)}
+        return {"n": self.n, **{name: value.mean().item() for name, value in values.items()}}
+
+    def latent_health(self) -> dict:
+        r"""Mean, variance, KL and correlation of the channels of the scaled latents."""
+        q = self.latents.gaussian(np.arange(self.n), torch.zeros(self.n, dtype=torch.bool))
+        result = {"n": self.n, "scale": self.model.latent_scale, **metrics.latent_health(q, self.model.latent_scale)}
+        self.files["latents.png"] = lambda to: plot_latents(to, result)
+        return result
+
+    def loss(self) -> dict:
+        r"""The loss in each tenth of the time axis, on fixed noise."""
+        n = min(self.n, 256)
+        tenths = loss_by_timestep(
+            self.model, self.latents, self.texts, self.held, np.arange(n), self.precision, seed=self.a.seed
+        )
+        self.files["loss.png"] = lambda to: plot_loss(to, tenths, self.model.config.prediction)
+        return {"n": n, "prediction": self.model.config.prediction, "tenths": tenths, "mean": sum(tenths) / len(tenths)}
+
+    def bits(self) -> dict:
+        r"""Bits a dimension, by the variational bound; the decoder's width is its mean error on train pictures."""
+        n = min(self.n, 64)
+        width = (self.others[:n] - self.decoded(self.others[:n])).abs().mean().item()
+        rows = np.arange(n)
+        found = bits_per_dimension(
+            self.model, self.latents, self.texts, self.held, rows, width, precision=self.precision, seed=self.a.seed
+        )
+        return {"n": n, "width": width, **found}
+
+    def point(self, setting: Setting) -> dict:
+        r"""One point of a curve."""
+        if self.classifier is None and self.extract is None:
+            raise LeftOut(NO_CLASSIFIER)
+        x, point = self.draw(setting, self.curve_n), setting._asdict() | {"n": self.curve_n}
+        if self.classifier is not None:
+            told = self.scores(self.seen(x), slice(self.curve_n))
+            point |= {"adherence": told["mean"], "interval": told["interval"]}
+        if self.extract is not None:
+            point["frechet"] = frechet_distance(*self.real_gaussian, *gaussian_of(self.features(x)))
+        return point
+
+    def guidance_curve(self) -> list[dict]:
+        r"""Adherence and Frechet distance over the guidance scale; same prompts, same noise."""
+        points = [self.point(setting) for setting in guidance_settings(self.main, self.scope)]
+        self.files["guidance.png"] = lambda to: plot_points(to, points, "guidance", lambda p: self.main.sampler)
+        return points
+
+    def steps_curve(self) -> list[dict]:
+        r"""Adherence and Frechet distance over the number of steps of each sampler; same prompts, same noise."""
+        points = [self.point(setting) for setting in steps_settings(self.main, self.scope, self.model)]
+        self.files["steps.png"] = lambda to: plot_points(to, points, "steps", lambda p: p["sampler"])
+        return points
+
+    def grid(self) -> Callable[[Path], None]:
+        r"""The first pictures of up to 32 distinct prompts."""
+        first = sorted({self.prompts.index(p) for p in self.prompts})[:32]
+        prompts = [self.prompts[i] for i in first]
+        sheet = labelled_grid(self.draw(self.main, self.n)[first], prompts, 8)
+        settings = {"prompt": json.dumps(prompts), "seed": str(self.a.seed), **{k: str(v) for k, v in
+                    self.main._asdict().items()}}  # fmt: skip
+        return lambda to: save_png(to, sheet, settings)
+
+
+def unseen_rows(pictures: Pictures, held: Pictures) -> np.ndarray:
+    r"""(n,) bool: no training picture has these forty attributes, as the full captions say them."""
+    known = {row.numpy().tobytes() for row in truths(pictures, pictures.rows(TRAIN))}
+    return np.array([row.numpy().tobytes() not in known for row in truths(held, np.arange(len(held.pixels)))])
+
+
+def guidance_settings(main: Setting, scope: Scope) -> list[Setting]:
+    return [main._replace(guidance=g) for g in scope.guidances]
+
+
+def steps_settings(main: Setting, scope: Scope, model: TextToImage) -> list[Setting]:
+    T = model.schedule.timesteps
+    settings = [Setting(s, n, main.guidance) for s in SAMPLERS for n in scope.steps if n <= T]
+    return settings + [Setting("ddpm", T, main.guidance)] * scope.whole_chain
+
+
+METHODS = {  # part -> method
+    "adherence": Evaluation.adherence, "frechet": Evaluation.frechet, "neighbours": Evaluation.neighbours,
+    "vae": Evaluation.vae, "latents": Evaluation.latent_health, "loss": Evaluation.loss, "bits": Evaluation.bits,
+    "guidance": Evaluation.guidance_curve, "steps": Evaluation.steps_curve,
+}  # fmt: skip
+DRAWING = {"adherence", "frechet", "neighbours"}  # parts that look at the pictures of the main setting
+READING = {"adherence", "neighbours", "guidance", "steps"}  # parts that ask the classifier, if there can be one
+
+
+# ----------------------------------------------------------------------------------------------- the time
+
+
+@torch.no_grad()
+def seconds_each(work: Callable[[], object]) -> float:
+    r"""Seconds that `work` takes once it has warmed up."""
+    work()
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def estimate(e: Evaluation, parts: Iterable[str]) -> float:
+    r"""Seconds that the parts will take, bits a dimension aside, from a batch of each kind of work.
+
+    A classifier that is in the cache already is free.
+    """
+    model, parts, b = e.model, set(parts), min(BATCH, e.n)
+    z, t = torch.randn(b, *model.latent_shape, device=model.device), torch.zeros(b, dtype=torch.long)
+    context, x = torch.zeros(b, 77, 512, device=model.device), e.x[:b].to(model.device)
+    with autocast(model.device, e.precision):
+        call = seconds_each(lambda: model.unet(z, t.to(model.device), context)) / b
+        code = seconds_each(lambda: model.vae.decode(model.vae.encode(x).mode())) / b
+    drawings = {e.main: e.n} if parts & DRAWING else {}
+    curves = guidance_settings(e.main, e.scope) * ("guidance" in parts)
+    curves += steps_settings(e.main, e.scope, model) * ("steps" in parts)
+    for setting in curves:
+        drawings[setting] = max(drawings.get(setting, 0), e.curve_n)
+    seconds = sum(n * (setting.calls * call + code) for setting, n in drawings.items())
+    seconds += 4 * e.n * code + e.n * (10 * call if "loss" in parts else 0)
+
+    names = learnable_names(e.pictures)
+    network = AttributeClassifier(names).to(model.device)
+    read = seconds_each(lambda: network(x)) / b
+    if names and e.needs_classifier(parts) and not classifier_path(e.cache, e.pictures, e.precision).exists():
+        seconds += training_seconds(network, e.x, e.precision)
+    extract = read if e.extract is None else seconds_each(lambda: e.extract(x)) / b
+    seconds += (4 * e.n * ("frechet" in parts) + e.curve_n * len(curves) + e.n) * extract
+    seconds += len(e.pictures.rows(TRAIN)) * read * ("neighbours" in parts)
+    told = e.prompts[:8]
+    if parts - {"vae", "latents"}:
+        seconds += len(set(e.prompts)) * seconds_each(lambda: model.text(told)) / len(told)
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------- the plots
+
+
+def new_figure(width: float, height: float):
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path: Path):
+    figure.savefig(path, format="png", dpi=110)
+
+
+def plot_adherence(path: Path, sources: dict):
+    r"""Balanced accuracy of each attribute: generated pictures as bars, the classifier's own accuracy as marks."""
+    drawn = sources["generated"]["attributes"]
+    names = sorted((n for n in drawn if drawn[n]["counted"]), key=lambda n: drawn[n]["balanced_accuracy"])
+    figure = new_figure(7, 1.5 + 0.22 * len(names))
+    axis = figure.subplots()
+    values = {s: [of["attributes"][n]["balanced_accuracy"] for n in names] for s, of in sources.items()}
+    axis.barh(names, values["generated"], color="#4477aa", label="generated")
+    axis.plot(values["reconstructed"], names, "|", ms=10, color="#cc6677", label="real, through the VAE")
+    axis.plot(values["real"], names, ".", color="#222222", label="real")
+    axis.axvline(0.5, color="#888888", lw=0.8)
+    axis.set(xlim=(0.4, 1.02), xlabel="balanced accuracy; 0.5 is chance")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False)
+    save_figure(figure, path)
+
+
+def plot_points(path: Path, points: list[dict], x: str, line: Callable[[dict], str]):
+    r"""The points of a curve: adherence beside Frechet distance, a line for each name that `line` gives."""
+    figure = new_figure(9, 3.5)
+    for axis, y in zip(figure.subplots(1, 2), ("adherence", "frechet"), strict=True):
+        for name in dict.fromkeys(map(line, points)):
+            mine = [p for p in points if line(p) == name and p.get(y) is not None]
+            axis.plot([p[x] for p in mine], [p[y] for p in mine], "o-", ms=4, label=name)
+        axis.set(xlabel=x, ylabel="mean balanced accuracy" if y == "adherence" else "Frechet distance")
+        axis.set_xscale("log" if x == "steps" else "linear")
+        axis.legend()
+    save_figure(figure, path)
+
+
+def plot_loss(path: Path, tenths: list[float], prediction: str):
+    r"""The loss over the tenths of the time axis."""
+    figure = new_figure(5, 3.5)
+    axis = figure.subplots()
+    axis.plot(range(1, len(tenths) + 1), tenths, "o-", ms=4, color="#4477aa")
+    axis.set(xlabel="tenth of the time axis, from the picture to noise", ylabel=f"held-out loss ({prediction})",
+             yscale="log")  # fmt: skip
+    save_figure(figure, path)
+
+
+def plot_latents(path: Path, health: dict):
+    r"""The latents' moments by channel, and their correlations."""
+    figure = new_figure(9, 3.5)
+    bars, square = figure.subplots(1, 2)
+    for k, name in enumerate(("mean", "variance", "kl")):
+        bars.bar(np.arange(len(health[name])) + 0.27 * (k - 1), health[name], 0.27, label=name)
+    bars.set(xlabel="channel of the scaled latent")
+    bars.legend()
+    image = square.imshow(health["correlation"], vmin=-1, vmax=1, cmap="RdBu_r")
+    square.set(xlabel="channel", title="correlation")
+    figure.colorbar(image)
+    save_figure(figure, path)
+
+
+# -------------------------------------------------------------------------------------------- the command
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.Parser(__doc__)
+    p.prog = "python -m ddpm.evaluation"
+    p.add_argument("run", metavar="RUN", help="a run folder")
+    p.add_argument("--n", type=int, help=f"held-out pictures, whose captions are the prompts [{PROMPTS}, or all]")
+    p.add_argument("--split", choices=SPLITS, default="test", help="where they come from [test]")
+    p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
+    p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
+    p.add_argument("--guidance", type=float, default=3.0, help="how strongly to follow the prompt [3]")
+    p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
+    p.add_argument("--seed", type=int, default=0, help="[0]")
+    p.add_argument("--extractor", choices=EXTRACTORS, default="classifier",
+                   help="whose features the Frechet distance compares [classifier]")  # fmt: skip
+    scope = p.add_mutually_exclusive_group()
+    for name, told in (("quick", "fewer prompts, short curves"), ("full", "whole curves, DDPM at all steps")):
+        scope.add_argument(f"--{name}", action="store_const", dest="scope", const=name, help=told)
+    p.add_argument("--only", metavar="PART,...", help=f"only some of {','.join(PARTS)}")
+    p.add_argument("--data", metavar="PATH", help="where the run's data is now [where it was]")
+    p.add_argument("--cache", metavar="DIR", help="folder of decoded pictures and classifiers [beside the run: cache]")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")
+    p.add_argument("--device", choices=cli.DEVICES, default="auto", help="[auto]")
+    p.add_argument("--out", metavar="DIR", help="folder to write to [RUN/evaluation]")
+    p.set_defaults(scope="normal")
+    return p
+
+
+def check(a: argparse.Namespace):
+    r"""Refuse what cannot be before anything slow is loaded."""
+    if a.steps < 1:
+        raise UserError(f"expected --steps of at least 1, got {a.steps}")
+    if not math.isfinite(a.guidance):
+        raise UserError(f"expected a finite --guidance, such as 3, got {a.guidance}")
+    a.only = tuple(PARTS) if a.only is None else tuple(part.strip() for part in a.only.split(","))
+    if unknown := [part for part in a.only if part not in PARTS]:
+        raise UserError(f"expected --only with some of {','.join(PARTS)}, got {', '.join(map(repr, unknown))}")
+    if not Path(a.run).is_dir():
+        raise UserError(f"expected the folder of a run, {a.run} is none; train one with python train.py")
+    out = a.out = Path(a.out or Path(a.run) / "evaluation")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError:
+        raise UserError(f"expected a folder that can be written to, {there} cannot; choose another --out") from None
+
+
+def open_run(a: argparse.Namespace, cache: Path) -> tuple[TextToImage, Config, Pictures]:
+    r"""The run's model and its data; UserError where either is not whole."""
+    model = TextToImage.load(a.run, a.weights)
+    if a.steps > model.schedule.timesteps:
+        raise UserError(f"expected --steps from 1 to {model.schedule.timesteps}, the model's chain, got {a.steps}")
+    config = Config.read(Path(a.run) / "config.json")
+    if a.data is not None:
+        config = config.with_training(data=a.data)
+    try:
+        table = open_data(config)
+    except DataError as error:
+        raise UserError(f"{error}; or say with --data where the run's data is now") from None
+    return model, config, load_pictures(config, table, cache, progress_bar)
+
+
+def choose_rows(pictures: Pictures, a: argparse.Namespace) -> np.ndarray:
+    r"""n rows of the split, shuffled by the seed; without --n as many as the scope wants or there are.
+
+    Shuffled, for the curves take the first of them, and drawn faces stand four of a prompt together.
+    """
+    rows = pictures.rows(SPLITS[a.split])
+    n = min(SCOPES[a.scope].prompts, len(rows)) if a.n is None else a.n
+    if len(rows) < MIN_EACH:
+        raise UserError(f"expected at least {MIN_EACH} pictures in the {a.split} split, got {len(rows)}; see --split")
+    if not MIN_EACH <= n <= len(rows):
+        raise UserError(f"expected --n from {MIN_EACH} to {len(rows)}, the pictures of the {a.split} split, got {n}")
+    return rows[torch.randperm(len(rows), generator=generator(a.seed, "evaluation", "rows"))[:n].numpy()]
+
+
+def rounded(value):
+    r"""The same with six digits a number; what is not a number becomes null."""
+    if isinstance(value, dict):
+        return {name: rounded(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def settings_of(a: argparse.Namespace, config: Config, n: int, precision: str, device: torch.device) -> dict:
+    r"""What a person needs to get the same figures again."""
+    t, m = config.training, config.model
+    return {
+        "run": str(a.run), "preset": config.preset, "data": t.data, "image_size": m.image_size,
+        "crop": t.crop or "automatic", "split": a.split, "n": n, "extractor": a.extractor, "sampler": a.sampler,
+        "steps": a.steps, "guidance": a.guidance, "weights": a.weights, "text_weights": m.text_weights, "seed": a.seed,
+        "scope": a.scope, "precision": precision, "device": str(device), "ddpm": __version__,
+        "torch": torch.__version__, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }  # fmt: skip
+
+
+def summary(result: dict) -> Iterator[str]:
+    r"""The lines of the table that the command ends with."""
+    for name in ("held_out", "unseen"):
+        if told := result.get("adherence", {}).get(name):
+            low, high = told["generated"]["interval"] or (math.nan, math.nan)
+            figures = {source: told[source]["mean"] or math.nan for source in told}
+            yield (
+                f"adherence, {name.replace('_', '-')}, n {told['generated']['n']}: {figures['generated']:.3f} "
+                f"({low:.3f} to {high:.3f}) over {told['generated']['counted']} attributes; real pictures "
+                f"{figures['real']:.3f}, through the VAE {figures['reconstructed']:.3f}"
+            )
+    for name, row in result.get("frechet", {}).items():
+        if isinstance(row, dict):
+            yield (f"Frechet distance, n {row['n']}, {name}: {row['distance']:.3g}; precision {row['precision']:.2f}, "
+                   f"recall {row['recall']:.2f}")  # fmt: skip
+    for name, row in result.get("neighbours", {}).items():
+        yield (f"nearest training picture, {name}: {row['ratio']:.2f} of a held-out picture's distance; nearer than "
+               f"99 % of those: {row['nearer_than_1_percent_of_held_out']:.1%}")  # fmt: skip
+    if told := result.get("vae"):
+        yield f"VAE, n {told['n']}: {told['psnr']:.2f} dB PSNR, {told['ssim']:.4f} SSIM"
+    if told := result.get("loss"):
+        yield f"loss ({told['prediction']}), n {told['n']}: {told['mean']:.4f}"
+    for part in ("guidance", "steps"):
+        for p in result.get(part, []):
+            told = ", ".join(f"{y} {p[y]:.3g}" for y in ("adherence", "frechet") if p.get(y) is not None)
+            yield f"{p['sampler']}, {p['steps']} steps, guidance {p['guidance']:g}, n {p['n']}: {told}"
+
+
+def write(out: Path, result: dict, files: dict[str, Callable[[Path], None]]):
+    r"""Replace the evaluation in `out`; its JSON goes first and comes last, so a folder that has it is whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    text = json.dumps(rounded(result), indent=2, allow_nan=False)
+    write_atomically(out / FILES[0], (text + "\n").encode())
+
+
+def main(argv: list[str] | None = None):
+    r"""The command `python -m ddpm.evaluation`."""
+    a = parser().parse_args(argv)
+    check(a)
+    device = cli.choose_device(a.device)
+    precision = cli.choose_precision(a.precision, device)
+    cache = Path(a.cache or Path(a.run).parent / "cache")
+    model, config, pictures = open_run(a, cache)
+    rows = choose_rows(pictures, a)
+    model.to(device, memory_format=CHANNELS_LAST)
+    e = Evaluation(model, pictures, rows, cache, a, precision)
+    say(f"{len(rows)} {a.split} pictures of {config.training.data}, {precision} on {device}")
+    say(f"about {estimate(e, a.only) / 60:.1f} minutes for {', '.join(a.only)}")
+
+    result = {"format": 1, "settings": settings_of(a, config, len(rows), precision, device)}
+    seconds, left_out = {}, {}
+    for part in ("prepare", *a.only):
+        started = time.monotonic()
+        try:
+            if part == "prepare":
+                e.prepare()
+            else:
+                result[part] = METHODS[part](e)
+        except LeftOut as reason:
+            left_out[part] = str(reason)
+            say(f"{part} left out: {reason}")
+        seconds[part] = round(time.monotonic() - started, 1)
+        say(f"{part}: {seconds[part]:.0f} s")
+    if DRAWING & set(a.only):
+        e.files["pictures.png"] = e.grid()
+    write(a.out, result | {"left_out": left_out, "seconds": seconds}, e.files)
+    for line in summary(result):
+        say(line)
+    say(f"wrote {a.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

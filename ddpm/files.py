@@ -1,0 +1,166 @@
+r"""Files that are whole or not there: written beside their place and renamed, locked, and told by their digest."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm.config import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LEFTOVER = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")  # name, process, chance: several may write one file at a time
+CANNOT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class CannotWrite(UserError):
+    r"""A file that the disk has no room for, or the folder no leave; what was there before still is."""
+
+
+def write_atomically(path: Path, content: bytes | Callable[[Path], None], size: int = 0, keep: Path | None = None):
+    r"""Write a file under a temporary name in its folder, then rename it: it is there whole or not at all.
+
+    Args:
+        content: bytes, or a function that writes to the path it is given.
+        size: bytes that such a function will write, as far as known; said where there is no room for them.
+        keep: where the file that was there is renamed to first.
+
+    Raises: CannotWrite where the disk is full, a limit is met, or the folder may not be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with _held(temporary):
+            if callable(content):
+                content(temporary)
+            else:
+                temporary.write_bytes(content)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            if keep is not None:
+                os.replace(path, keep)
+            os.replace(temporary, path)
+    except Exception as error:
+        number = _error_number(error)
+        if number not in CANNOT:
+            raise
+        needed = max(size, 0 if callable(content) else len(content), _size(temporary))
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CannotWrite(_told(path, number, needed)) from None
+    finally:
+        with contextlib.suppress(OSError):  # a folder that may no longer be written to
+            temporary.unlink(missing_ok=True)
+
+
+def reserve(path: Path):
+    r"""Take the disk blocks of a file that has its length but holes: writing to a mapped hole on a full disk kills."""
+    length = path.stat().st_size
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, length)
+    elif shutil.disk_usage(path.parent).free < length:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def flock(file) -> bool | None:
+    r"""Lock an open file until it is closed or its process dies: True; False: another has it; None: no locks here."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
+
+
+def remove_leftovers(folder: Path):
+    r"""Remove the temporary files of processes that were killed; those of the living are locked."""
+    for path in folder.glob(".*.tmp"):
+        if LEFTOVER.fullmatch(path.name):
+            with contextlib.suppress(OSError), open(path, "rb+") as file:
+                if flock(file):
+                    path.unlink()
+
+
+def check_not_packed(path: Path):
+    r"""ValueError for a zip that holds more than its length: what torch.save writes is not packed, a bomb is."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
+                raise ValueError("it is packed, which torch.save never does")
+
+
+def digest_of(value) -> str:
+    r"""SHA-256 of tensors and plain values in dictionaries and lists; the order of a dictionary does not count.
+
+    >>> digest_of({"a": torch.zeros(2), "b": 1}) == digest_of({"b": 1, "a": torch.zeros(2)}) != digest_of({"a": 0})
+    True
+    """
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, Tensor):
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict | list | tuple):
+            digest.update(f"{'dict' if isinstance(value, dict) else 'list'} {len(value)};".encode())
+            for part in sorted(value.items(), key=lambda item: repr(item[0])) if isinstance(value, dict) else value:
+                add(part)
+        else:
+            digest.update(f"{type(value).__name__} {value!r};".encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    r"""Within this context `path` is there and locked, so that nobody takes it for a leftover."""
+    if fcntl is None:
+        yield  # where an open file cannot be renamed
+        return
+    while True:
+        with open(path, "wb") as file:  # a cleaner may come between this and the lock, and take the file away
+            if flock(file) is not False and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
+
+
+def _error_number(error: BaseException | None) -> int | None:
+    r"""The system's error number behind an exception; torch and safetensors wrap it in their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if told := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(told[1])
+        error = error.__context__
+    return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _told(path: Path, number: int, needed: int) -> str:
+    room = ""
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        room = f" (it needs {needed / 1e6:,.1f} MB, {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free)"
+    mend = "make room there or raise the limit" if room else "let it be written to"
+    return f"could not write {path}: {os.strerror(number)}{room}; {mend}"

@@ -1,0 +1,101 @@
+r"""Several processes train one model: torchrun starts them, torch's DistributedDataParallel averages their gradients.
+
+Every process draws the random numbers of the whole batch, which come from counters, and computes its own share of the
+batch. So a step does not depend on how many processes take it, but for the order in which sums are rounded.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ddpm.config import UserError
+
+PATIENCE = datetime.timedelta(hours=6)  # the others wait while the first one makes the caches
+
+
+class Group:
+    r"""The processes that train together; one process alone is a group, too.
+
+    Attributes:
+        rank: number of this process, from 0; the first one alone writes and speaks.
+        size: how many there are.
+        device: where this process computes.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1):
+        self.device, self.rank, self.size = device, rank, size
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls, device: torch.device) -> Iterator["Group"]:
+        r"""The group that torchrun's environment names, gloo on the CPU and nccl on GPUs; without one, this process."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            yield cls(device)
+            return
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if device.type == "cuda":
+            if local >= torch.cuda.device_count():
+                raise UserError(
+                    f"expected a GPU for each process of a machine, got process {local} and "
+                    f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node, or use --device cpu"
+                )
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        elif device.type != "cpu":
+            raise UserError(f"expected cuda or cpu for several processes, got {device.type}; give --device cpu")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        try:
+            yield cls(device, dist.get_rank(), size)
+        finally:
+            dist.destroy_process_group()
+
+    def share(self, batch):
+        r"""This process's part of a batch, a tensor, an array or a list with B a multiple of `size`."""
+        per = len(batch) // self.size
+        return batch[self.rank * per : (self.rank + 1) * per]
+
+    def wrapped(self, network: nn.Module) -> nn.Module:
+        r"""`network` with the first process's weights, whose backward pass averages gradients over the processes."""
+        if self.size == 1:
+            return network
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=devices)
+
+    def mean(self, value: float) -> float:
+        r"""The mean over the processes."""
+        return self._reduced(value, dist.ReduceOp.SUM) / self.size if self.size > 1 else value
+
+    def largest(self, value: float) -> float:
+        r"""The largest of the processes' values."""
+        return self._reduced(value, dist.ReduceOp.MAX) if self.size > 1 else value
+
+    def of_first(self, value: float) -> float:
+        r"""The first process's value, such as what its clock says."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.broadcast(tensor, src=0)
+        return tensor.item()
+
+    def _reduced(self, value: float, operation) -> float:
+        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, operation)
+        return tensor.item()
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        r"""The first process runs the block while the others wait, then they run it: what it made is there for them."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.size > 1 and not self.rank:
+            dist.barrier()
+
+
+ALONE = Group(torch.device("cpu"))
