@@ -1,0 +1,209 @@
+r"""The built site in a real browser: every page, wide and narrow, light and dark, with the network shut.
+
+Needs the extra `docs` and Chromium: `pip install -e '.[docs]'`; Debian's `chromium`, or one that Playwright fetched.
+"""
+
+import http.server
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from urllib.parse import urldefrag
+
+import pytest
+
+for package in ("sphinx", "myst_nb", "furo", "sphinxcontrib.katex"):
+    pytest.importorskip(package, reason="needs the extra docs")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra docs")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the extra docs").Axe()
+
+ROOT = Path(__file__).parents[2]
+WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+LOOK = r"""() => ({
+    text: document.querySelector("article").innerText,
+    errors: [...document.querySelectorAll(".katex-error")].map(e => e.title),
+    formulas: [document.querySelectorAll(".math").length, document.querySelectorAll(".math .katex").length],
+    ids: [...document.querySelectorAll("[id]")].map(e => e.id),
+    links: [...document.querySelectorAll("a[href]")].map(a => a.href),
+    broken: [...document.images].filter(i => !i.naturalWidth || !i.alt).map(i => i.src),
+    headings: [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")].map(h => Number(h.tagName[1])),
+    overflow: document.documentElement.scrollWidth - window.innerWidth,
+})"""
+
+
+@dataclass
+class Visit:
+    r"""What was found on a page, in one of the four ways to look at it."""
+
+    page: str
+    seen: dict
+    violations: list[str]
+    console: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    r"""The site, built as strictly as Sphinx can."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-n", "-E", "-b", "html", "-d", out / ".trees", "docs", out]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=site)
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as play:
+        own = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        try:
+            browser = play.chromium.launch(executable_path=own, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"needs Chromium: {str(error).splitlines()[0]}")
+        yield browser
+        browser.close()
+
+
+def watched(browser, address, console, outside, **settings):
+    r"""A new tab whose complaints are noted and whose requests beyond the site are noted and refused."""
+    tab = browser.new_context(**settings).new_page()
+    tab.on("console", lambda m: console.append(m.text) if m.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: console.append(str(error)))
+    tab.on("response", lambda r: console.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+
+    def gate(route):
+        url = route.request.url
+        if url.startswith((address, "data:")):
+            return route.continue_()
+        outside.append(url)
+        return route.abort()
+
+    tab.route("**/*", gate)
+    return tab
+
+
+@pytest.fixture(scope="module", params=["wide light", "wide dark", "narrow light", "narrow dark"])
+def visits(request, site, address, browser) -> list[Visit]:
+    r"""Every page of the site, looked at and examined by axe."""
+    width, scheme = request.param.split()
+    console, outside, found = [], [], []
+    viewport = WIDE if width == "wide" else NARROW
+    tab = watched(browser, address, console, outside, viewport=viewport, color_scheme=scheme, reduced_motion="reduce")
+    tab.set_default_timeout(120_000)
+    options = {"resultTypes": ["violations"], "runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
+    for file in sorted(site.rglob("*.html")):
+        name = file.relative_to(site).as_posix()
+        if name.startswith("_"):
+            continue
+        console.clear()
+        outside.clear()
+        tab.goto(address + name, wait_until="load")
+        seen = tab.evaluate(LOOK)
+        broken = axe.run(tab, options=options).response["violations"]
+        told = [f"{v['id']}: {n['target']} {n['failureSummary']}" for v in broken for n in v["nodes"][:3]]
+        found.append(Visit(name, seen, told, list(console), list(outside)))
+    tab.context.close()
+    assert len(found) > 25
+    return found
+
+
+def test_no_page_complains_or_asks_beyond_the_site(visits):
+    assert {v.page: v.console + v.outside for v in visits if v.console or v.outside} == {}
+
+
+def test_every_formula_is_rendered(visits):
+    for v in visits:
+        assert v.seen["errors"] == [], v.page
+        assert v.seen["formulas"][0] <= v.seen["formulas"][1], v.page
+        assert "$$" not in v.seen["text"] and r"\(" not in v.seen["text"] and r"\[" not in v.seen["text"], v.page
+    assert sum(v.seen["formulas"][1] for v in visits) > 100
+
+
+def test_katexs_script_and_style_sheet_have_one_version(site, address, browser):
+    tab = watched(browser, address, [], [])
+    tab.goto(address + "notation.html")
+    assert f'"{tab.evaluate("katex.version")}"' in (site / "_static/katex/katex.min.css").read_text(encoding="utf-8")
+    tab.context.close()
+
+
+def test_every_link_inside_the_site_has_its_page_and_anchor_and_every_image_shows(visits, site, address):
+    ids = {v.page: set(v.seen["ids"]) for v in visits}
+    broken = [(v.page, source) for v in visits for source in v.seen["broken"]]
+    for v in visits:
+        for link in v.seen["links"]:
+            if link.startswith(address):
+                page, anchor = urldefrag(link.removeprefix(address))
+                page = page.partition("?")[0] or "index.html"
+                if not (site / page).is_file() or (anchor and page in ids and anchor not in ids[page]):
+                    broken.append((v.page, link))
+    assert broken == []
+
+
+def test_headings_begin_with_one_h1_and_skip_no_level(visits):
+    for v in visits:
+        if v.page == "search.html":  # its heading comes with the results
+            continue
+        levels = v.seen["headings"]
+        assert levels.count(1) == 1 and levels[0] == 1, (v.page, levels)
+        assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False)), (v.page, levels)
+
+
+def test_no_page_scrolls_sideways(visits):
+    assert {v.page: v.seen["overflow"] for v in visits if v.seen["overflow"] > 0} == {}
+
+
+def test_axe_finds_nothing_to_mend(visits):
+    assert {v.page: v.violations for v in visits if v.violations} == {}
+
+
+def test_a_docstring_stands_beside_its_source_where_there_is_room_and_above_it_where_not(browser, address):
+    for viewport, beside in ((WIDE, True), (NARROW, False)):
+        tab = watched(browser, address, [], [], viewport=viewport)
+        tab.goto(address + "code/diffusion.html")
+        row = tab.locator("[id='ddpm.diffusion.q_sample'] .beside").first
+        told, source = (row.locator(f".{part}").bounding_box() for part in ("told", "source"))
+        assert (source["x"] > told["x"] + told["width"] / 2) == beside
+        assert (source["y"] > told["y"] + told["height"] / 2) != beside
+        tab.context.close()
+
+
+@pytest.mark.parametrize(
+    "query, page",
+    [
+        ("q_sample", "code/diffusion.html"),
+        ("alpha_bar", "notation.html"),
+        ("latent scale", "code/metrics.html"),
+        ("cross-attention", "code/attention.html"),
+        ("guidance scale", "sample.html"),
+        ("KLVAE", "code/vae.html"),
+    ],
+)
+def test_the_search_finds_symbols_and_words(query, page, browser, address):
+    tab = watched(browser, address, [], [], viewport=WIDE)
+    tab.goto(f"{address}search.html?q={query.replace(' ', '+')}")
+    tab.wait_for_selector("#search-results ul.search li a", timeout=60_000)
+    tab.wait_for_function("document.querySelector('#search-results .search-summary')?.innerText.includes('found')")
+    links = [a.get_attribute("href") for a in tab.locator("ul.search li > a").all()]
+    assert any(page in link for link in links), links
+    tab.context.close()
+
+
+def test_without_javascript_everything_but_formulas_can_be_read(browser, address):
+    tab = browser.new_context(java_script_enabled=False, viewport=WIDE).new_page()
+    tab.goto(address + "code/vae.html")
+    text = tab.locator("article").inner_text()
+    assert "class DiagonalGaussian" in text and "The most likely z, which is mu." in text
+    tab.context.close()

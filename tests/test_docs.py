@@ -1,0 +1,262 @@
+r"""What the docs say, held against the code: names, commands, flags, messages, links. Needs no extra.
+
+tests/browser looks at the built site.
+"""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import re
+import shlex
+import socket
+from collections import Counter
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import torch
+from _ext import parsed
+from PIL import Image
+
+import sample
+import train
+from ddpm import cli, export
+from ddpm.config import Config
+from ddpm.faces import write_celeba
+from ddpm.model import TextToImage
+from ddpm.text import TextTower
+from ddpm.unet import UNet
+from ddpm.vae import KLVAE
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MODULES = [parsed.parse(file) for file in parsed.files()]
+
+
+def blocks(language: str) -> list:
+    r"""(page, text) of every block of a language."""
+    return [
+        pytest.param(page, text, id=f"{page}-{k}")
+        for page, whole in PAGES.items()
+        for k, (lang, text) in enumerate(BLOCK.findall(whole))
+        if lang == language
+    ]
+
+
+# -------------------------------------------------------------------------------------- the pages of the code
+
+
+def things_of(module) -> list:
+    return [one for thing in module.things for one in (thing, *thing.members)]
+
+
+def test_every_file_of_the_house_has_one_page():
+    files = {f"ddpm/{path.name}" for path in (ROOT / "ddpm").glob("*.py")} | {"train.py", "sample.py"}
+    assert sorted(files) == sorted(module.file for module in MODULES)
+    assert len({parsed.page_of(module.file) for module in MODULES}) == len(MODULES)
+
+
+def is_method(name: str, value) -> bool:
+    written = inspect.isfunction(value) and "<string>" not in value.__code__.co_filename  # not by dataclass
+    return not name.startswith("_") and (written or isinstance(value, property | classmethod | staticmethod))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
+def test_every_public_name_has_exactly_one_place(module):
+    there = importlib.import_module(module.name)
+    imports = [n for n in ast.parse(inspect.getsource(there)).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    imported = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+    names = {n for n, value in vars(there).items() if not n.startswith("_") and not inspect.ismodule(value)}
+    listed = [name for thing in module.things for name in thing.names]
+    assert {f"{module.name}.{name}" for name in names - imported} == set(listed)
+    for thing in module.things:
+        if thing.kind == "class":
+            (name,) = thing.names
+            methods = {n for n, v in vars(getattr(there, name.rpartition(".")[2])).items() if is_method(n, v)}
+            placed = [m for member in thing.members for m in member.names] + list(thing.untold)
+            assert {f"{name}.{method}" for method in methods} == set(placed)
+            listed += placed
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
+def test_no_line_of_a_file_is_hidden_and_none_is_shown_twice(module):
+    def lines_of(*texts: str) -> Counter:
+        lines = [line.strip() for text in texts for line in text.splitlines() if not parsed.RULER.match(line)]
+        bare = [line.removeprefix('r"""').removesuffix('"""').strip() for line in lines]
+        return Counter(line for line in bare if line)
+
+    things = things_of(module)
+    shown = lines_of(module.docstring, module.rest, *(t.docstring for t in things), *(t.code for t in things))
+    assert shown == lines_of((ROOT / module.file).read_text(encoding="utf-8"))
+
+
+def test_every_docstring_is_raw():
+    for file in [*parsed.files(), "docs/conf.py", "docs/_ext/parsed.py", "docs/_ext/beside.py"]:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                docstring = node.body[0]
+                assert ast.get_source_segment(text, docstring).startswith('r"""'), (file, docstring.lineno)
+
+
+# -------------------------------------------------------------------------------------------------- commands
+
+
+def commands(text: str) -> list[list[str]]:
+    r"""The commands of a block, comments and line ends taken away."""
+    lines = [part for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def check_command(words: list[str]):
+    r"""Parse a command as its program would, without running it."""
+    program = [word.removeprefix(".venv/bin/") for word in words]
+    if program[:2] == ["python", "train.py"]:
+        arguments = train.parser().parse_args(program[2:])
+        if arguments.resume is None:
+            train.configuration(arguments)
+    elif program[:2] == ["python", "sample.py"]:
+        sample.check(sample.parser().parse_args(program[2:]))
+    elif program[:3] == ["python", "-m", "ddpm.export"]:
+        with pytest.raises(ValueError, match="expected the folder of a run|expected a diffusers folder"):
+            export.main(program[3:])
+    elif program[:3] == ["pip", "install", "-e"]:
+        parts = ConfigParser()
+        parts.read(ROOT / "setup.cfg")
+        assert set(re.findall(r"\w+", program[3])) <= set(parts["options.extras_require"])
+    else:
+        assert program[:3] in (["python3", "-m", "venv"], ["python", "-m", "pytest"], ["python", "-m", "sphinx"]), words
+
+
+@pytest.mark.parametrize("page, text", blocks(""))
+def test_every_command_is_one_that_its_program_takes(page, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    told = [words for words in commands(text) if words[0] != "error:"]
+    for words in told:
+        check_command(words)
+    assert told or "error: out of memory; lower" in inspect.getsource(cli)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_flags_in_prose_are_taken_too(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prose = BLOCK.sub("", PAGES[page])
+    for command in re.findall(r"`((?:python|torchrun) [^`]+)`", prose):
+        command = " ".join(command.split())
+        if not command.startswith(("python docs/", "python -m sphinx")):
+            with contextlib.suppress(SystemExit) if command.endswith("--help") else contextlib.nullcontext():
+                check_command(shlex.split(command.replace("--preset NAME", "--preset tiny")))
+    known = " ".join([train.parser().format_help(), sample.parser().format_help(), inspect.getsource(export.main)])
+    for flag in re.findall(r"`(--[a-z][a-z-]+)", prose):
+        assert re.search(rf"{flag}\b", known), flag
+
+
+# -------------------------------------------------------------------------------------------------- messages
+
+
+@pytest.fixture
+def sandbox(tmp_path, tower, monkeypatch):
+    r"""A folder with the data sets and runs that the transcripts name; no network."""
+
+    def unreachable(*_, **__):
+        raise OSError("no network in tests")
+
+    def refused(*_, **__):
+        raise RuntimeError("To download files from GDrive, 'gdown' is required. You can install it with "
+                           "'pip install gdown'.")  # fmt: skip
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr("ddpm.text.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("torchvision.datasets.CelebA", refused)
+    monkeypatch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+    for folder in ("celeba", "quota", "cut", "torn"):
+        write_celeba(tmp_path / folder, 60, seed=1)
+    (tmp_path / "quota/list_attr_celeba.txt").write_text("<!DOCTYPE html><title>Quota exceeded</title>")
+    listing = tmp_path / "cut/list_attr_celeba.txt"
+    listing.write_text("202599\n" + listing.read_text().partition("\n")[2])
+    for i in (1, 2, 3):
+        picture = tmp_path / f"torn/img_align_celeba/{i:06}.jpg"
+        picture.write_bytes(picture.read_bytes()[:600])
+    (tmp_path / "celeba.zip").write_bytes(b"PK\x03\x04")
+    for folder in ("plain", "wrong"):
+        (tmp_path / folder).mkdir()
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (64, 64)).save(tmp_path / folder / name)
+    (tmp_path / "wrong/captions.csv").write_text("picture,words\na.png,a cat\nb.png,a dog\n")
+    (tmp_path / "runs/half").mkdir(parents=True)
+    (tmp_path / "runs/half/config.json").write_text(Config.from_preset("tiny").to_json())
+    return tmp_path
+
+
+def transcripts(page: str) -> list[tuple[str, list[str]]]:
+    r"""(command, lines that it prints) from the console blocks of a page; a line `...` stands for any."""
+    found = []
+    for language, text in BLOCK.findall(PAGES[page]):
+        for line in text.splitlines() if language == "console" else ():
+            if line.startswith("$ "):
+                found.append((line[2:], []))
+            elif line != "...":
+                found[-1][1].append(line)
+    return found
+
+
+def without_numbers(line: str) -> str:
+    r"""Figures that training measures differ from machine to machine."""
+    return line if line.startswith("error:") else re.sub(r"\d+\.\d+", "#", line)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if transcripts(page)])
+def test_the_messages_in_the_docs_are_what_the_commands_print(page, sandbox, capsys):
+    mains = {"train.py": train.main, "sample.py": sample.main, "-m": export.main}
+    printed = {}
+    for command, expected in transcripts(page):
+        if command not in printed:
+            program, *arguments = shlex.split(command)[1:]
+            cli.run(mains[program], arguments[1:] if program == "-m" else arguments)
+            printed[command] = [without_numbers(line) for line in "".join(capsys.readouterr()).splitlines()]
+        for line in expected:
+            assert without_numbers(line) in printed[command], "\n".join([command, line, "got:", *printed[command]])
+
+
+# ----------------------------------------------------------------------------------------- Python, links, facts
+
+
+@pytest.mark.parametrize("page, text", blocks("python"))
+def test_python_in_the_docs_runs(page, text, tiny, monkeypatch, tmp_path):
+    code = compile(text, page, "exec")
+    if "diffusers" in text:
+        return  # tests/compat runs the pipeline
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TextToImage, "load", classmethod(lambda cls, folder: tiny))
+    exec(code, {})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_the_code_name_what_is_there(page):
+    known = {name for module in MODULES for one in things_of(module) for name in (*one.names, *one.untold)}
+    up = ROOT if page == "README.md" else ROOT / "docs"
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)", BLOCK.sub("", PAGES[page])):
+        if target.startswith("https://"):
+            continue
+        file = (up / target).resolve()
+        assert file.is_file() or target.startswith("code/"), target
+        name = text.strip("`")
+        if re.fullmatch(r"\w+(\.\w+)+", name) and file.suffix == ".py" and not name.endswith(".py"):
+            module = parsed.module_name(file.relative_to(ROOT).as_posix())
+            assert f"{module}.{name.partition('.')[2]}" in known, name
+
+
+def test_with_the_widths_in_the_docs_the_networks_have_stable_diffusions_size():
+    (words,) = commands(BLOCK.findall(PAGES["to-stable-diffusion.md"])[0][1])
+    config = train.configuration(train.parser().parse_args(words[2:])).model
+    with torch.device("meta"):
+        unet = UNet(4, 4, config.channels, config.attention_levels, config.res_blocks, 768, config.head_width)
+        vae = KLVAE(config.vae_channels, config.vae_layers, config.latent_channels)
+    for network in (unet, vae):
+        assert f"{sum(p.numel() for p in network.parameters()):,}" in PAGES["to-stable-diffusion.md"]
