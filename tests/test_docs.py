@@ -12,6 +12,7 @@ import shlex
 import socket
 from collections import Counter
 from configparser import ConfigParser
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from PIL import Image
 
 import sample
 import train
-from ddpm import cli, export
+from ddpm import cli, evaluation, export
 from ddpm.config import Config
 from ddpm.faces import write_celeba
 from ddpm.model import TextToImage
@@ -58,9 +59,12 @@ def test_every_file_of_the_house_has_one_page():
     assert len({parsed.page_of(module.file) for module in MODULES}) == len(MODULES)
 
 
+KINDS = property | cached_property | classmethod | staticmethod
+
+
 def is_method(name: str, value) -> bool:
     written = inspect.isfunction(value) and "<string>" not in value.__code__.co_filename  # not by dataclass
-    return not name.startswith("_") and (written or isinstance(value, property | classmethod | staticmethod))
+    return not name.startswith("_") and (written or isinstance(value, KINDS))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
@@ -123,6 +127,10 @@ def check_command(words: list[str]):
     elif program[:3] == ["python", "-m", "ddpm.export"]:
         with pytest.raises(ValueError, match="expected the folder of a run|expected a diffusers folder"):
             export.main(program[3:])
+    elif program[:3] == ["python", "-m", "ddpm.evaluation"]:
+        evaluation.parser().parse_args(program[3:])
+    elif program[0] == "torchrun":
+        check_command(["python", *program[program.index("train.py") :]])
     elif program[:3] == ["pip", "install", "-e"]:
         parts = ConfigParser()
         parts.read(ROOT / "setup.cfg")
@@ -151,6 +159,7 @@ def test_commands_and_flags_in_prose_are_taken_too(page, tmp_path, monkeypatch):
             with contextlib.suppress(SystemExit) if command.endswith("--help") else contextlib.nullcontext():
                 check_command(shlex.split(command.replace("--preset NAME", "--preset tiny")))
     known = " ".join([train.parser().format_help(), sample.parser().format_help(), inspect.getsource(export.main)])
+    known += evaluation.parser().format_help()
     for flag in re.findall(r"`(--[a-z][a-z-]+)", prose):
         assert re.search(rf"{flag}\b", known), flag
 

@@ -93,9 +93,13 @@ def _definition(node: ast.stmt, parent: str, lines: list[str], kind: str = "func
     if isinstance(node, ast.ClassDef):
         kind = "class"
         for method in [n for n in node.body if _kind(n) == "definition"]:
-            is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in method.decorator_list)
+            marks = {d.id for d in method.decorator_list if isinstance(d, ast.Name)}
             if ast.get_docstring(method):
-                members.append(_definition(method, name, lines, "property" if is_property else "method"))
+                members.append(
+                    _definition(
+                        method, name, lines, "property" if marks & {"property", "cached_property"} else "method"
+                    )
+                )
                 out.append((_begin(method, lines), method.end_lineno))
             else:
                 untold.append(f"{name}.{method.name}")
