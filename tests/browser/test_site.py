@@ -30,7 +30,8 @@ LOOK = r"""() => ({
     links: [...document.querySelectorAll("a[href]")].map(a => a.href),
     broken: [...document.images].filter(i => !i.naturalWidth || !i.alt).map(i => i.src),
     headings: [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")].map(h => Number(h.tagName[1])),
-    overflow: document.documentElement.scrollWidth - window.innerWidth,
+    overflow: Math.max(...["html", ".content"].map(
+        part => document.querySelector(part)).filter(e => e).map(e => e.scrollWidth - e.clientWidth)),
 })"""
 
 
