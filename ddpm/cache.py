@@ -125,7 +125,12 @@ def load_pictures(config: Config, table: ImageTable | None, folder: Path, progre
 
 
 def drawn_pictures(folder: Path, count: int, seed: int, size: int = 64, progress: Progress = silent) -> Pictures:
-    r"""`count` drawn faces: 90 % train, 5 % valid, 5 % test, no row of attributes in two of them."""
+    r"""`count` drawn faces: 90 % train, 5 % valid, 5 % test.
+
+    They are split by groups of PER_ROW pictures that share a row of attributes. Rows are drawn independently, so equal
+    ones may fall into two splits by chance; the evaluation counts which prompts are unseen. Of fewer than 20 PER_ROW
+    pictures the last tenth is valid, which may cut a group, and none is test.
+    """
     attributes = drawn_rows(count, seed, PER_ROW)
     first = next(draw_many(attributes, seed, size))  # another way of drawing is another cache
     key = key_of("drawn", count, seed, size, hashlib.sha256(attributes.tobytes() + first.tobytes()).hexdigest())

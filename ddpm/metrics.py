@@ -236,8 +236,8 @@ def latent_health(q: DiagonalGaussian, scale: float) -> dict[str, list]:
 def balanced_accuracy(wanted: Tensor, seen: Tensor) -> Tensor:
     r"""The share of right answers among those that want an attribute and those that do not, averaged; (A,) float64.
 
-    $$\frac12 \left(\frac{\#\{\text{wanted and seen}\}}{\#\{\text{wanted}\}}
-    + \frac{\#\{\text{neither}\}}{\#\{\text{not wanted}\}}\right)$$
+    $$\frac12 \left(\frac{n_{\text{wanted and seen}}}{n_{\text{wanted}}}
+    + \frac{n_{\text{neither}}}{n_{\text{not wanted}}}\right)$$
 
     One half is what guessing gives, however rare the attribute; nan where either count is zero.
 
@@ -249,7 +249,11 @@ def balanced_accuracy(wanted: Tensor, seen: Tensor) -> Tensor:
 
 
 def wilson_interval(right: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The 95 % interval of a share, of which `right` of `of` were counted (Wilson 1927)."""
+    r"""The 95 % interval [l, u] of a share p, of which `right` of n = `of` were counted (Wilson 1927).
+
+    $$l, u = \frac{\hat p + \frac{Z^2}{2 n} \mp Z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{Z^2}{4 n^2}}}
+    {1 + \frac{Z^2}{n}}$$
+    """
     centre = (right + Z**2 / 2) / (of + Z**2)
     half = Z / (of + Z**2) * (right * (of - right) / of + Z**2 / 4).sqrt()
     return centre - half, centre + half
@@ -320,8 +324,12 @@ def frechet_distance(mu_1: Tensor, S_1: Tensor, mu_2: Tensor, S_2: Tensor) -> fl
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
     r"""How many generated pictures lie among the real ones, and the reverse (Kynkaanniemi et al. 2019, equation 2).
 
-    A set covers the balls around its members that reach to their k-th nearest fellow. Precision is the share of
-    generated features (M, D) that the real ones (N, D) cover, recall the share of real ones that the generated cover.
+    A set Y covers the balls around its members that reach to their k-th nearest fellow; x lies in one when
+
+    $$\exists\, y \in Y: \lVert x - y \rVert \le \lVert y - \mathrm{NN}_k(y, Y) \rVert$$
+
+    Precision is the share of generated features (M, D) that the real ones (N, D) cover, recall the share of real ones
+    that the generated cover.
     """
     if min(len(real), len(generated)) <= k:
         raise ValueError(f"expected more than k = {k} pictures in each set, got {len(real)} and {len(generated)}")

@@ -49,7 +49,10 @@ class Group:
             torch.cuda.set_device(device)
         elif device.type != "cpu":
             raise UserError(f"expected cuda or cpu for several processes, got {device.type}; give --device cpu")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"could not join the other processes ({error}); start them with torchrun") from None
         try:
             yield cls(device, dist.get_rank(), size)
         finally:

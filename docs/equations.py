@@ -390,6 +390,58 @@ CODE = (
         ),
     ),
     Row(
+        "latent-moments",
+        "Mean and covariance of the scaled latents, by channel",
+        "metrics.latent_health",
+        "mu logvar scale covariance variance",
+    ),
+    Row(
+        "classifier-loss",
+        "The attribute classifier's loss: both values of an attribute weigh the same",
+        "classifier.balanced_loss",
+        "y share logits",
+        formula=lambda truth, share, logit: (
+            truth / (2 * share) * log(1 + exp(-logit)) + (1 - truth) / (2 * (1 - share)) * log(1 + exp(logit))
+        ),
+    ),
+    Row(
+        "balanced-accuracy",
+        "Balanced accuracy: do pictures have what their prompts want, and lack what they do not",
+        "metrics.balanced_accuracy",
+        "wanted seen right rows",
+        formula=lambda n_wanted, n_both, n_unwanted, n_neither: (n_both / n_wanted + n_neither / n_unwanted) / 2,
+    ),
+    Row(
+        "wilson-interval",
+        "The interval of a share; Z is 1.96",
+        "metrics.wilson_interval",
+        "right of Z centre half",
+        formula=lambda n_both, n_wanted: tuple(
+            (n_both + 1.96**2 / 2 + sign * 1.96 * sqrt(n_both * (1 - n_both / n_wanted) + 1.96**2 / 4))
+            / (n_wanted + 1.96**2)
+            for sign in (-1, 1)
+        ),
+    ),
+    Row(
+        "balanced-interval",
+        "The interval of balanced accuracy; i counts its two shares",
+        "metrics.balanced_interval metrics.wilson_interval",
+        "p right of low high below above",
+    ),
+    Row(
+        "frechet-distance",
+        "The Frechet distance of two normal distributions",
+        "metrics.frechet_distance metrics.gaussian_of",
+        "mu_1 S_1 mu_2 S_2 root cross",
+        formula=lambda mu_1, S_1, mu_2, S_2: (mu_1 - mu_2) ** 2 + S_1 + S_2 - 2 * sqrt(S_1 * S_2),
+    ),
+    Row(
+        "precision-recall",
+        "What a set of pictures covers: precision counts the generated that real ones cover, recall the reverse",
+        "metrics.precision_recall",
+        "x by k reach covered",
+    ),
+    Row(
         "ema",
         "The average of the weights",
         "training.EMA training.EMA.update",

@@ -461,6 +461,89 @@ ssim: the constants swapped
 ssim: covariance of the means
 - mean(x * y) - mu_x * mu_y
 + mean(x * y)
+latent-moments: the covariance scaled as the mean is
+- scale**2 * (torch.cov(mu)
++ scale * (torch.cov(mu)
+latent-moments: the encoder's variance forgotten
+- + logvar.exp().mean(dim=1).diag())
++ + 0)
+latent-moments: the deviation for the variance
+- + logvar.exp().mean(dim=1).diag())
++ + (logvar / 2).exp().mean(dim=1).diag())
+latent-moments: the mean not scaled
+- (scale * mu.mean(dim=1)).tolist()
++ mu.mean(dim=1).tolist()
+balanced-accuracy: not balanced
+- ((rows * right).sum(0) / rows.sum(0) + ((1 - rows) * right).sum(0) / (1 - rows).sum(0)) / 2
++ right.double().mean(0)
+balanced-accuracy: of those seen, not of those wanted
+- (rows * right).sum(0) / rows.sum(0)
++ (rows * right).sum(0) / seen.sum(0)
+balanced-accuracy: what is not wanted left out
+- + ((1 - rows) * right).sum(0) / (1 - rows).sum(0)) / 2
++ + 0)
+wilson-interval: around the share itself
+- centre = (right + Z**2 / 2) / (of + Z**2)
++ centre = right / of
+wilson-interval: the normal approximation's width
+- (right * (of - right) / of + Z**2 / 4).sqrt()
++ (right * (of - right) / of).sqrt()
+wilson-interval: an interval of 90 of 100
+- Z = 1.96
++ Z = 1.645
+balanced-interval: below and above swapped
+- below + (right / of - low) ** 2, above + (high - right / of) ** 2
++ below + (high - right / of) ** 2, above + (right / of - low) ** 2
+balanced-interval: that of the sum, not of the mean
+- return p - below.sqrt() / 2, p + above.sqrt() / 2
++ return p - below.sqrt(), p + above.sqrt()
+balanced-interval: the widths added, not their squares
+- below + (right / of - low) ** 2, above + (high - right / of) ** 2
++ below + (right / of - low), above + (high - right / of)
+balanced-interval: of those that want the attribute alone
+- for group in (wanted, ~wanted):
++ for group in (wanted, wanted):
+frechet-distance: the means left out
+- float(apart + S_1
++ float(S_1
+frechet-distance: the inner root left out
+- (vectors * values.clamp(min=0).sqrt()) @ vectors.T
++ (vectors * values.clamp(min=0)) @ vectors.T
+frechet-distance: the outer root left out
+- @ root).clamp(min=0).sqrt().sum()
++ @ root).clamp(min=0).sum()
+frechet-distance: the cross term once
+- - 2 * cross
++ - cross
+frechet-distance: second moments for covariances
+- torch.cov(features.T).reshape(features.shape[1], -1)
++ features.T @ features / (len(features) - 1)
+precision-recall: each its own nearest fellow
+- kthvalue(k + 1, dim=1)
++ kthvalue(k, dim=1)
+precision-recall: swapped
+- return covered(generated, by=real), covered(real, by=generated)
++ return covered(real, by=generated), covered(generated, by=real)
+precision-recall: in all balls, not in any
+- <= reach).any(dim=1)
++ <= reach).all(dim=1)
+precision-recall: the balls of one member for all
+- by) <= reach).any(dim=1)
++ by) <= reach.max()).any(dim=1)
+
+ddpm/classifier.py
+classifier-loss: not balanced
+- weight=y / (2 * share) + (1 - y) / (2 * (1 - share))
++ weight=None
+classifier-loss: the shares swapped
+- weight=y / (2 * share) + (1 - y) / (2 * (1 - share))
++ weight=y / (2 * (1 - share)) + (1 - y) / (2 * share)
+classifier-loss: twice as large
+- weight=y / (2 * share) + (1 - y) / (2 * (1 - share))
++ weight=y / share + (1 - y) / (1 - share)
+classifier-loss: a logit above 0 is no
+- with_logits(logits.float(), y,
++ with_logits(-logits.float(), y,
 
 ddpm/model.py
 sampling-path: latents not scaled back

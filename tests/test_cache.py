@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm import cache
 from ddpm.cache import PER_ROW, Latents, Pictures, Texts, cached_array, drawn_pictures, encode_latents, photographs
 from ddpm.config import UserError
-from ddpm.data import TRAIN, VALID, open_table
+from ddpm.data import TEST, TRAIN, VALID, open_table
 from ddpm.faces import write_celeba
 from ddpm.vae import KLVAE
 
@@ -40,11 +41,30 @@ def test_an_array_whose_filling_fails_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_drawn_splits_share_no_row_of_attributes(tmp_path):
-    pictures = drawn_pictures(tmp_path, 40 * PER_ROW, seed=0, size=16)
-    assert len(pictures.rows(TRAIN)) == 36 * PER_ROW and len(pictures.rows(VALID)) == 2 * PER_ROW
-    row = np.arange(40 * PER_ROW) // PER_ROW
-    assert not set(row[pictures.rows(TRAIN)]) & set(row[pictures.rows(VALID)])
+def drawn_blank(folder, count, monkeypatch):
+    monkeypatch.setattr(cache, "draw_many", lambda rows, seed, size: (np.zeros((size, size, 3)) for _ in rows))
+    return drawn_pictures(folder, count, seed=0, size=1)
+
+
+def test_drawn_splits_are_of_whole_groups_that_share_a_row_of_attributes(tmp_path, monkeypatch):
+    pictures = drawn_blank(tmp_path, 40 * PER_ROW, monkeypatch)
+    split, rows = pictures.split.reshape(40, PER_ROW), pictures.attributes.reshape(40, PER_ROW, 40)
+    assert (split == split[:, :1]).all() and (rows == rows[:, :1]).all()
+    assert np.bincount(split[:, 0]).tolist() == [36, 2, 2]
+
+
+def test_equal_rows_of_attributes_fall_into_two_splits_by_chance(tmp_path, monkeypatch):
+    pictures = drawn_blank(tmp_path, 8000, monkeypatch)
+    train, valid, test = (
+        {row.tobytes() for row in pictures.attributes[pictures.rows(s)]} for s in (TRAIN, VALID, TEST)
+    )
+    assert train & valid and train & test
+    assert len(train & (valid | test)) < 0.15 * len(valid | test)  # or the held-out splits would hold little back
+
+
+def test_of_few_drawn_pictures_the_last_tenth_is_valid(tmp_path, monkeypatch):
+    pictures = drawn_blank(tmp_path, 50, monkeypatch)
+    assert pictures.split.tolist() == [TRAIN] * 45 + [VALID] * 5
 
 
 def test_pictures_of_equal_attributes_share_their_caption(tmp_path):

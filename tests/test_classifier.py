@@ -94,6 +94,7 @@ def test_drawn_faces_teach_what_changes_the_picture_and_captions_teach_nothing(f
         attribute_classifier(tmp_path, captioned, CPU)
 
 
+@pytest.mark.equation("classifier-loss")
 def test_both_values_weigh_the_same_in_the_loss():
     share, logits = torch.tensor([0.25]), torch.zeros(4, 1, requires_grad=True)
     truth = torch.tensor([[True], [False], [False], [False]])
@@ -102,6 +103,14 @@ def test_both_values_weigh_the_same_in_the_loss():
     loss.backward()
     assert logits.grad.sum().item() == pytest.approx(0, abs=1e-6)
     assert logits.grad[0].item() == pytest.approx(-3 * logits.grad[1].item())
+
+
+@pytest.mark.equation("classifier-loss")
+def test_the_loss_at_a_share_of_one_half_is_plain_cross_entropy():
+    logits, truth = torch.tensor([[2.0, -1.0], [0.5, 3.0]]), torch.tensor([[True, False], [False, True]])
+    loss = balanced_loss(logits, truth, torch.tensor([0.5, 0.5]))
+    right = torch.tensor([2.0, 1.0, -0.5, 3.0]).sigmoid()
+    assert loss.item() == pytest.approx(-right.log().mean().item(), rel=1e-6)
 
 
 def test_a_blurred_point_has_the_gaussians_variance_and_a_flat_picture_stays():

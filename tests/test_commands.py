@@ -222,11 +222,6 @@ def test_an_output_folder_that_is_taken_a_file_or_not_writable_is_refused(traine
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_several_processes_are_refused_until_they_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun" in refused(capsys, run_train, *QUICK, "--out", tmp_path / "run")
-
-
 def test_a_run_keeps_the_text_weights_that_came_from_a_file(tower, tmp_path):
     tower.save(tmp_path / "mine.safetensors")
     folder = tmp_path / "runs" / "own_text"

@@ -14,6 +14,7 @@ from torch import nn
 
 from ddpm.attention import attend
 from ddpm.cache import Pictures
+from ddpm.classifier import balanced_loss
 from ddpm.diffusion import (
     diffusion_loss,
     forward_step,
@@ -26,7 +27,7 @@ from ddpm.diffusion import (
     variational_term,
     x_0_and_eps,
 )
-from ddpm.metrics import laplace_bits, psnr
+from ddpm.metrics import balanced_accuracy, frechet_distance, laplace_bits, psnr, wilson_interval
 from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, guided
 from ddpm.schedule import Schedule
 from ddpm.training import EMA
@@ -138,6 +139,7 @@ def test_every_equation_is_departed_from_in_two_ways_at_least():
 # ------------------------------------------------------------------------------------------- numbers
 
 N = 100
+ANSWERS = 60  # pictures in which attributes are counted
 LINEAR = Schedule.named("linear")
 CHAINS = {name: Schedule.named(name) for name in ("linear", "scaled_linear", "cosine")}
 
@@ -146,9 +148,10 @@ def drawn():
     r"""A random number for every symbol that a formula takes: tensors of N, or one for all."""
     g = torch.Generator().manual_seed(0)
     names = "x_prev x_0 x_0_hat x_0_prev x_t x x_hat eps eps_hat noise output mu logvar uncond cond average theta"
-    names = [*names.split(), "q", "k_0", "k_1", "v_0", "v_1"]
+    names = [*names.split(), "q", "k_0", "k_1", "v_0", "v_1", "mu_1", "mu_2", "S_1", "S_2", "logit"]
     V = {name: torch.randn(N, generator=g, dtype=torch.float64) for name in names}
     V["x"], V["x_hat"] = V["x"].tanh(), V["x_hat"].tanh()  # pictures, in [-1, 1]
+    V["S_1"], V["S_2"] = V["S_1"].exp(), V["S_2"].exp()  # variances
     t_prev = torch.randint(2, 1000, (N,), generator=g)
     t = 1 + (torch.rand(N, generator=g) * (t_prev - 1)).long()
     s = (torch.rand(N, generator=g) * t).long()
@@ -158,6 +161,11 @@ def drawn():
         V |= {f"alpha_bar_{letter}": alpha_bar, f"lambda_{letter}": torch.logit(alpha_bar) / 2}
     V |= {"alpha_bar_before": LINEAR.alpha_bar[t - 1], "alpha_bar_T": LINEAR.alpha_bar[-1].item(), "width": 0.4}
     V |= {"nu": torch.rand(N, generator=g, dtype=torch.float64)}
+    V |= {"truth": torch.randint(2, (N,), generator=g), "share": 0.05 + 0.9 * torch.rand(N, generator=g)}
+    n_wanted = torch.randint(1, ANSWERS, (N,), generator=g)
+    V |= {"n_wanted": n_wanted, "n_both": (torch.rand(N, generator=g) * (n_wanted + 1)).long()}
+    n_unwanted = ANSWERS - n_wanted
+    V |= {"n_unwanted": n_unwanted, "n_neither": (torch.rand(N, generator=g) * (n_unwanted + 1)).long()}
     V |= {"eta": 0.6, "scale": 3.5, "kl_weight": 0.3, "decay": 0.7, "n": 7, "beta": LINEAR.beta.tolist()}
     return SimpleNamespace(**V)
 
@@ -184,6 +192,26 @@ def averaged(V):
 def pictures_of(level):
     pixels = level.to(torch.uint8).numpy()[:, None, None, None].repeat(3, axis=3)
     return Pictures(pixels, np.ones(N, bool), np.zeros(N, np.uint8), None, ("",) * N, (), "")
+
+
+def accuracies(V):
+    r"""Of N attributes: first the pictures that want one, the right answers before the wrong ones."""
+    place = torch.arange(ANSWERS)[:, None]
+    wanted = place < V.n_wanted
+    right = torch.where(wanted, place < V.n_both, place < V.n_wanted + V.n_neither)
+    return balanced_accuracy(wanted, wanted == right)
+
+
+def frechet_distances(V):
+    r"""Of normal distributions of single numbers."""
+    numbers = torch.stack([V.mu_1, V.S_1, V.mu_2, V.S_2], dim=1)[:, :, None]
+    found = [frechet_distance(mu_1, S_1[:, None], mu_2, S_2[:, None]) for mu_1, S_1, mu_2, S_2 in numbers]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def classifier_losses(V):
+    numbers = zip(V.logit, V.truth, V.share, strict=True)
+    return torch.stack([balanced_loss(logit, truth == 1, share) for logit, truth, share in numbers])
 
 
 def guided_answers(V):
@@ -228,6 +256,10 @@ EXACT = {  # id -> what the code computes of the drawn numbers, one tensor of N 
     "guidance": guided_answers,
     "psnr": lambda V: psnr(V.x[:, None], V.x_hat[:, None]),
     "laplace-bits": lambda V: laplace_bits(V.x, V.x_hat, V.width),
+    "classifier-loss": classifier_losses,
+    "balanced-accuracy": accuracies,
+    "wilson-interval": lambda V: wilson_interval(V.n_both.double(), V.n_wanted.double()),
+    "frechet-distance": frechet_distances,
     "ema": averaged,
 }
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -25,12 +27,14 @@ def covariance(D, seed):
     return root @ root.T / D
 
 
+@pytest.mark.equation("frechet-distance")
 def test_frechet_distance_of_gaussians_with_diagonal_covariances_is_that_of_their_deviations():
     mu_1, mu_2, sigma_1, sigma_2 = normal(4, 6).abs() + 0.1
     expected = ((mu_1 - mu_2) ** 2 + (sigma_1 - sigma_2) ** 2).sum().item()
     assert frechet_distance(mu_1, (sigma_1**2).diag(), mu_2, (sigma_2**2).diag()) == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.equation("frechet-distance")
 def test_frechet_distance_of_any_gaussians_has_the_trace_of_the_products_root():
     S_1, S_2, mu = covariance(5, seed=1), covariance(5, seed=2), torch.zeros(5)
     root_trace = torch.linalg.eigvals(S_1 @ S_2).real.sqrt().sum()  # S_1 S_2 has the eigenvalues of its symmetric twin
@@ -39,6 +43,7 @@ def test_frechet_distance_of_any_gaussians_has_the_trace_of_the_products_root():
     assert frechet_distance(mu, S_2, mu, S_1) == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.equation("frechet-distance")
 def test_frechet_distance_is_zero_from_itself_and_a_point_is_at_its_trace():
     mu, S = normal(5), covariance(5, seed=3)
     S[0], S[:, 0] = 0, 0  # singular, as with fewer pictures than features
@@ -46,6 +51,7 @@ def test_frechet_distance_is_zero_from_itself_and_a_point_is_at_its_trace():
     assert frechet_distance(mu, S, mu, torch.zeros(5, 5)) == pytest.approx(S.trace().item(), rel=1e-10)
 
 
+@pytest.mark.equation("frechet-distance")
 def test_frechet_distance_of_two_samples_falls_to_the_truth_as_they_grow():
     shift = torch.tensor([2.0, 0, 0])
     small, large = (
@@ -55,6 +61,7 @@ def test_frechet_distance_of_two_samples_falls_to_the_truth_as_they_grow():
     assert large == pytest.approx(4.0, abs=0.1) and abs(large - 4) < abs(small - 4)
 
 
+@pytest.mark.equation("frechet-distance")
 def test_the_gaussian_is_numpys_mean_and_covariance():
     x = normal(30, 4)
     mu, S = gaussian_of(x.float())
@@ -65,12 +72,14 @@ def test_the_gaussian_is_numpys_mean_and_covariance():
         gaussian_of(x[:1])
 
 
+@pytest.mark.equation("precision-recall")
 def test_equal_clouds_cover_each_other_and_separate_ones_do_not():
     x = normal(50, 3)
     assert precision_recall(x, x) == (1.0, 1.0)
     assert precision_recall(x, x + 100) == (0.0, 0.0)
 
 
+@pytest.mark.equation("precision-recall")
 def test_a_cloud_that_is_half_of_the_other_is_precise_and_recalls_half():
     left, right = normal(60, 2, seed=1), normal(60, 2, seed=2) + 100
     precision, recall = precision_recall(torch.cat([left, right]), left)
@@ -78,6 +87,7 @@ def test_a_cloud_that_is_half_of_the_other_is_precise_and_recalls_half():
     assert precision_recall(left, torch.cat([left, right])) == (0.5, 1.0)
 
 
+@pytest.mark.equation("precision-recall")
 def test_balls_reach_to_the_kth_fellow():
     real, generated = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[-1.5], [-3.5]])
     assert precision_recall(real, generated, k=1) == (0.0, pytest.approx(1 / 3))  # balls 1, 1, 2; 2, 2
@@ -86,6 +96,7 @@ def test_balls_reach_to_the_kth_fellow():
         precision_recall(real, generated)
 
 
+@pytest.mark.equation("balanced-accuracy")
 def test_balanced_accuracy_by_hand():
     wanted = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 0, 1], [1, 0, 1], [0, 0, 1]]).bool()
     seen = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 1], [0, 0, 1], [1, 0, 1]]).bool()
@@ -94,6 +105,7 @@ def test_balanced_accuracy_by_hand():
     assert found[2].isnan()
 
 
+@pytest.mark.equation("balanced-accuracy")
 def test_guessing_scores_one_half_however_rare_the_attribute():
     wanted = torch.zeros(100, 2, dtype=torch.bool)
     wanted[:3] = True
@@ -101,12 +113,26 @@ def test_guessing_scores_one_half_however_rare_the_attribute():
     assert balanced_accuracy(wanted, seen).tolist() == [0.5, 0.5]
 
 
+@pytest.mark.equation("wilson-interval")
 def test_wilsons_interval_has_its_published_values():
     low, high = wilson_interval(torch.tensor([8.0, 0.0]), torch.tensor([10.0, 10.0]))
     assert low.tolist() == pytest.approx([0.4902, 0.0], abs=1e-4)
     assert high.tolist() == pytest.approx([0.9433, 0.2775], abs=1e-4)
 
 
+@pytest.mark.equation("balanced-interval")
+def test_the_interval_of_balanced_accuracy_by_hand():
+    wanted = (torch.arange(40) < 10)[:, None]
+    right = torch.ones(40, 1, dtype=torch.bool)
+    low, high = balanced_interval(wanted, right == wanted)  # Wilson: 10 of 10 is above 0.7225, 30 of 30 above 0.8865
+    assert low.item() == pytest.approx(1 - math.hypot(0.2775, 0.1135) / 2, abs=1e-4) and high.item() == 1.0
+    right[8:10] = False  # 8 of 10 lies between 0.4902 and 0.9433
+    low, high = balanced_interval(wanted, right == wanted)
+    assert low.item() == pytest.approx(0.9 - math.hypot(0.3098, 0.1135) / 2, abs=1e-4)
+    assert high.item() == pytest.approx(0.9 + 0.1433 / 2, abs=1e-4)
+
+
+@pytest.mark.equation("balanced-interval")
 def test_the_interval_of_balanced_accuracy_holds_the_truth_in_95_of_100_trials():
     trials, wanted = 4000, torch.arange(90) < 30
     right = torch.rand(90, trials, generator=torch.Generator().manual_seed(0))
@@ -154,6 +180,7 @@ def test_a_copy_is_at_no_distance():
     assert places.flatten().tolist() == [3, 4] and distances.max() < 1e-4
 
 
+@pytest.mark.equation("latent-moments")
 def test_latent_moments_are_those_of_many_scaled_samples():
     q = DiagonalGaussian(normal(6, 3, 4, 4, seed=1) * torch.tensor([1.0, 2, 3]).view(3, 1, 1) + 0.5,
                          normal(6, 3, 4, 4, seed=2))  # fmt: skip

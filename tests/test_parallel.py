@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddpm.config import UserError
 from ddpm.parallel import Group
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,19 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(tmp_path
     said, _ = process.communicate(timeout=240)
     assert "error: expected a batch that 2 processes x 1 parts divide, got 7" in said
     assert "Traceback (most recent call last)" not in said.split("error: expected")[0]
+
+
+def test_a_process_that_torchrun_did_not_start_is_told_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="start them with torchrun"), Group.joined(torch.device("cpu")):
+        pass
+    with (
+        pytest.raises(UserError, match="cuda or cpu for several processes, got mps"),
+        Group.joined(torch.device("mps")),
+    ):
+        pass
 
 
 def test_a_share_is_a_processs_part_of_the_batch_and_together_they_are_the_batch():
