@@ -161,6 +161,8 @@ class Run:
         if not (self.folder / "config.json").exists():
             return "nothing is saved yet; give the command again"
         saved = f"{told(self.saved)} is saved" if self.saved else "no step is saved yet"
+        if not self.writes:  # it cannot know whether the first process lived to save
+            saved = "what the first process saved stands"
         return f"{saved}; go on with python train.py --resume {self.folder}"
 
     def log(self, **row) -> dict:

@@ -80,20 +80,26 @@ def test_caches_are_made_once_and_only_one_process_writes(one_and_two):
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
 
 
-@pytest.mark.parametrize("how", ["a process is killed", "the launcher is told to stop"])
-def test_a_group_that_ends_early_leaves_a_checkpoint_that_one_process_goes_on_from(how, tmp_path):
-    long = ["--max-steps", 2000, "--sample-every", 2000, "--save-every", 2000]
-    process = start(*FLAGS, *long, "--out", tmp_path / "run", "--cache", tmp_path / "cache")
+def training(folder: Path, *more) -> tuple[subprocess.Popen, list[int]]:
+    r"""A long run that has taken some steps: torchrun, and the ids of its processes, the first one first."""
+    long = ["--max-steps", 2000, "--sample-every", 2000]
+    process = start(*FLAGS, *long, *more, "--out", folder / "run", "--cache", folder / "cache")
     deadline = time.monotonic() + 240
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.kill()
         pytest.skip("needs /proc to find the processes")
-    while not (tmp_path / "run" / "config.json").exists() and time.monotonic() < deadline:
+    while not (folder / "run" / "config.json").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(3)  # some steps
+    return process, [int(pid) for pid in children.read_text().split()]
+
+
+@pytest.mark.parametrize("how", ["a process is killed", "the launcher is told to stop"])
+def test_a_group_that_ends_early_leaves_a_checkpoint_that_one_process_goes_on_from(how, tmp_path):
+    process, children = training(tmp_path, "--save-every", 2000)
     if how == "a process is killed":
-        os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+        os.kill(children[-1], signal.SIGKILL)
     else:
         process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=240)
@@ -104,6 +110,18 @@ def test_a_group_that_ends_early_leaves_a_checkpoint_that_one_process_goes_on_fr
     assert 0 < at < 2000
     finished("--resume", tmp_path / "run", "--cache", tmp_path / "cache", "--stop-after", 2, launcher=[sys.executable])
     assert [int(r["step"]) for r in rows(tmp_path / "run")] == list(range(1, at + 3))
+
+
+def test_where_the_first_process_is_killed_nobody_says_that_it_saved(tmp_path):
+    process, children = training(tmp_path, "--save-every", 5)
+    os.kill(children[0], signal.SIGKILL)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "error: lost the other processes at vae step" in said and " is saved" not in said, said
+    assert f"what the first process saved stands; go on with python train.py --resume {tmp_path / 'run'}" in said
+    finished("--resume", tmp_path / "run", "--cache", tmp_path / "cache", "--stop-after", 2, launcher=[sys.executable])
+    steps = [int(r["step"]) for r in rows(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) % 5 == 2  # from a checkpoint
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(tmp_path):
