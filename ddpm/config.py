@@ -275,7 +275,7 @@ def parameters(m: ModelConfig) -> int:
     return vae + sum(levels) + 60 * m.channels[-1] ** 2
 
 
-def read_json(path: Path):
+def read_json(path: Path, constants: bool = False):
     r"""What a small JSON file holds, by `parse_json`; raises OSError or ValueError."""
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError("it is no file")
@@ -283,12 +283,14 @@ def read_json(path: Path):
         data = file.read(MOST_JSON + 1)
     if len(data) > MOST_JSON:
         raise ValueError(f"it has more than {MOST_JSON:,} bytes")
-    return parse_json(data.decode("utf-8-sig"))
+    return parse_json(data.decode("utf-8-sig"), constants)
 
 
-def parse_json(text: str):
+def parse_json(text: str, constants: bool = False):
     r"""JSON without what Python lets pass: ValueError for a name given twice, NaN, infinities and 1e999, whole numbers
     beyond 64 bits, and brackets nested too deep.
+
+    Args: constants: NaN, Infinity and -Infinity pass, which others' files have.
     """
 
     def once(pairs: list) -> dict:
@@ -309,7 +311,8 @@ def parse_json(text: str):
         return float(digits)
 
     try:
-        return json.loads(text, object_pairs_hook=once, parse_int=whole, parse_float=finite, parse_constant=finite)
+        constant = float if constants else finite
+        return json.loads(text, object_pairs_hook=once, parse_int=whole, parse_float=finite, parse_constant=constant)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

@@ -233,7 +233,7 @@ class Settings(dict):
     def __init__(self, path: Path):
         self.path = path
         try:
-            values = read_json(path)
+            values = read_json(path, constants=True)  # diffusers writes "lambda_min_clipped": -Infinity
         except (OSError, ValueError) as error:
             raise UserError(f"expected a diffusers folder with {path}, could not read it: {error}") from None
         if not isinstance(values, dict):

@@ -384,3 +384,11 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr().err == (
         "error: the following arguments are required: DIR; see python -m ddpm.export --help\n"
     )
+
+
+def test_a_setting_of_theirs_may_be_infinite_and_one_that_we_use_may_not(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "theirs", copy_function=os.link)
+    change(tmp_path / "theirs", "scheduler", lambda_min_clipped=-float("inf"))
+    assert export.import_diffusers(tmp_path / "theirs").latent_scale == 1.25
+    change(tmp_path / "theirs", "vae", scaling_factor=float("inf"))
+    assert "scaling_factor as a number above 0" in refusal_of(export.import_diffusers, tmp_path / "theirs")
