@@ -386,7 +386,7 @@ class Evaluation:
         found = bits_per_dimension(
             self.model, self.latents, self.texts, self.held, rows, width, precision=self.precision, seed=self.a.seed
         )
-        return {"n": n, "width": width, **found}
+        return {"n": n, "variance": self.model.config.variance, "width": width, **found}
 
     def point(self, setting: Setting) -> dict:
         r"""One point of a curve."""
@@ -680,6 +680,13 @@ def summary(result: dict) -> Iterator[str]:
         yield f"VAE, n {told['n']}: {told['psnr']:.2f} dB PSNR, {told['ssim']:.4f} SSIM"
     if told := result.get("loss"):
         yield f"loss ({told['prediction']}), n {told['n']}: {told['mean']:.4f}"
+    if told := result.get("bits"):
+        own, picture = told["latent"][told["variance"]], told["picture"]
+        yield (
+            f"bits a dimension, n {told['n']}: latents {own['total']:.2f} +- {own['standard_error']:.2f} (Sigma "
+            f"{told['variance']}), pictures {picture['total']:.2f}: latent {picture['latent']:.2f}, "
+            f"error {picture['error']:.2f}"
+        )
     for part in ("guidance", "steps"):
         for p in result.get(part, []):
             told = ", ".join(f"{y} {p[y]:.3g}" for y in ("adherence", "frechet") if p.get(y) is not None)

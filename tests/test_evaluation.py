@@ -197,14 +197,17 @@ def test_the_same_seed_gives_the_same_json_but_for_times(run, result, tmp_path):
 
 
 def test_some_parts_of_some_rows_of_another_split(run, tmp_path, capsys):
-    arguments = [run, "--n", 12, "--split", "valid", "--only", "vae,steps", "--full", "--out", tmp_path, "--seed", 3]
+    arguments = [run, "--n", 12, "--split", "valid", "--only", "vae,bits,steps", "--full", "--out", tmp_path]
     assert evaluate(*arguments) == 0
     result = json.loads((tmp_path / "result.json").read_text())
-    assert set(result) == {"format", "settings", "vae", "steps", "left_out", "seconds"} and result["vae"]["n"] == 12
+    assert set(result) == {"format", "settings", "vae", "bits", "steps", "left_out", "seconds"}
+    assert result["vae"]["n"] == 12
     assert {"sampler": "ddpm", "steps": 30, "n": 12}.items() <= result["steps"][-1].items()
     assert {p.name for p in tmp_path.iterdir()} == {"result.json", "steps.png"}
     told = capsys.readouterr().out.splitlines()
     assert told[1].startswith("about ") and any(line.startswith("VAE, n 12") for line in told)
+    own = result["bits"]["latent"][result["bits"]["variance"]]
+    assert any(f"bits a dimension, n 12: latents {own['total']:.2f} +- " in line for line in told)
 
 
 def test_pictures_drawn_for_a_short_curve_are_the_first_of_a_long_one(tmp_path):
