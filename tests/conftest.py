@@ -24,10 +24,10 @@ def without_zeros(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Modu
     return module
 
 
-def refusal_of(action):
+def refusal_of(action, *arguments) -> str:
     r"""The text of the UserError that `action` raises, which must be one line."""
     with pytest.raises(UserError) as refusal:
-        action()
+        action(*arguments)
     told = str(refusal.value)
     assert "\n" not in told
     return told

@@ -11,12 +11,12 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, without_zeros
+from conftest import TINY, refusal_of, without_zeros
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddpm import cli, export
-from ddpm.config import PRESETS, Config, ModelConfig, UserError
+from ddpm.config import PRESETS, Config, ModelConfig
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
 from ddpm.unet import UNet
@@ -66,13 +66,6 @@ def change(folder, part: str, **changes):
     values = {k: v for k, v in (settings(folder, part) | changes).items() if v is not ...}
     path.unlink()  # the link, not the file that other tests read
     path.write_text(json.dumps(values))
-
-
-def refusal_of(action, *arguments) -> str:
-    with pytest.raises(UserError) as refusal:
-        action(*arguments)
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
 
 
 # ------------------------------------------------------------------------------------------- what is written
