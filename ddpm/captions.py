@@ -154,8 +154,9 @@ def describe(attributes: ArrayLike | Mapping[str, object], seed: int | Sequence[
 
     Without a seed it is the full form, used for evaluation: fixed wording, every positive attribute of
     `consistent(attributes)`, and always man or woman, young or older. (No_Beard is said of men only.)
-    With a seed it is one of many, used for training: synonyms, order and opening vary, gender stays in 90 %,
-    and everything else with a probability that is itself drawn for the caption, so that some are short.
+    With a seed it is one of many, used for training: synonyms, order and opening vary, gender stays in 90 %.
+    Half of them say everything else too, since what some leave out is learned late; of the others each thing stays
+    with a probability that is itself drawn for the caption, so that some are short.
 
     Args:
         attributes: as for `consistent`.
@@ -174,7 +175,7 @@ def describe(attributes: ArrayLike | Mapping[str, object], seed: int | Sequence[
     """
     row = dict(zip(ATTRIBUTES, consistent(attributes).tolist(), strict=True))
     rng = None if seed is None else np.random.default_rng(seed)
-    keep = 1.0 if rng is None else rng.uniform(0.1, 1.0)
+    keep = 1.0 if rng is None or rng.random() < 0.5 else rng.uniform(0.1, 1.0)
     places: dict[str, list[str]] = defaultdict(list)
     for phrase in PHRASES:
         if phrase.wordings and row[phrase.name] == phrase.value and _is_sensible(phrase, row, places):

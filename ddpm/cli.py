@@ -2,6 +2,7 @@ r"""What the commands share: one line for what a person can mend, exit code 2, l
 
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -77,6 +78,7 @@ def _next_ends():
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     r"""Call `main`; print a UserError or an OSError as one line and return 2, SIGINT as 130, SIGTERM as 143."""
+    keep_freed_memory()
     try:
         with on_signals(_leave), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(
@@ -124,6 +126,19 @@ def choose_precision(name: str, device) -> str:
     if device.type == "cpu":
         return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     return "fp32"
+
+
+def keep_freed_memory():
+    r"""Let this process keep what it frees for what it takes next, where the C library is glibc; elsewhere nothing.
+
+    Left alone, glibc gives every large tensor back to the system and takes the next one from it page by page: a
+    quarter of a training step on the CPU. The numbers are the same.
+    """
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        set_option = ctypes.CDLL("libc.so.6").mallopt
+        set_option(mmap_max, 0)
+        set_option(trim_threshold, 2**31 - 1)
 
 
 def be_quiet():

@@ -127,7 +127,9 @@ LAPTOP = {
 LAPTOP_STEPS = {"vae_steps": 1_000_000, "unet_steps": 1_000_000}  # the minutes end it first
 
 PRESETS = {
-    "drawn64": LAPTOP | LAPTOP_STEPS | {"max_minutes": 15.0, "vae_share": 0.3},
+    "drawn64": LAPTOP | LAPTOP_STEPS | {
+        "vae_channels": (32, 64, 64), "channels": (64, 128), "attention_levels": (1,), "max_minutes": 15.0,
+    },
     "celeba64": {},
     "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"vae_channels": (32, 64, 64), "max_minutes": 60.0, "vae_share": 0.25},
     "lowvram": {
