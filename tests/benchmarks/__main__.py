@@ -41,8 +41,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-
-
 def main(argv: list[str] | None = None) -> int:
     p = parser()
     a = p.parse_args(argv)

@@ -1,7 +1,7 @@
 r"""Timing that takes turns, what the machine reaches at best, and rows of a table with their goals.
 
-Two things are compared in rounds: in each, both run once, one after the other, and give one ratio. What else the machine
-does then meets both. A row tells the median and the range over the rounds.
+Two things are compared in rounds: in each, both run once, one after the other, and give one ratio. What else the
+machine does then meets both. A row tells the median and the range over the rounds.
 """
 
 import dataclasses
@@ -153,10 +153,13 @@ def installed(name: str) -> str | None:
 
 def commit() -> str:
     r"""The commit that was measured, with a + where files differ from it; empty outside of git."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "ddpm", "train.py") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "ddpm", "train.py") else ""
+        )
     except OSError:
         return ""

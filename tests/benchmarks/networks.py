@@ -1,7 +1,8 @@
-r"""The UNet and the VAE against diffusers' on the same weights: training steps, and their share of the machine's peak."""
+r"""The UNet and the VAE against diffusers' on the same weights: training steps, and their share of the peak."""
 
-import statistics
+import functools
 from collections.abc import Callable, Iterator
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -105,14 +106,20 @@ def train(quick: bool, **_) -> Iterator[Row]:
                    "8 heads)", a, b, BATCH, "images/s", 3.0)  # fmt: skip
 
 
+@functools.cache
+def like_for_like(precision: str, channels_last: bool, quick: bool) -> tuple[list[list[float]], int]:
+    r"""Seconds of our training step and theirs with everything alike, and the floating-point operations of ours."""
+    _, unet = spec_networks()
+    pair = (unet, their_unet(unet, as_ours=True))
+    steps = [unet_step(network, network is unet, precision, channels_last, fused=True) for network in pair]
+    return alternate(steps, rounds=3 if quick else 7), flops(steps[0])
+
+
 def train_like(quick: bool, **_) -> Iterator[Row]:
     r"""The same step with everything alike, in the layouts and precisions that people use."""
-    _, unet = spec_networks()
-    other = their_unet(unet, as_ours=True)
     for precision in ("fp32", "bf16"):
         for channels_last in (True,) if quick else (True, False):
-            steps = [unet_step(n, n is unet, precision, channels_last, fused=True) for n in (unet, other)]
-            a, b = alternate(steps, rounds=3 if quick else 7)
+            (a, b), _ = like_for_like(precision, channels_last, quick)
             layout = "channels-last" if channels_last else "plain layout"
             yield compared("train-like", f"UNet training step, {LIKE}: {precision}, {layout}", a, b, BATCH, "images/s",
                            1.25)  # fmt: skip
@@ -127,17 +134,13 @@ def flops(step: Callable[[], None]) -> int:
 
 def peak(quick: bool, machine: dict, **_) -> Iterator[Row]:
     r"""The share of the measured matmul peak that our training step reaches, and theirs with the same heads."""
-    _, unet = spec_networks()
-    other = their_unet(unet, as_ours=True)
     for precision in ("fp32", "bf16"):
-        steps = [unet_step(n, n is unet, precision, channels_last=True, fused=True) for n in (unet, other)]
-        work, best = flops(steps[0]), machine["matmul_gflops"][precision] * 1e9
-        times = alternate(steps, rounds=3 if quick else 7)
-        shares = [sorted(100 * work / t / best for t in side) for side in times]
-        ours, theirs_ = (f"{work / statistics.median(t) / 1e9:.0f} of {best / 1e9:.0f} GFLOP/s" for t in times)
+        (a, b), work = like_for_like(precision, True, quick)
+        best = machine["matmul_gflops"][precision] * 1e9
+        shares = [100 * work / t / best for t in a]
+        sides = (f"{work / median(t) / 1e9:.0f} of {best / 1e9:.0f} GFLOP/s" for t in (a, b))
         yield Row("peak", f"share of the {precision} matmul peak, UNet training step of {work / 1e9:.0f} GFLOP, "
-                  "channels-last", ours, theirs_, statistics.median(shares[0]), shares[0][0], shares[0][-1], 50.0,
-                  unit="%")  # fmt: skip
+                  "channels-last", *sides, median(shares), min(shares), max(shares), 50.0, unit="%")  # fmt: skip
 
 
 def vae_step(vae: nn.Module, mine: bool, precision: str, channels_last: bool = True) -> Callable[[], None]:

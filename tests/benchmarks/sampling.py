@@ -51,7 +51,7 @@ def sample(quick: bool, **_) -> Iterator[Row]:
     torch.manual_seed(0)
     model = TextToImage(ModelConfig(text_weights="random")).eval()
     nowhere_zero(model.vae), nowhere_zero(model.unet)
-    pipe, steps = pipeline(model), 5 if quick else STEPS
+    pipe, steps = pipeline(model), 4 if quick else STEPS
     chosen = choose_precision(importlib.import_module("sample").parser().get_default("precision"), CPU)
     what = f"{len(PROMPTS)} prompts to pixels, {steps} steps, guidance {GUIDANCE:.0f}, text tower on both sides"
     cases = [(f"as each comes out of the box (ours {chosen})", chosen, "fp32", 2.5, False)]
