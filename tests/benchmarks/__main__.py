@@ -8,7 +8,6 @@ Run it from the repository's folder, on a machine that does nothing else; parts 
 `compat`. Photographs are decoded where the environment variable DDPM_CELEBA names a folder of CelebA.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -16,6 +15,8 @@ import sys
 import time
 import warnings
 from pathlib import Path
+
+from ddpm import cli
 
 PARTS = {  # name: the module and the function
     "train": ("networks", "train"),
@@ -31,9 +32,9 @@ PARTS = {  # name: the module and the function
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m tests.benchmarks", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__)
+    p.prog = "python -m tests.benchmarks"
     p.add_argument("--only", metavar="PART,...", default=",".join(PARTS), help=f"out of {', '.join(PARTS)} [all]")
     p.add_argument("--quick", action="store_true", help="fewer rounds: wider ranges")
     p.add_argument("--out", metavar="FILE", help="write the figures as JSON too")
@@ -41,17 +42,17 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None):
     p = parser()
     a = p.parse_args(argv)
     names = a.only.split(",")
     if not set(names) <= set(PARTS):
         p.error(f"expected parts out of {', '.join(PARTS)}, got {a.only}")
-    warnings.filterwarnings("ignore")
-    from .measure import as_json, machine, table
+    warnings.simplefilter("ignore")  # diffusers speaks of its own future
+    from . import measure
 
     begun, rows, skipped = time.monotonic(), [], {}
-    about = machine(a.quick)
+    about = measure.machine(a.quick)
     print(json.dumps(about, indent=2), flush=True)
     for name in names:
         module, function = PARTS[name]
@@ -60,15 +61,14 @@ def main(argv: list[str] | None = None) -> int:
             for row in part(quick=a.quick, machine=about, model=a.model, celeba=os.environ.get("DDPM_CELEBA")):
                 rows.append(row)
                 print(" | ".join(row.cells()), flush=True)
-        except (ImportError, FileNotFoundError) as error:
+        except (ImportError, FileNotFoundError) as error:  # a package or data that is not here
             skipped[name] = str(error)
             print(f"skipped {name}: {error}", flush=True)
-    print(f"\n{table(rows)}\n\n{time.monotonic() - begun:.0f} s")
+    print(f"\n{measure.table(rows)}\n\n{time.monotonic() - begun:.0f} s")
     if a.out:
-        Path(a.out).write_text(json.dumps({"machine": about, "quick": a.quick, "rows": as_json(rows),
-                                           "skipped": skipped}, indent=2) + "\n")  # fmt: skip
-    return 0
+        content = {"machine": about, "quick": a.quick, "rows": measure.as_json(rows), "skipped": skipped}
+        Path(a.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))  # as the commands start

@@ -59,7 +59,7 @@ def start(quick: bool, model: str | None, **_) -> Iterator[Row]:
         whole, imports, network = alternate(actions, rounds)
     floor = [i + n for i, n in zip(imports, network, strict=True)]
     ratios = [w / f for w, f in zip(whole, floor, strict=True)]
-    yield Row("start", "sample.py PROMPT --steps 20, a whole process, against `import torch, open_clip` and the network",
+    yield Row("start", "sample.py PROMPT --steps 20, whole process, against `import torch, open_clip` and the network",
               f"{median(whole):.2f} s", f"{median(imports):.2f} s + {median(network):.2f} s", median(ratios),
               min(ratios), max(ratios), 1.5, at_least=False)  # fmt: skip
     for words in HELPS:

@@ -1,4 +1,4 @@
-r"""What photographs are measured against: Pillow decodes a picture, and nothing else; loaded by processes of its own."""
+r"""What photographs are measured against: Pillow decodes a picture, and nothing else, in processes of its own."""
 
 from PIL import Image
 
