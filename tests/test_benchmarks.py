@@ -4,7 +4,6 @@ import importlib
 import json
 
 import pytest
-
 from benchmarks import __main__ as command
 from benchmarks import measure
 from benchmarks.measure import Row, alternate, as_json, compared, table

@@ -35,8 +35,8 @@ def decode(quick: bool, celeba: str | None, **_) -> Iterator[Row]:
             photographs(Path(folder) / str(next(made)), table)
 
         a, b = alternate([ours, lambda: list(two.map(load, paths, chunksize=32))], rounds=3 if quick else 7)
-    yield compared("decode", f"{len(table):,} JPEGs decoded, cropped, resized, cached; other: two processes of Pillow "
-                   "that decode them alone", a, b, len(table), "pictures/s", 0.9)  # fmt: skip
+    yield compared("decode", f"{len(table):,} JPEGs decoded, cropped, resized, cached; other: two processes "
+                   "of Pillow that decode them alone", a, b, len(table), "pictures/s", 0.9)  # fmt: skip
 
 
 def run(*words: str) -> None:

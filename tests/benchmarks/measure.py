@@ -55,16 +55,26 @@ class Row:
         r"""The row as text."""
         limit = "" if self.goal is None else f"{'at least' if self.at_least else 'at most'} {self.told(self.goal)}"
         met = {None: "", True: "yes", False: "**no**"}[self.met]
-        spread = f"{self.told(self.value)} ({self.told(self.low)} to {self.told(self.high)})"
+        spread = self.told(self.value)
+        if self.low < self.high:
+            spread += f" ({self.told(self.low)} to {self.told(self.high)})"
         return [self.part, self.what, self.ours, self.other, spread, limit, met]
 
     def told(self, value: float) -> str:
-        r"""A figure with three digits that count, and its unit."""
-        digits = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-        return f"{digits} {self.unit}"
+        r"""A figure and its unit."""
+        return f"{digits(value)} {self.unit}"
 
 
 HEAD = ("part", "what", "ours", "other", "figure (range)", "goal", "met")
+
+
+def digits(value: float) -> str:
+    r"""Three digits that count, and never an exponent.
+
+    >>> [digits(value) for value in (2456.1, 22.06, 0.0537)]
+    ['2,456', '22.1', '0.0537']
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -103,7 +113,7 @@ def compared(part: str, what: str, ours: Sequence[float], other: Sequence[float]
              goal: float | None) -> Row:  # fmt: skip
     r"""How many times faster we are: `amount` of `unit` was done in the seconds of each round."""
     ratios = [b / a for a, b in zip(ours, other, strict=True)]
-    sides = (f"{amount / statistics.median(times):.3g} {unit}" for times in (ours, other))
+    sides = (f"{digits(amount / statistics.median(times))} {unit}" for times in (ours, other))
     return Row(part, what, *sides, statistics.median(ratios), min(ratios), max(ratios), goal)
 
 
