@@ -6,7 +6,7 @@ import json
 import pytest
 from benchmarks import __main__ as command
 from benchmarks import measure
-from benchmarks.measure import Row, alternate, as_json, compared, table
+from benchmarks.measure import Row, alternate, as_json, compared, digits, table
 
 
 def row(value: float, goal: float | None, at_least: bool = True) -> Row:
@@ -29,6 +29,10 @@ def test_the_table_says_what_is_missed_and_its_columns_are_in_line():
     assert "2.5 x (2 x to 3 x)" in lines[2] and "at least 3 x" in lines[2] and "**no**" in lines[2]
     assert "at most 1.35 x" in lines[3] and "yes" in lines[3]
     assert "at " not in lines[4] and "yes" not in lines[4] and "no" not in lines[4]
+
+
+def test_figures_have_three_digits_and_no_exponent():
+    assert [digits(value) for value in (2456.1, 22.06, 0.0537)] == ["2,456", "22.1", "0.0537"]
 
 
 def test_rounds_are_compared_in_pairs():

@@ -69,11 +69,7 @@ HEAD = ("part", "what", "ours", "other", "figure (range)", "goal", "met")
 
 
 def digits(value: float) -> str:
-    r"""Three digits that count, and never an exponent.
-
-    >>> [digits(value) for value in (2456.1, 22.06, 0.0537)]
-    ['2,456', '22.1', '0.0537']
-    """
+    r"""Three digits that count, all of a large number, and never an exponent."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
