@@ -8,6 +8,7 @@ from ddpm.config import ModelConfig, UserError
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
 
+collect_ignore = ["benchmarks"]  # they are run by hand
 TINY = ModelConfig(
     image_size=16, vae_channels=(32, 32), vae_layers=1, channels=(32, 64), attention_levels=(1,), res_blocks=1,
     text_weights="random",

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from _ext import parsed
+from benchmarks import __main__ as benchmarks
 from PIL import Image
 
 import sample
@@ -129,6 +130,9 @@ def check_command(words: list[str]):
             export.main(program[3:])
     elif program[:3] == ["python", "-m", "ddpm.evaluation"]:
         evaluation.parser().parse_args(program[3:])
+    elif program[:3] == ["python", "-m", "tests.benchmarks"]:
+        only = benchmarks.parser().parse_args(program[3:]).only
+        assert set(only.split(",")) <= set(benchmarks.PARTS)
     elif program[0] == "torchrun":
         check_command(["python", *program[program.index("train.py") :]])
     elif program[:3] == ["pip", "install", "-e"]:

@@ -1,0 +1,74 @@
+r"""Ours and diffusers side by side, in one process, with the goal beside each figure.
+
+python -m tests.benchmarks                              all parts, within 15 minutes
+python -m tests.benchmarks --quick                      fewer rounds, within 5 minutes
+python -m tests.benchmarks --only train,sample --out FILE.json
+
+Run it from the repository's folder, on a machine that does nothing else; parts that need diffusers need the extra
+`compat`. Photographs are decoded where the environment variable DDPM_CELEBA names a folder of CelebA.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from ddpm import cli
+
+PARTS = {  # name: the module and the function
+    "train": ("networks", "train"),
+    "train-like": ("networks", "train_like"),
+    "peak": ("networks", "peak"),
+    "sample": ("sampling", "sample"),
+    "vae": ("networks", "vae"),
+    "overhead": ("training", "overhead"),
+    "checkpointing": ("training", "checkpointing"),
+    "data-size": ("training", "data_size"),
+    "decode": ("commands", "decode"),
+    "start": ("commands", "start"),
+}
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__)
+    p.prog = "python -m tests.benchmarks"
+    p.add_argument("--only", metavar="PART,...", default=",".join(PARTS), help=f"out of {', '.join(PARTS)} [all]")
+    p.add_argument("--quick", action="store_true", help="fewer rounds: wider ranges")
+    p.add_argument("--out", metavar="FILE", help="write the figures as JSON too")
+    p.add_argument("--model", metavar="RUN", help="the run folder that the part `start` draws from [shipped weights]")
+    return p
+
+
+def main(argv: list[str] | None = None):
+    p = parser()
+    a = p.parse_args(argv)
+    names = a.only.split(",")
+    if not set(names) <= set(PARTS):
+        p.error(f"expected parts out of {', '.join(PARTS)}, got {a.only}")
+    warnings.simplefilter("ignore")  # diffusers speaks of its own future
+    from . import measure
+
+    begun, rows, skipped = time.monotonic(), [], {}
+    about = measure.machine(a.quick)
+    print(json.dumps(about, indent=2), flush=True)
+    for name in names:
+        module, function = PARTS[name]
+        try:
+            part = getattr(importlib.import_module(f".{module}", __package__), function)
+            for row in part(quick=a.quick, machine=about, model=a.model, celeba=os.environ.get("DDPM_CELEBA")):
+                rows.append(row)
+                print(" | ".join(row.cells()), flush=True)
+        except (ImportError, FileNotFoundError) as error:  # a package or data that is not here
+            skipped[name] = str(error)
+            print(f"skipped {name}: {error}", flush=True)
+    print(f"\n{measure.table(rows)}\n\n{time.monotonic() - begun:.0f} s")
+    if a.out:
+        content = {"machine": about, "quick": a.quick, "rows": measure.as_json(rows), "skipped": skipped}
+        Path(a.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))  # as the commands start

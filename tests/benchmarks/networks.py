@@ -1,0 +1,171 @@
+r"""The UNet and the VAE against diffusers' on the same weights: training steps, and their share of the peak."""
+
+import functools
+from collections.abc import Callable, Iterator
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm.cli import choose_precision
+from ddpm.config import ModelConfig, TrainConfig
+from ddpm.export import RENAMES, their_names, unet_config, vae_config
+from ddpm.model import autocast, networks
+from ddpm.vae import vae_loss
+
+from .measure import Row, alternate, compared
+
+BATCH = 16
+CPU = torch.device("cpu")
+SPEC = ModelConfig()
+LIKE, OWN = "same weights, heads, precision and layout", "as each comes out of the box"
+
+
+def nowhere_zero(network: nn.Module) -> nn.Module:
+    r"""Noise on the parameters that start at zero: a multiplication by zero should not be part of what is timed."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            if not p.any():
+                p.copy_(0.02 * torch.randn(p.shape, generator=g))
+    return network
+
+
+def spec_networks() -> tuple[nn.Module, nn.Module]:
+    r"""Our VAE and UNet of the spec."""
+    torch.manual_seed(0)
+    vae, unet = networks(SPEC)
+    return nowhere_zero(vae), nowhere_zero(unet)
+
+
+def theirs(kind: str, config: dict, ours: nn.Module) -> nn.Module:
+    r"""The network of diffusers with our weights."""
+    import diffusers
+
+    network = getattr(diffusers, kind).from_config(config)
+    network.load_state_dict({their_names(name, RENAMES)[0]: w for name, w in ours.state_dict().items()})
+    return network
+
+
+def their_unet(ours: nn.Module, as_ours: bool) -> nn.Module:
+    r"""With our heads, or as the spec's own configuration constructs it: 8 heads everywhere."""
+    config = unet_config(SPEC)
+    if not as_ours:
+        del config["attention_head_dim"]
+    return theirs("UNet2DConditionModel", config, ours)
+
+
+def training_step(network: nn.Module, loss: Callable[[], Tensor], precision: str, fused: bool) -> Callable[[], None]:
+    r"""Forward pass, loss, backward pass and AdamW, as one call."""
+    network.train()
+    lr, decay = TrainConfig().lr, TrainConfig().weight_decay
+    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=decay, fused=fused or None)
+
+    def step():
+        with autocast(CPU, precision):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def laid_out(network: nn.Module, batch: Tensor, channels_last: bool) -> Tensor:
+    r"""Put a network's weights, and its input, in one memory format; returns the input."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network.to(memory_format=layout)
+    return batch.contiguous(memory_format=layout)
+
+
+def unet_step(unet: nn.Module, mine: bool, precision: str, channels_last: bool, fused: bool) -> Callable[[], None]:
+    r"""One training step of either UNet on made-up latents and captions."""
+    g = torch.Generator().manual_seed(1)
+    z_t, eps = torch.randn(2, BATCH, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
+    context, t = torch.randn(BATCH, 77, 512, generator=g), torch.randint(0, SPEC.timesteps, (BATCH,), generator=g)
+    z_t = laid_out(unet, z_t, channels_last)
+
+    def loss() -> Tensor:
+        out = unet(z_t, t, context)
+        return F.mse_loss((out if mine else out.sample).float(), eps)
+
+    return training_step(unet, loss, precision, fused)
+
+
+def train(quick: bool, **_) -> Iterator[Row]:
+    r"""A UNet training step as each comes out of the box."""
+    _, unet = spec_networks()
+    precision = choose_precision(TrainConfig().precision, CPU)
+    ours = unet_step(unet, True, precision, channels_last=True, fused=True)
+    other = unet_step(their_unet(unet, as_ours=False), False, "fp32", channels_last=False, fused=False)
+    a, b = alternate([ours, other], rounds=3 if quick else 9)
+    yield compared("train", f"UNet training step, batch {BATCH}, {OWN} (ours {precision}, heads 32 wide; theirs fp32, "
+                   "8 heads)", a, b, BATCH, "images/s", 3.0)  # fmt: skip
+
+
+@functools.cache
+def like_for_like(precision: str, channels_last: bool, quick: bool) -> tuple[list[list[float]], int]:
+    r"""Seconds of our training step and theirs with everything alike, and the floating-point operations of ours."""
+    _, unet = spec_networks()
+    pair = (unet, their_unet(unet, as_ours=True))
+    steps = [unet_step(network, network is unet, precision, channels_last, fused=True) for network in pair]
+    return alternate(steps, rounds=3 if quick else 7), flops(steps[0])
+
+
+def train_like(quick: bool, **_) -> Iterator[Row]:
+    r"""The same step with everything alike, in the layouts and precisions that people use."""
+    for precision in ("fp32", "bf16"):
+        for channels_last in (True,) if quick else (True, False):
+            (a, b), _ = like_for_like(precision, channels_last, quick)
+            layout = "channels-last" if channels_last else "plain layout"
+            yield compared("train-like", f"UNet training step, {LIKE}: {precision}, {layout}", a, b, BATCH, "images/s",
+                           1.25)  # fmt: skip
+
+
+def flops(step: Callable[[], None]) -> int:
+    r"""Of the matrix products and convolutions of one call; attention is told apart, for its fused kernel has none."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak(quick: bool, machine: dict, **_) -> Iterator[Row]:
+    r"""The share of the measured matmul peak that our training step reaches, and theirs with the same heads."""
+    for precision in ("fp32", "bf16"):
+        (a, b), work = like_for_like(precision, True, quick)
+        best = machine["matmul_gflops"][precision] * 1e9
+        shares = [100 * work / t / best for t in a]
+        sides = (f"{work / median(t) / 1e9:.0f} of {best / 1e9:.0f} GFLOP/s" for t in (a, b))
+        yield Row("peak", f"share of the {precision} matmul peak, UNet training step of {work / 1e9:.0f} GFLOP, "
+                  "channels-last", *sides, median(shares), min(shares), max(shares), 50.0, unit="%")  # fmt: skip
+
+
+def vae_step(vae: nn.Module, mine: bool, precision: str, channels_last: bool = True) -> Callable[[], None]:
+    r"""One training step of either VAE on made-up pictures."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(BATCH, 3, SPEC.image_size, SPEC.image_size, generator=g).clamp(-1, 1)
+    eps = torch.randn(BATCH, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
+    x, t = laid_out(vae, x, channels_last), TrainConfig()
+
+    def loss() -> Tensor:
+        if mine:
+            x_hat, q = vae(x, eps)
+            return vae_loss(x, x_hat, q, t.kl_weight)[1]
+        q = vae.encode(x).latent_dist
+        x_hat = vae.decode(q.mean + q.std * eps).sample
+        return F.l1_loss(x_hat.float(), x) + t.kl_weight * q.kl().mean() / eps[0].numel()
+
+    return training_step(vae, loss, precision, fused=True)
+
+
+def vae(quick: bool, **_) -> Iterator[Row]:
+    r"""A VAE training step with everything alike."""
+    ours, _ = spec_networks()
+    other = theirs("AutoencoderKL", vae_config(SPEC), ours)
+    for precision in ("fp32", "bf16"):
+        a, b = alternate([vae_step(ours, True, precision), vae_step(other, False, precision)], rounds=3 if quick else 7)
+        yield compared("vae", f"VAE training step, batch {BATCH}, same weights, precision and layout: {precision}, "
+                       "channels-last", a, b, BATCH, "images/s", 1.25)  # fmt: skip

@@ -1,0 +1,68 @@
+r"""Sampling against StableDiffusionPipeline, which opens the folder that `ddpm.export` wrote of our model."""
+
+import importlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from ddpm.cli import choose_precision
+from ddpm.config import ModelConfig
+from ddpm.export import export
+from ddpm.model import TextToImage, autocast
+
+from .measure import Row, alternate, compared
+from .networks import CPU, nowhere_zero
+
+STEPS, GUIDANCE = 20, 3.0
+PROMPTS = [f"a {age} {who} with {hair} hair" for age in ("young", "old") for who in ("man", "woman")
+           for hair in ("black", "blond", "brown", "gray")]  # fmt: skip
+
+
+def pipeline(model: TextToImage):
+    r"""Their pipeline on our weights, by way of the export."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, Path(folder) / "exported")
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(Path(folder) / "exported", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ours_and_theirs(model: TextToImage, pipe, ours: str, other: str, steps: int) -> list[Callable]:
+    r"""Both from prompts to pixels, text tower and decoder included, each in its precision."""
+
+    def mine():
+        model.sample(PROMPTS, steps=steps, guidance_scale=GUIDANCE, precision=ours)
+
+    def diffusers():
+        with autocast(CPU, other):
+            pipe(PROMPTS, num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="pt",
+                 generator=torch.Generator().manual_seed(0))  # fmt: skip
+
+    return [mine, diffusers]
+
+
+def sample(quick: bool, **_) -> Iterator[Row]:
+    r"""16 prompts, 20 steps, guidance 3; our precision out of the box is the one that sample.py chooses."""
+    torch.manual_seed(0)
+    model = TextToImage(ModelConfig(text_weights="random")).eval()
+    for network in (model.vae, model.unet):
+        nowhere_zero(network)
+    pipe, steps = pipeline(model), 4 if quick else STEPS
+    chosen = choose_precision(importlib.import_module("sample").parser().get_default("precision"), CPU)
+    what = f"{len(PROMPTS)} prompts to pixels, {steps} steps, guidance {GUIDANCE:.0f}, text tower on both sides"
+    cases = [(f"as each comes out of the box (ours {chosen})", chosen, "fp32", 2.5, False)]
+    cases += [(f"{p}, channels-last", p, p, 1.25, True) for p in (["bf16"] if quick else ["fp32", "bf16"])]
+    for told, ours, other, goal, alike in cases:
+        if alike:
+            for network in (model.unet, model.vae, pipe.unet, pipe.vae):
+                network.to(memory_format=torch.channels_last)
+        one_step = ours_and_theirs(model, pipe, ours, other, 1)
+        for warm in one_step:
+            warm()
+        a, b = alternate(ours_and_theirs(model, pipe, ours, other, steps), rounds=2 if quick else 3, warm=0)
+        yield compared("sample", f"{what}: {told}", a, b, len(PROMPTS), "pictures/s", goal)

@@ -1,0 +1,209 @@
+r"""Our training loop: what it spends beside the network, what checkpointing saves, whether the data's size shows."""
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddpm.cache import Latents, Pictures, Texts
+from ddpm.cli import choose_precision
+from ddpm.config import Config
+from ddpm.model import TextToImage, autocast
+from ddpm.run import Run
+from ddpm.training import Bound, Optimization, batch_rows, train_unet
+
+from .measure import ROOT, Row, alternate, seconds
+from .networks import CPU, SPEC, nowhere_zero, spec_networks
+
+FEW, MANY = 10_000, 200_000
+
+
+class PlainTower(nn.Module):
+    r"""In the text tower's place where captions are embedded already: states that cost nothing."""
+
+    def forward(self, prompts: list[str]) -> Tensor:
+        return torch.ones(len(prompts), 77, 512)
+
+    def fingerprint(self) -> str:
+        return "plain"
+
+
+def hollow(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
+    r"""A memory-mapped file of zeros that takes no room on the disk."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+    return np.load(path, mmap_mode="r")
+
+
+def made_up(folder: Path, config: Config, count: int, captions: int) -> tuple[Pictures, Latents, Texts, set]:
+    r"""`count` pictures with latents of the configuration's shape, which share `captions` rows; and their captions."""
+    m, t = config.model, config.training
+    rows = np.random.default_rng(0).random((captions, 40)) < 0.2
+    attributes = rows.astype(np.uint8)[np.arange(count) % captions]
+    pixels = hollow(folder / f"pixels{count}.npy", (count, m.image_size, m.image_size, 3), np.uint8)
+    split = np.zeros(count, np.uint8)
+    pictures = Pictures(pixels, np.ones(count, bool), split, attributes, None, (), f"made up {count}")
+    shape = (count, 2, 2, m.latent_channels, m.latent_size, m.latent_size)
+    latents = Latents(hollow(folder / f"latents{count}.npy", shape, np.float16))
+    told = {pictures.caption(i, t.seed) for i in range(captions)}
+    return pictures, latents, Texts(folder, PlainTower(), told, t.text_cache_gb), told
+
+
+class Training:
+    r"""The second stage as train.py runs it, on made-up data: steps, with their logging, and nothing else."""
+
+    def __init__(self, folder: Path, config: Config, count: int, captions: int = 500):
+        import train
+
+        precision = choose_precision(config.training.precision, CPU)
+        torch.manual_seed(0)
+        model = TextToImage(config.model, PlainTower()).to(memory_format=torch.channels_last)
+        nowhere_zero(model.unet)
+        self.opt = Optimization(model.unet, config, config.training.lr, Bound(10**6), True, precision)
+        pictures, latents, texts, self.captions = made_up(folder, config, count, captions)
+        self.reports = train_unet(model, latents, texts, pictures, config, self.opt, precision)
+        run = Run(folder / f"run{count}", config, False, time.monotonic())
+        group = SimpleNamespace(largest=float, size=1)
+        self.trainer = train.Trainer(run, model, None, None, folder, precision, None, group)
+        self.batch = config.training.batch_size
+
+    def steps(self, count: int):
+        r"""Take and log that many steps."""
+        self.trainer.left = count
+        self.trainer.take_steps(self.opt, self.reports, self.batch, dict, "unet", lambda: None)
+
+
+@contextmanager
+def clocked(owner, name: str) -> Iterator[list[float]]:
+    r"""Within this context `owner.name` notes the seconds of its calls."""
+    method, spent = getattr(owner, name), []
+
+    def timed(*arguments):
+        begun = time.perf_counter()
+        result = method(*arguments)
+        spent.append(time.perf_counter() - begun)
+        return result
+
+    setattr(owner, name, timed)
+    try:
+        yield spent
+    finally:
+        delattr(owner, name)
+
+
+def spec(**changes) -> Config:
+    r"""The spec's configuration, with random text weights: none are used."""
+    return Config.from_preset("celeba64", text_weights="random", save_every=10**6, sample_every=10**6, **changes)
+
+
+def overhead(quick: bool, **_) -> Iterator[Row]:
+    r"""All of a logged step but `Optimization.update` without its EMA: data, captions, VAE's draws, EMA, the log."""
+    shares, rests, wholes = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(Path(folder), spec(), FEW)
+        training.steps(2)
+        for _ in range(5 if quick else 15):
+            with clocked(training.opt, "update") as update, clocked(training.opt.ema, "update") as ema:
+                whole = seconds(lambda: training.steps(1))
+            wholes.append(whole)
+            rests.append(whole - sum(update) + sum(ema))
+            shares.append(100 * rests[-1] / whole)
+    yield Row("overhead", "share of a logged training step, batch 16, that is not UNet, loss, backward or optimizer",
+              f"{1000 * statistics.median(rests):.1f} ms", f"of {1000 * statistics.median(wholes):.0f} ms",
+              statistics.median(shares), min(shares), max(shares), 3.0, at_least=False, unit="%")  # fmt: skip
+
+
+def kept_and_step(unet: nn.Module, on: bool, precision: str) -> tuple[Callable[[], None], dict[int, int]]:
+    r"""Forward and backward pass of batch 2, and the storages that its forward pass keeps for the backward one."""
+    g = torch.Generator().manual_seed(1)
+    z = torch.randn(2, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
+    z, context = z.contiguous(memory_format=torch.channels_last), torch.randn(2, 77, 512, generator=g)
+    own, kept = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def step(hooks=None):
+        unet.train().set_gradient_checkpointing(on)
+        watched = torch.autograd.graph.saved_tensors_hooks(*hooks) if hooks else nullcontext()
+        with watched, autocast(CPU, precision):
+            loss = unet(z, torch.tensor([3, 700]), context).float().square().mean()
+        loss.backward()
+        unet.zero_grad(set_to_none=True)
+
+    step((keep, lambda tensor: tensor))
+    return step, kept
+
+
+def checkpointing(quick: bool, **_) -> Iterator[Row]:
+    r"""Memory that the backward pass keeps, and time, with gradient checkpointing against without; batch 2."""
+    _, unet = spec_networks()
+    unet.to(memory_format=torch.channels_last)
+    precision = choose_precision("auto", CPU)
+    (with_, kept), (without, all_kept) = (kept_and_step(unet, on, precision) for on in (True, False))
+    share = 100 * sum(kept.values()) / sum(all_kept.values())
+    sides = (f"{sum(storages.values()) / 2**20:.1f} MiB" for storages in (kept, all_kept))
+    yield Row("checkpointing", f"memory kept for the backward pass, batch 2, {precision}, with checkpointing against "
+              "without", *sides, share, share, share, 30.0, at_least=False, unit="%")  # fmt: skip
+    a, b = alternate([with_, without], rounds=5 if quick else 15)
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    yield Row("checkpointing", "time of forward and backward pass, with checkpointing against without",
+              f"{statistics.median(a):.3f} s", f"{statistics.median(b):.3f} s", statistics.median(ratios), min(ratios),
+              max(ratios), 1.35, at_least=False)  # fmt: skip
+
+
+RESIDENT = "from tests.benchmarks.training import grown; print(grown({count}))"
+
+
+def resident(count: int) -> float:
+    r"""MiB that a process of its own grows to in a few steps with `count` pictures, imports included."""
+    words = [sys.executable, "-c", RESIDENT.format(count=count)]
+    return float(subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def grown(count: int) -> float:
+    r"""Train a little, every picture with a caption of its own and all captions held, as train.py does; peak in MiB.
+
+    The kernel's own figure for this process, which begins at 0; what `getrusage` tells begins at the parent's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(Path(folder), spec(batch_size=2, text_cache_gb=0.0), count, captions=count)
+        training.steps(3)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def data_size(quick: bool, **_) -> Iterator[Row]:
+    r"""Resident memory and time of a step, and what drawing a batch's rows costs, with 200,000 pictures and 10,000."""
+    what = f"with {MANY:,} pictures against {FEW:,}"
+    many, few = resident(MANY), resident(FEW)
+    more = 100 * (many / few - 1)
+    yield Row("data-size", f"resident memory at its peak, spec, batch 2, {what}", f"{many:.0f} MiB", f"{few:.0f} MiB",
+              more, more, more, 5.0, at_least=False, unit="%")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [Training(Path(folder), spec(batch_size=2), count) for count in (MANY, FEW)]
+        a, b = alternate([lambda run=run: run.steps(4) for run in runs], rounds=6 if quick else 20)
+    more = [100 * (x / y - 1) for x, y in zip(a, b, strict=True)]
+    yield Row("data-size", f"time of four training steps, spec, batch 2, {what}", f"{statistics.median(a):.3f} s",
+              f"{statistics.median(b):.3f} s", statistics.median(more), min(more), max(more), 5.0, at_least=False,
+              unit="%")  # fmt: skip
+    a, b = (rows_of_steps(count) for count in (MANY, FEW))  # not in turns: each epoch's order may be kept
+    yield Row("data-size", f"batch_rows, the rows of one batch, {what}", f"{statistics.median(a):.2f} ms",
+              f"{statistics.median(b):.2f} ms", statistics.median(a), min(a), max(a), unit="ms")  # fmt: skip
+
+
+def rows_of_steps(count: int) -> list[float]:
+    r"""Milliseconds that `batch_rows` takes for each of some steps in a row."""
+    rows = np.arange(count)
+    return [1000 * seconds(lambda step=step: batch_rows(rows, 16, step, 0, "unet")) for step in range(50)]

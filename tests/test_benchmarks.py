@@ -1,0 +1,77 @@
+r"""The benchmark's own arithmetic and its table; what it measures is run by hand (`python -m tests.benchmarks`)."""
+
+import importlib
+import json
+
+import pytest
+from benchmarks import __main__ as command
+from benchmarks import measure
+from benchmarks.measure import Row, alternate, as_json, compared, digits, table
+
+
+def row(value: float, goal: float | None, at_least: bool = True) -> Row:
+    return Row("train", "a step", "14 images/s", "5 images/s", value, value - 0.5, value + 0.5, goal, at_least)
+
+
+@pytest.mark.parametrize(
+    ("value", "goal", "at_least", "met"),
+    [(3.0, 3.0, True, True), (2.99, 3.0, True, False), (1.35, 1.35, False, True), (1.36, 1.35, False, False),
+     (2.0, None, True, None)],
+)  # fmt: skip
+def test_a_goal_is_a_floor_or_a_ceiling_and_includes_itself(value, goal, at_least, met):
+    assert row(value, goal, at_least).met is met
+
+
+def test_the_table_says_what_is_missed_and_its_columns_are_in_line():
+    lines = table([row(2.5, 3.0), row(1.2, 1.35, at_least=False), row(1.0, None)]).splitlines()
+    assert len(lines) == 5
+    assert len({len(line) for line in lines}) == 1
+    assert "2.5 x (2 x to 3 x)" in lines[2] and "at least 3 x" in lines[2] and "**no**" in lines[2]
+    assert "at most 1.35 x" in lines[3] and "yes" in lines[3]
+    assert "at " not in lines[4] and "yes" not in lines[4] and "no" not in lines[4]
+
+
+def test_figures_have_three_digits_and_no_exponent():
+    assert [digits(value) for value in (2456.1, 22.06, 0.0537)] == ["2,456", "22.1", "0.0537"]
+
+
+def test_rounds_are_compared_in_pairs():
+    r"""The median of the ratios, not the ratio of the medians, which here is 2."""
+    found = compared("train", "a step", [1.0, 2.0, 4.0], [3.0, 8.0, 4.0], amount=16, unit="images/s", goal=3.0)
+    assert (found.value, found.low, found.high) == (3.0, 1.0, 4.0)
+    assert (found.ours, found.other) == ("8 images/s", "4 images/s")
+
+
+def test_every_other_round_goes_backwards_after_the_warm_up():
+    calls = []
+    times = alternate([lambda: calls.append("a"), lambda: calls.append("b")], rounds=3, warm=2)
+    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
+    assert [len(side) for side in times] == [3, 3] and min(map(min, times)) > 0
+
+
+def test_every_part_is_there_and_needs_no_diffusers_to_be_looked_at():
+    for module, function in command.PARTS.values():
+        assert callable(getattr(importlib.import_module(f"benchmarks.{module}"), function))
+
+
+def test_one_part_is_written_as_json_and_one_that_cannot_run_is_told(tmp_path, monkeypatch, capsys):
+    from benchmarks import networks
+
+    def missing(**_):
+        raise ImportError("No module named 'diffusers'")
+
+    monkeypatch.setattr(measure, "machine", lambda quick: {"cpu": "some", "matmul_gflops": {}})
+    monkeypatch.setattr(networks, "train", lambda **_: iter([row(2.5, 3.0)]))
+    monkeypatch.setattr(networks, "vae", missing)
+    command.main(["--only", "train,vae", "--out", str(tmp_path / "out.json")])
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["rows"] == as_json([row(2.5, 3.0)]) and content["rows"][0]["met"] is False
+    assert content["skipped"] == {"vae": "No module named 'diffusers'"}
+    assert "skipped vae: No module named 'diffusers'" in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--only", "speed"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: expected parts out of train, train-like, ")
