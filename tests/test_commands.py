@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from ddpm import cli
+from ddpm import classifier, cli, diffusion, evaluation, sampling
 from ddpm.config import PRESETS
 from ddpm.faces import write_celeba
 from ddpm.text import TextTower
@@ -275,3 +276,19 @@ def test_help_comes_without_torch_and_lists_every_preset():
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for preset in PRESETS:
         assert preset in printed
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["sample.py"], ["-m", "ddpm.evaluation"], ["-m", "ddpm.export"]])
+def test_help_and_a_mistyped_flag_are_answered_where_torch_cannot_be_had(command, tmp_path):
+    for module in ("torch", "numpy"):
+        (tmp_path / f"{module}.py").write_text("raise ImportError('loaded')\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for flag, code, told in (("--help", 0, "usage: "), ("--hlep", 2, "error: ")):
+        done = subprocess.run([sys.executable, *command, flag], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode, told in done.stdout + done.stderr) == (code, True), done.stderr
+
+
+def test_the_names_on_the_command_lines_are_those_of_the_library():
+    assert sample.SAMPLERS == evaluation.SAMPLERS == sampling.SAMPLERS
+    assert sample.VARIANCES == diffusion.VARIANCES
+    assert evaluation.EXTRACTORS == classifier.EXTRACTORS
