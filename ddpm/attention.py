@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ddpm.layers import group_norm, zero_init
 
+Context = Tensor | dict[nn.Module, tuple[Tensor, Tensor]]  # states of captions, or K and V of them by layer
+
 
 class Attention(nn.Module):
     r"""Multi-head attention (Attention Is All You Need, equation 1).
@@ -23,7 +25,8 @@ class Attention(nn.Module):
         context_width: width of the context; None for self-attention.
         head_width: d, the width of one head; the number of heads is D / d.
 
-    Shapes: x (B, L, D), context (B, M, context_width) -> (B, L, D).
+    Shapes: x (B, L, D), context (B, M, context_width) -> (B, L, D). In the context's place may stand what
+    `keys_values` made of it, by layer, which many calls then share.
     """
 
     def __init__(self, width: int, context_width: int | None = None, head_width: int = 32, qkv_bias: bool = False):
@@ -36,14 +39,17 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width or width, width, bias=qkv_bias)
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(tokens, "b l (n d) -> b n l d", n=self.heads)
-            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        h = attend(q, k, v)
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        k, v = context[self] if isinstance(context, dict) else self.keys_values(x if context is None else context)
+        h = attend(self.by_head(self.to_q(x)), k, v)
         return self.to_out(rearrange(h, "b n l d -> b l (n d)"))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        r"""K and V of every head; (B, M, context_width) -> (B, N, M, d) twice."""
+        return self.by_head(self.to_k(context)), self.by_head(self.to_v(context))
+
+    def by_head(self, tokens: Tensor) -> Tensor:
+        return rearrange(tokens, "b l (n d) -> b n l d", n=self.heads)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -124,7 +130,7 @@ class CrossAttentionBlock(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_width, head_width)])
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             h = block(h, context)

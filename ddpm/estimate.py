@@ -1,69 +1,166 @@
-r"""What training would need: parameters, memory, time a step; measured on made-up pictures, nothing is written."""
+r"""What training would need: parameters, FLOPs, memory, time a step; on made-up pictures, and nothing is written."""
 
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ddpm.config import Config
 from ddpm.model import TextToImage, autocast
-from ddpm.text import TextTower
+from ddpm.text import TOKENS, WIDTH, TextTower
+from ddpm.training import Bound, Optimization
 
 MIB = 2**20
+ATTENTION_ON_CPU = {  # torch's counter knows the fused attention of GPUs alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: sdpa_backward_flop_count(
+        *gqkv[:4]
+    ),
+}
 
 
-def estimate(config: Config, device: torch.device, precision: str, steps: int = 3) -> Iterator[str]:
-    r"""Take a few steps of both stages on random numbers; yields a line of text for the model and one for each stage.
+@dataclass(frozen=True)
+class Need:
+    r"""What one stage of training takes; memory in bytes.
 
-    The peak is at least weights, gradients, AdamW's two moments, the average (UNet), and what the backward pass
-    keeps of one part of a batch, counted by autograd's saved-tensor hooks; what a step holds for a moment comes
-    on top.
+    Attributes:
+        parameters: of the network that learns. flops: multiplications and additions of a step. seconds: of a step.
+        weights: of all three networks, which are on the device together. gradients, optimizer (AdamW's two moments),
+            average (EMA): of the network that learns.
+        kept: what autograd keeps of one part of the batch for the backward pass, weights not counted.
+        peak: the most at once. Gradients and what is kept are not always there together; what an operation makes for
+            a moment comes on top.
     """
+
+    parameters: int
+    flops: int
+    seconds: float
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    kept: int
+    peak: int
+
+
+class LiveBytes(TorchDispatchMode):
+    r"""Counts the bytes of tensors that are made within it and are still there, and the most there were at once.
+
+    What a kernel takes for itself alone is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in storages([args, kwargs])}
+        for storage in storages(result):
+            if storage._cdata not in given:  # else it is a view, or was written in place
+                given.add(storage._cdata)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, number: int):
+        self.now += number
+        self.peak = max(self.peak, self.now)
+
+
+def storages(values) -> list[torch.UntypedStorage]:
+    r"""The memory behind every tensor in nested lists, tuples and dictionaries."""
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def bytes_kept(loss: Callable[[], Tensor], network: nn.Module) -> int:
+    r"""What autograd keeps of `loss` for the backward pass, by its saved-tensor hooks; no storage is counted twice."""
+    weights, kept = {storage._cdata for storage in storages(list(network.parameters()))}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss()
+    value.backward()
+    network.zero_grad()
+    return sum(kept.values())
+
+
+def estimate(config: Config, device: torch.device, precision: str, steps: int = 4) -> Iterator[str]:
+    r"""Lines of text: the model, and for each stage what `measure` finds."""
     m, t = config.model, config.training
     text = TextTower()  # no weights are read: none are needed to know what they take
     model = TextToImage(m, text).to(device, memory_format=torch.channels_last)
-    model.unet.train().set_gradient_checkpointing(t.gradient_checkpointing)
+    model.unet.set_gradient_checkpointing(t.gradient_checkpointing)
     yield (
         f"preset {config.preset}: pictures {m.image_size} x {m.image_size} x 3, latents "
         f"{m.latent_size} x {m.latent_size} x {m.latent_channels}, text 77 x 512, {precision} on {device}"
     )
-    for stage, network, batch in (("vae", model.vae, t.vae_batch_size), ("unet", model.unet, t.batch_size)):
-        loss = _made_up_loss(stage, model, batch // t.accumulation, device)
-        kept, seconds = {}, []
-
-        def keep(tensor: Tensor, kept=kept) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        for _ in range(steps):
-            start = time.monotonic()
-            for _ in range(t.accumulation):
-                kept.clear()
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    with autocast(device, precision):
-                        value = loss()
-                    bytes_kept = sum(kept.values())
-                value.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.monotonic() - start)
-            network.zero_grad()
-        parameters = sum(p.numel() for p in network.parameters())
-        fixed = 4 * parameters * (5 if stage == "unet" else 4)
+    for stage, batch in (("vae", t.vae_batch_size), ("unet", t.batch_size)):
+        need = measure(stage, model, config, precision, steps)
         yield (
-            f"{stage}: {parameters:,} parameters; weights, gradients and optimizer {fixed / MIB:.0f} MiB, kept for the "
-            f"backward pass {bytes_kept / MIB:.0f} MiB, peak at least {(fixed + bytes_kept) / MIB:.0f} MiB; "
-            f"{min(seconds):.2f} s a step of {batch} in {t.accumulation} part{'s' * (t.accumulation > 1)}"
+            f"{stage}: {need.parameters:,} parameters; {need.flops / 1e9:,.0f} GFLOP and {need.seconds:.2f} s a step "
+            f"of {batch} in {t.accumulation} part{'s' * (t.accumulation > 1)}"
+        )
+        average = f"average {need.average / MIB:.0f}, " if need.average else ""
+        yield (
+            f"{stage}, memory in MiB: weights of all networks {need.weights / MIB:.0f}, gradients "
+            f"{need.gradients / MIB:.0f}, optimizer {need.optimizer / MIB:.0f}, {average}"
+            f"kept for the backward pass {need.kept / MIB:.0f}; predicted peak {need.peak / MIB:.0f}"
         )
 
 
-def _made_up_loss(stage: str, model: TextToImage, batch: int, device: torch.device):
-    side = model.config.image_size
+def measure(stage: str, model: TextToImage, config: Config, precision: str, steps: int = 4) -> Need:
+    r"""Take `steps` steps (3 or more) of a stage, vae or unet, on random numbers: two are counted, the others timed."""
+    t, device = config.training, model.device
+    network, lr, batch = (model.vae, t.vae_lr, t.vae_batch_size) if stage == "vae" else (model.unet, t.lr, t.batch_size)
+    network.train()
+    opt = Optimization(network, config, lr, Bound(steps), stage == "unet", precision)
+
+    def loss() -> Tensor:
+        with autocast(device, precision):
+            return _made_up_loss(stage, model, batch // t.accumulation) / t.accumulation
+
+    def step() -> float:
+        start = time.monotonic()
+        opt.update(stage, (loss() for _ in range(t.accumulation)))
+        return time.monotonic() - start  # update has asked for the loss, so no device is still at work
+
+    kept = bytes_kept(loss, network)
+    seconds = [step()]  # AdamW's moments are there from now on
+    with LiveBytes() as live:
+        step()
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:  # it holds on to tensors itself
+        step()
+    seconds += [step() for _ in range(steps - 3)]
+    parameters = sum(p.numel() for p in network.parameters())
+    gradients, average = 4 * parameters, 4 * parameters * (stage == "unet")
+    weights = sum(tensor.nbytes for part in model.children() for tensor in part.state_dict().values())
+    return Need(
+        parameters, counter.get_total_flops(), min(seconds), weights, gradients, 2 * gradients, average, kept,
+        weights + 2 * gradients + average + live.peak,
+    )  # fmt: skip
+
+
+def _made_up_loss(stage: str, model: TextToImage, batch: int) -> Tensor:
+    r"""A loss as the stage has it, of one part of a batch that is drawn here."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, device=model.device)
+
     if stage == "vae":
-        x = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-        return lambda: (model.vae.decode(model.vae.encode(x).mode()).float() - x).square().mean()
-    z = torch.randn(batch, *model.latent_shape, device=device).contiguous(memory_format=torch.channels_last)
-    t = torch.zeros(batch, dtype=torch.long, device=device)
-    context = torch.randn(batch, 77, 512, device=device)
-    return lambda: model.unet(z, t, context).float().square().mean()
+        x = normal(3, model.config.image_size, model.config.image_size).contiguous(memory_format=torch.channels_last)
+        return (model.vae.decode(model.vae.encode(x).mode()).float() - x).square().mean()
+    z = normal(*model.latent_shape).contiguous(memory_format=torch.channels_last)
+    t = torch.zeros(batch, dtype=torch.long, device=model.device)
+    return model.unet(z, t, normal(TOKENS, WIDTH)).float().square().mean()

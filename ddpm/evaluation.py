@@ -6,6 +6,7 @@ python -m ddpm.evaluation runs/NAME --full       every curve with all prompts, a
 
 An evaluation that is in the folder already is replaced.
 """
+# ruff: noqa: E402 (the command line comes before the imports that take seconds)
 
 import argparse
 import json
@@ -20,15 +21,53 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from ddpm import __version__, cli
+from ddpm.cli import progress_bar, say
+from ddpm.config import Config, UserError
+
+PARTS = ("adherence", "frechet", "neighbours", "vae", "latents", "loss", "bits", "guidance", "steps")
+SAMPLERS = ("ddpm", "ddim", "dpm++")
+EXTRACTORS = ("classifier", "efficientnet-lite0", "inception")
+PROMPTS = 391  # what --n is without being said
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.Parser(__doc__)
+    p.prog = "python -m ddpm.evaluation"
+    p.add_argument("run", metavar="RUN", help="a run folder")
+    p.add_argument("--n", type=int, help=f"held-out pictures, whose captions are the prompts [{PROMPTS}, or all]")
+    p.add_argument("--split", choices=("valid", "test"), default="test", help="where they come from [test]")
+    p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
+    p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
+    p.add_argument("--guidance", type=float, default=3.0, help="how strongly to follow the prompt [3]")
+    p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
+    p.add_argument("--seed", type=int, default=0, help="[0]")
+    p.add_argument("--extractor", choices=EXTRACTORS, default="classifier",
+                   help="whose features the Frechet distance compares [classifier]")  # fmt: skip
+    scope = p.add_mutually_exclusive_group()
+    for name, told in (("quick", "fewer prompts, short curves"), ("full", "whole curves, DDPM at all steps")):
+        scope.add_argument(f"--{name}", action="store_const", dest="scope", const=name, help=told)
+    p.add_argument("--only", metavar="PART,...", help=f"only some of {','.join(PARTS)}")
+    p.add_argument("--data", metavar="PATH", help="where the run's data is now [where it was]")
+    p.add_argument("--cache", metavar="DIR", help="folder of decoded pictures and classifiers [beside the run: cache]")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")
+    p.add_argument("--device", choices=cli.DEVICES, default="auto", help="[auto]")
+    p.add_argument("--out", metavar="DIR", help="folder to write to [RUN/evaluation]")
+    p.set_defaults(scope="normal")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and a mistyped flag are answered without what follows
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpm import __version__, cli, metrics
+from ddpm import metrics
 from ddpm.cache import Pictures, Texts, encode_latents, key_of, load_pictures, open_data
 from ddpm.classifier import (
-    EXTRACTORS,
     AttributeClassifier,
     NothingToLearn,
     attribute_classifier,
@@ -39,8 +78,6 @@ from ddpm.classifier import (
     training_seconds,
     truths,
 )
-from ddpm.cli import progress_bar, say
-from ddpm.config import Config, UserError
 from ddpm.data import TEST, TRAIN, VALID, DataError
 from ddpm.files import write_atomically
 from ddpm.metrics import (
@@ -55,15 +92,12 @@ from ddpm.metrics import (
 )
 from ddpm.model import TextToImage, autocast
 from ddpm.pictures import labelled_grid, save_png
-from ddpm.sampling import SAMPLERS
 from ddpm.seeding import generator
 
 CHANNELS_LAST = torch.channels_last
-PARTS = ("adherence", "frechet", "neighbours", "vae", "latents", "loss", "bits", "guidance", "steps")
 SPLITS = {"valid": VALID, "test": TEST}
 FILES = ("result.json", "pictures.png", "neighbours.png", "adherence.png", "latents.png", "loss.png", "guidance.png",
          "steps.png")  # fmt: skip
-PROMPTS = 391  # what --n is without being said
 MIN_EACH, MIN_READ = 8, 0.8
 RULE = (
     f"counted are attributes that at least {MIN_EACH} of the prompts want and {MIN_EACH} do not, and that the "
@@ -559,32 +593,6 @@ def plot_latents(path: Path, health: dict):
 
 
 # -------------------------------------------------------------------------------------------- the command
-
-
-def parser() -> argparse.ArgumentParser:
-    p = cli.Parser(__doc__)
-    p.prog = "python -m ddpm.evaluation"
-    p.add_argument("run", metavar="RUN", help="a run folder")
-    p.add_argument("--n", type=int, help=f"held-out pictures, whose captions are the prompts [{PROMPTS}, or all]")
-    p.add_argument("--split", choices=SPLITS, default="test", help="where they come from [test]")
-    p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
-    p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
-    p.add_argument("--guidance", type=float, default=3.0, help="how strongly to follow the prompt [3]")
-    p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
-    p.add_argument("--seed", type=int, default=0, help="[0]")
-    p.add_argument("--extractor", choices=EXTRACTORS, default="classifier",
-                   help="whose features the Frechet distance compares [classifier]")  # fmt: skip
-    scope = p.add_mutually_exclusive_group()
-    for name, told in (("quick", "fewer prompts, short curves"), ("full", "whole curves, DDPM at all steps")):
-        scope.add_argument(f"--{name}", action="store_const", dest="scope", const=name, help=told)
-    p.add_argument("--only", metavar="PART,...", help=f"only some of {','.join(PARTS)}")
-    p.add_argument("--data", metavar="PATH", help="where the run's data is now [where it was]")
-    p.add_argument("--cache", metavar="DIR", help="folder of decoded pictures and classifiers [beside the run: cache]")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")
-    p.add_argument("--device", choices=cli.DEVICES, default="auto", help="[auto]")
-    p.add_argument("--out", metavar="DIR", help="folder to write to [RUN/evaluation]")
-    p.set_defaults(scope="normal")
-    return p
 
 
 def check(a: argparse.Namespace):

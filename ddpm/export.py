@@ -6,7 +6,9 @@ python -m ddpm.export --reverse exported runs/again     # and back
 Our modules already have diffusers' names, so a table of renames is all that lies between the two. Sampling there by
 default is sampling here by default: the folder names DPM-Solver++ 2M with trailing steps as its scheduler.
 """
+# ruff: noqa: E402 (the command line comes before the imports that take seconds)
 
+import argparse
 import contextlib
 import copy
 import json
@@ -17,11 +19,26 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ddpm import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.Parser(__doc__)
+    p.prog = "python -m ddpm.export"
+    p.add_argument("source", metavar="RUN", help="a run folder; with --reverse a diffusers folder")
+    p.add_argument("target", metavar="DIR", help="the folder to write; with --reverse a run folder")
+    p.add_argument("--reverse", action="store_true", help="from diffusers to a run")
+    p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
+    return p
+
+
+if __name__ == "__main__":
+    parser().parse_args()  # --help and a mistyped flag are answered without what follows
+
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ddpm import cli
 from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig, UserError, printable, read_json
 from ddpm.model import TextToImage, networks, save_weights
 from ddpm.schedule import Schedule
@@ -353,13 +370,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 def main(argv: list[str] | None = None):
     r"""The command `python -m ddpm.export`."""
-    p = cli.Parser(__doc__)
-    p.prog = "python -m ddpm.export"
-    p.add_argument("source", metavar="RUN", help="a run folder; with --reverse a diffusers folder")
-    p.add_argument("target", metavar="DIR", help="the folder to write; with --reverse a run folder")
-    p.add_argument("--reverse", action="store_true", help="from diffusers to a run")
-    p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
-    a = p.parse_args(argv)
+    a = parser().parse_args(argv)
     if a.reverse:
         model = import_diffusers(a.source)
         with new_folder(a.target) as folder:

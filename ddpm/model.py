@@ -99,8 +99,8 @@ class TextToImage(nn.Module):
                 return torch.stack([torch.randn(self.latent_shape, generator=g) for g in streams]).to(self.device)
 
             context, uncond = self.embed(prompts[part]), self.embed(negative[part])
-            denoise = guided(self.unet, context, uncond, guidance_scale)
             with autocast(self.device, precision):
+                denoise = guided(self.unet, context, uncond, guidance_scale, self.unet.keys_values)
                 for state in sample_loop(self.schedule, denoise, draw(), draw, sampler, steps,
                                          self.config.prediction, eta, variance or self.config.variance):  # fmt: skip
                     if callback is not None:

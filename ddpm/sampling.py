@@ -122,7 +122,9 @@ def _log_snr(alpha_bar: Tensor) -> Tensor:
     return 0.5 * (alpha_bar.log() - torch.log1p(-alpha_bar))
 
 
-def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -> Callable:
+def guided(
+    network: Callable, context: Tensor, negative: Tensor, scale: float, read: Callable = lambda context: context
+) -> Callable:
     r"""Classifier-free guidance (Ho and Salimans 2022, equation 6, in the form with scale = 1 + w).
 
     $$\hat\epsilon = \epsilon_\theta(z_t, t, \varnothing)
@@ -134,15 +136,16 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
     Args:
         network: callable (z_t, t, context) -> (B, ...), the UNet; the formula holds for eps, v and x_0 alike.
         context, negative: (B, M, D) states of the prompts and of the negative, or empty, ones.
+        read: what the network may make of a context once for all times, the UNet's `keys_values`.
 
     Returns: callable (z_t, t) -> (B, ...).
     """
     if not math.isfinite(scale):
         raise ValueError(f"expected a finite guidance scale, got {scale}")
     if scale in (0.0, 1.0):
-        only = context if scale == 1.0 else negative
+        only = read(context if scale == 1.0 else negative)
         return lambda z_t, t: network(z_t, t, only)
-    both = torch.cat([negative, context])
+    both = read(torch.cat([negative, context]))
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
         uncond, cond = network(torch.cat([z_t, z_t]), torch.cat([t, t]), both).to(z_t.dtype).chunk(2)

@@ -52,6 +52,8 @@ class TextTower(nn.Module):
             self.tower = TextTransformer(output_dim=None, output_tokens=True, act_layer=activation)
         self.tower.to_empty(device="cpu")
         self.tower.attn_mask = self.tower.build_causal_mask()
+        for part in (self.tower.transformer, *(block.attn for block in self.tower.transformer.resblocks)):
+            part.batch_first = False  # tokens before prompts: one matmul for all, where torch copies weights for each
         self.requires_grad_(False).eval()
 
     def tokenize(self, prompts: list[str]) -> Tensor:

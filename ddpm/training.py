@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -205,8 +206,14 @@ def batch_rows(rows: np.ndarray, batch: int, step: int, *name) -> tuple[np.ndarr
         rows = np.resize(rows, batch)
     per_epoch = len(rows) // batch
     epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng(seed_of(*name, "order", epoch)).permutation(len(rows))
+    order = permutation(len(rows), seed_of(*name, "order", epoch))
     return rows[order[place * batch : (place + 1) * batch]], epoch
+
+
+@lru_cache(maxsize=1)
+def permutation(n: int, seed: int) -> np.ndarray:
+    r"""0..n-1 in a random order; the last one is kept, for all steps of an epoch ask for the same."""
+    return np.random.default_rng(seed).permutation(n)
 
 
 def stage_steps(config: Config, stage: str, pictures: Pictures) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ddpm.attention import CrossAttentionBlock
+from ddpm.attention import Context, CrossAttentionBlock, TransformerBlock
 from ddpm.layers import Downsample, ResBlock, TimeEmbedding, Upsample, check_type, group_norm
 
 
@@ -25,13 +25,13 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList([CrossAttentionBlock(channels, **attention) for _ in range(pairs)])
         self.gradient_checkpointing = False
 
-    def pair(self, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def pair(self, i: int, h: Tensor, time: Tensor, context: Context) -> Tensor:
         r"""ResBlock i and the attention after it."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(self._pair, i, h, time, context, use_reentrant=False)
         return self._pair(i, h, time, context)
 
-    def _pair(self, i: int, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def _pair(self, i: int, h: Tensor, time: Tensor, context: Context) -> Tensor:
         h = self.resnets[i](h, time)
         return self.attentions[i](h, context) if self.attentions else h
 
@@ -43,7 +43,7 @@ class DownLevel(Level):
         super().__init__(inputs, channels, time_width, attention)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels)])
 
-    def forward(self, h: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, h: Tensor, time: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
             h = self.pair(i, h, time, context)
@@ -61,7 +61,7 @@ class MidLevel(Level):
         super().__init__([channels, channels], channels, time_width, None)
         self.attentions = nn.ModuleList([CrossAttentionBlock(channels, **attention)])
 
-    def forward(self, h: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, h: Tensor, time: Tensor, context: Context) -> Tensor:
         h = self.pair(0, h, time, context)
         return self.resnets[1](h, time)
 
@@ -73,7 +73,7 @@ class UpLevel(Level):
         super().__init__(inputs, channels, time_width, attention)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
 
-    def forward(self, h: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, h: Tensor, skips: list[Tensor], time: Tensor, context: Context) -> Tensor:
         for i in range(len(self.resnets)):
             h = self.pair(i, torch.cat([h, skips.pop()], dim=1), time, context)
         for upsample in self.upsamplers:
@@ -134,8 +134,11 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        r"""Args: z_t (B, C, h, w); t (B,) integers 0..T-1; context (B, M, context_width). Returns (B, C, h, w)."""
+    def forward(self, z_t: Tensor, t: Tensor, context: Context) -> Tensor:
+        r"""Args: z_t (B, C, h, w); t (B,) integers 0..T-1; context (B, M, context_width), or the `keys_values` of it.
+
+        Returns: (B, C, h, w).
+        """
         self._check(z_t, t, context)
         time = self.time_embedding(t)
         h = self.conv_in(z_t)
@@ -148,13 +151,25 @@ class UNet(nn.Module):
             h = level(h, skips, time, context)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
-    def set_gradient_checkpointing(self, on: bool):
-        r"""Trade time for memory: keep less for the backward pass, compute it again."""
-        for module in self.modules():
-            if isinstance(module, Level):
-                module.gradient_checkpointing = on
+    def keys_values(self, context: Tensor) -> Context:
+        r"""K and V of the caption in every cross-attention, which know neither z_t nor t: for a sampler, once.
 
-    def _check(self, z_t: Tensor, t: Tensor, context: Tensor):
+        Args: context (B, M, context_width). Good as long as the weights and the autocast stay what they are.
+        """
+        self._check_context(context)
+        blocks = (module for module in self.modules() if isinstance(module, TransformerBlock))
+        return {block.attn2: block.attn2.keys_values(context) for block in blocks}
+
+    def set_gradient_checkpointing(self, on: bool):
+        r"""Trade time for memory: the larger levels keep less for the backward pass and compute it again.
+
+        The lowest level and the middle have the smallest maps, cheap to keep, and most weights, dear to compute.
+        """
+        larger = max(1, len(self.down_blocks) - 1)
+        for level in (*self.down_blocks[:larger], *self.up_blocks[-larger:]):
+            level.gradient_checkpointing = on
+
+    def _check(self, z_t: Tensor, t: Tensor, context: Context):
         if (
             z_t.ndim != 4
             or z_t.shape[1] != self.in_channels
@@ -170,8 +185,13 @@ class UNet(nn.Module):
             raise ValueError(f"expected t as ({len(z_t)},) integers, got {came}")
         if t.device.type == "cpu" and len(t) and t.min() < 0:  # elsewhere the look would make the device wait
             raise ValueError(f"expected t from 0, got {t.min()}")
-        if context.ndim != 3 or len(context) != len(z_t) or context.shape[2] != self.context_width:
-            raise ValueError(
-                f"expected context of shape ({len(z_t)}, M, {self.context_width}), got {tuple(context.shape)}"
-            )
-        check_type(self.conv_in.weight, z_t=z_t, context=context)
+        check_type(self.conv_in.weight, z_t=z_t)
+        if not isinstance(context, dict):
+            self._check_context(context, len(z_t))
+        elif len(k := next(iter(context.values()))[0]) != len(z_t):
+            raise ValueError(f"expected keys_values of {len(z_t)} captions, got those of {len(k)}")
+
+    def _check_context(self, context: Tensor, B: int | str = "B"):
+        if context.ndim != 3 or B not in ("B", len(context)) or context.shape[2] != self.context_width:
+            raise ValueError(f"expected context of shape ({B}, M, {self.context_width}), got {tuple(context.shape)}")
+        check_type(self.conv_in.weight, context=context)

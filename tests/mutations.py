@@ -240,8 +240,8 @@ attention: softmax over the queries
 - weights.softmax(dim=3)
 + weights.softmax(dim=2)
 attention: values in another order than keys
-- (self.to_q(x), self.to_k(context), self.to_v(context))
-+ (self.to_q(x), self.to_k(context), self.to_v(context.flip(1)))
+- self.by_head(self.to_v(context))
++ self.by_head(self.to_v(context.flip(1)))
 feed-forward: the wrong half gated
 - value * F.gelu(gate)
 + gate * F.gelu(value)
@@ -266,8 +266,8 @@ network-configuration: one ResBlock a level
 - res_blocks: int = 2
 + res_blocks: int = 1
 small-machine: nothing is computed again
-- module.gradient_checkpointing = on
-+ module.gradient_checkpointing = False
+- level.gradient_checkpointing = on
++ level.gradient_checkpointing = False
 
 ddpm/vae.py
 vae-shapes: a latent of 3 channels
@@ -550,8 +550,8 @@ sampling-path: latents not scaled back
 - self.vae.decode(z / self.latent_scale)
 + self.vae.decode(z)
 sampling-path: prompt and negative swapped
-- guided(self.unet, context, uncond, guidance_scale)
-+ guided(self.unet, uncond, context, guidance_scale)
+- guided(self.unet, context, uncond, guidance_scale
++ guided(self.unet, uncond, context, guidance_scale
 sampling-path: the picture not clipped
 - x.float().clamp(-1, 1)
 + x.float()

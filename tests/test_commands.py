@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from ddpm import cli
+from ddpm import classifier, cli, diffusion, evaluation, sampling
 from ddpm.config import PRESETS
 from ddpm.faces import write_celeba
 from ddpm.text import TextTower
@@ -180,7 +181,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_train(*QUICK, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "parameters" in printed and "peak at least" in printed and "a step" in printed
+    assert all(told in printed for told in ("parameters", "GFLOP", "predicted peak", "a step"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -299,3 +300,19 @@ def test_memory_that_a_command_frees_is_not_taken_from_the_system_again():
         return int(done.stdout)
 
     assert page_faults("kept") < page_faults("left alone") / 10
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["sample.py"], ["-m", "ddpm.evaluation"], ["-m", "ddpm.export"]])
+def test_help_and_a_mistyped_flag_are_answered_where_torch_cannot_be_had(command, tmp_path):
+    for module in ("torch", "numpy"):
+        (tmp_path / f"{module}.py").write_text("raise ImportError('loaded')\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for flag, code, told in (("--help", 0, "usage: "), ("--hlep", 2, "error: ")):
+        done = subprocess.run([sys.executable, *command, flag], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode, told in done.stdout + done.stderr) == (code, True), done.stderr
+
+
+def test_the_names_on_the_command_lines_are_those_of_the_library():
+    assert sample.SAMPLERS == evaluation.SAMPLERS == sampling.SAMPLERS
+    assert sample.VARIANCES == diffusion.VARIANCES
+    assert evaluation.EXTRACTORS == classifier.EXTRACTORS

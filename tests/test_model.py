@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import ddpm
 from ddpm import model as model_file
+from ddpm.attention import Attention
 from ddpm.config import UserError
 from ddpm.model import TextToImage, autocast, load_weights, save_weights, write_atomically
 from ddpm.sampling import guided, sample_loop
 from ddpm.seeding import generator
 from ddpm.text import TextTower
+from ddpm.unet import UNet
 
 PROMPTS = ["a bald man", "a smiling woman with blond hair", ""]
 
@@ -90,6 +92,25 @@ def test_sampling_is_the_loop_over_the_unet_with_noise_of_the_pictures_own_strea
         by_hand = tiny.vae.decode(last.x / 1.25).clamp(-1, 1)
     picture = tiny.sample(["a bald man"], "ddpm", 3, guidance_scale=2.0, seed=5, negative="eyeglasses", first=7)
     assert far(picture, by_hand) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("scale", [3.0, 1.0])
+def test_a_call_of_sample_reads_the_captions_once_and_draws_the_same_pictures(tiny, precision, scale, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Attention, "keys_values", lambda self, context, own=Attention.keys_values: (
+        calls.append(self) or own(self, context)))  # fmt: skip
+
+    def sample():
+        calls.clear()
+        x = tiny.sample(["a bald man", "a woman"], steps=3, guidance_scale=scale, precision=precision)
+        return x, sum(layer.to_k.in_features == 512 for layer in calls)
+
+    x, once = sample()
+    monkeypatch.setattr(UNet, "keys_values", lambda self, context: context)
+    again, every_time = sample()
+    assert torch.equal(x, again)
+    assert every_time == 3 * once > 0
 
 
 @pytest.mark.equation("sampling-path")

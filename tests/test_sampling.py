@@ -591,6 +591,16 @@ def test_guidance_is_computed_in_the_samples_precision_not_in_the_networks():
     assert (output.double() - exact).abs().max().item() < 1e-5  # float32 numbers about 10
 
 
+@pytest.mark.parametrize("scale", [3.0, 1.0, 0.0])
+def test_guidance_reads_its_contexts_once_for_all_times(scale):
+    network, read = Recorder(), []
+    denoise = guided(network, PROMPTS, EMPTY, scale, lambda context: read.append(context) or 2 * context)
+    for time in (900, 500, 100):
+        denoise(Z, at(time, time))
+    [once] = read
+    assert all(torch.equal(context, 2 * once) for _, _, context in network.asked) and len(network.asked) == 3
+
+
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
 def test_a_guidance_that_is_no_number_is_refused(scale):
     with pytest.raises(ValueError, match="finite guidance scale, got"):

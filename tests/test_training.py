@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from ddpm import training
 from ddpm.cache import Latents, Texts, drawn_pictures
 from ddpm.config import Config, UserError
 from ddpm.data import TRAIN
 from ddpm.metrics import loss_by_timestep, measure_latent_scale, psnr, reconstruction_quality, ssim
 from ddpm.model import TextToImage
+from ddpm.seeding import seed_of
 from ddpm.training import EMA, Bound, Optimization, batch_rows, perceptual_loss, timestep_batch, train_unet, train_vae
 
 SMALL = {"image_size": 16, "channels": (32, 32), "drawn_images": 32, "accumulation": 1, "warmup": 2}
@@ -69,6 +71,24 @@ def test_an_epoch_sees_every_picture_once_and_the_next_in_another_order():
         assert sorted(epoch) == rows.tolist()
     assert epochs[0].tolist() != epochs[1].tolist()
     assert [batch_rows(rows, 8, step, 0)[1] for step in range(6)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_an_epoch_is_permuted_once_and_every_step_takes_its_place_in_it(monkeypatch):
+    drawn = []
+
+    def counting(seed):
+        drawn.append(seed)
+        return np.random.Generator(np.random.PCG64(seed))
+
+    rows = np.arange(100, 130)
+    orders = [np.random.default_rng(seed_of(7, "unet", "order", e)).permutation(30) for e in range(2)]
+    training.permutation.cache_clear()
+    monkeypatch.setattr(np.random, "default_rng", counting)
+    for step in range(6):
+        epoch, place = divmod(step, 3)
+        chosen, told = batch_rows(rows, 8, step, 7, "unet")
+        assert (chosen.tolist(), told) == (rows[orders[epoch]][8 * place : 8 * place + 8].tolist(), epoch)
+    assert drawn == [seed_of(7, "unet", "order", epoch) for epoch in range(2)]
 
 
 def test_data_smaller_than_a_batch_is_repeated():

@@ -157,22 +157,44 @@ def test_every_parameter_is_learned_from():
     assert [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+# ------------------------------------------------------------------------------------------- keys and values
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_keys_and_values_computed_before_give_the_same_bits_as_the_caption_itself(precision):
+    unet = small(attention_levels=(0, 1)).eval()
+    with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision is not None):
+        told = unet.keys_values(C)
+        for z, t in ((Z, T), (Z + 1, T + 5)):
+            assert torch.equal(unet(z, t, told), unet(z, t, C))
+    assert len(told) == 7 and all(k.shape == v.shape == (2, k.shape[1], 5, 32) for k, v in told.values())
+
+
+def test_keys_and_values_of_another_number_of_captions_are_refused(unet):
+    with pytest.raises(ValueError, match="keys_values of 2 captions, got those of 1"):
+        unet(Z, T, unet.keys_values(C[:1]))
+    with pytest.raises(ValueError, match=r"context of shape \(B, M, 16\), got \(2, 5, 512\)"):
+        unet.keys_values(torch.zeros(2, 5, 512))
+
+
 # ------------------------------------------------------------------------------------------- checkpointing
 
 
-def gradients_and_bytes(unet):
+def gradients_and_bytes(unet, z=Z, context=C):
+    r"""The gradients, and the bytes of the distinct storages beside the weights that the backward pass keeps."""
     unet.zero_grad()
-    kept = 0
+    weights, kept = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
 
     def pack(tensor):
-        nonlocal kept
-        kept += tensor.numel() * tensor.element_size()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = (unet(Z, T, C) ** 2).mean()
+        loss = (unet(z, T, context) ** 2).mean()
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}, kept
+    return {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}, sum(kept.values())
 
 
 @pytest.mark.equation("small-machine")
@@ -185,9 +207,26 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_fewer_bytes()
     _, kept_again = gradients_and_bytes(unet)
     for name in plain:
         assert (plain[name] - checkpointed[name]).abs().max().item() < 1e-6, name  # the same sums once more
-    # the hooks see what stays between the pairs of blocks, not the inputs the checkpoints hold: well below half
-    assert kept_fewer < kept / 2
+    assert kept_fewer < kept
     assert kept_again == kept
+
+
+@pytest.mark.equation("small-machine")
+def test_with_gradient_checkpointing_the_specs_unet_keeps_less_than_three_tenths():
+    torch.manual_seed(0)
+    unet = UNet().train()
+    _, kept = gradients_and_bytes(unet, normal(2, 4, 32, 32), normal(2, 77, 512))
+    unet.set_gradient_checkpointing(True)
+    _, kept_fewer = gradients_and_bytes(unet, normal(2, 4, 32, 32), normal(2, 77, 512))
+    assert 0 < kept_fewer < 0.3 * kept
+
+
+def test_a_unet_of_one_level_is_checkpointed_too():
+    unet = small(channels=(32,), attention_levels=(0,)).train()
+    _, kept = gradients_and_bytes(unet)
+    unet.set_gradient_checkpointing(True)
+    _, kept_fewer = gradients_and_bytes(unet)
+    assert kept_fewer < kept / 2
 
 
 def test_gradient_checkpointing_changes_nothing_where_nothing_is_learned():

@@ -1,0 +1,122 @@
+r"""The dry run: what it counts is what is there, and what it predicts is what a process then takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm.attention import attend
+from ddpm.config import Config
+from ddpm.estimate import ATTENTION_ON_CPU, MIB, FlopCounterMode, LiveBytes, bytes_kept, measure
+from ddpm.model import TextToImage
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_live_bytes_follow_tensors_until_the_last_view_of_them_goes():
+    with LiveBytes() as live:
+        x = torch.zeros(1000)
+        view = x[:10]
+        assert (live.now, live.peak) == (4000, 4000)
+        x += 1
+        y = x.double()
+        assert live.now == 12_000
+        del x, y
+        assert live.now == 4000
+        del view
+        assert (live.now, live.peak) == (0, 12_000)
+
+
+def test_live_bytes_see_gradients_and_what_the_backward_pass_makes():
+    layer, x = nn.Linear(100, 50), torch.ones(8, 100)
+    with LiveBytes() as live:
+        layer(x).square().sum().backward()
+    assert live.now == 4 * (100 * 50 + 50)
+    assert live.peak >= live.now + 4 * 8 * 50
+
+
+def test_what_is_kept_is_each_storage_once_and_no_weight():
+    layer = nn.Linear(100, 50)
+    x = torch.ones(8, 100, requires_grad=True)
+    # x for the weight's gradient, layer(x) for the square's; layer.weight for x's gradient is there in any case
+    assert bytes_kept(lambda: layer(x).square().sum() + x[:4].square().sum(), layer) == 4 * 8 * (100 + 50)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_attention_has_the_same_flops_in_torchs_kernel_for_cpus_and_by_hand(learn):
+    q, k, v = (torch.randn(2, 4, length, 16, requires_grad=learn) for length in (400, 400, 400))
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as fused:
+        attend(q, k, v)
+    with FlopCounterMode(display=False) as by_hand:
+        (q @ k.transpose(2, 3)).softmax(dim=3) @ v
+    assert fused.get_total_flops() == by_hand.get_total_flops() == 2 * 2 * 2 * 4 * 400 * 400 * 16
+
+
+def test_a_need_adds_up(tower):
+    torch.manual_seed(0)
+    config = Config.from_preset("tiny", channels=(32, 32), image_size=16)
+    model = TextToImage(config.model, tower)
+    whole, parts = (measure("unet", model, config.with_training(accumulation=n), "fp32", 3) for n in (1, 4))
+    size = 4 * sum(p.numel() for p in model.unet.parameters())
+    assert (whole.gradients, whole.optimizer, whole.average, whole.parameters) == (size, 2 * size, size, size // 4)
+    assert whole.weights == sum(p.nbytes for p in model.parameters())
+    assert parts.kept < whole.kept / 3
+    for need in (whole, parts):
+        assert need.peak > need.weights + 3 * size + max(size, need.kept)
+    assert parts.peak < whole.peak
+    # the same work, but for the times: what the step is computed in does not change what is computed
+    assert parts.flops == whole.flops > 0
+
+
+CHILD = r"""
+import json, sys
+import numpy as np, torch
+from pathlib import Path
+from ddpm.cache import Latents, drawn_pictures
+from ddpm.config import Config
+from ddpm.model import TextToImage
+from ddpm.text import TextTower
+from ddpm.training import Bound, Optimization, train_unet
+
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+config = Config.from_preset("celeba64", **json.loads(sys.argv[1]))
+pictures = drawn_pictures(Path(sys.argv[2]), 16, seed=0, size=64)
+layer = torch.nn.Conv2d(32, 32, 3)  # what a library sets up at its first call is not the training's
+layer(torch.randn(2, 32, 32, 32)).sum().backward()
+before = status("VmRSS")
+text = TextTower()
+for parameter in text.parameters():
+    parameter.fill_(0.01)
+model = TextToImage(config.model, text).to(memory_format=torch.channels_last)
+model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
+latents = Latents(np.zeros((16, 2, 2, *model.latent_shape), np.float16))
+opt = Optimization(model.unet, config, 1e-4, Bound(3), True, "fp32")
+texts = lambda captions: torch.zeros(len(captions), 77, 512)
+list(train_unet(model, latents, texts, pictures, config, opt, "fp32"))
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 4}, {"batch_size": 4, "accumulation": 2, "gradient_checkpointing": True}]
+)
+def test_three_steps_of_the_specs_unet_take_the_memory_that_is_predicted(changes, tower, tmp_path):
+    r"""Measured as what a process has at most, less what it had before the model; allocators round up, and keep."""
+    config = Config.from_preset("celeba64", text_weights="random", **changes)
+    model = TextToImage(config.model, tower).to(memory_format=torch.channels_last)
+    model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
+    predicted = measure("unet", model, config, "fp32", 3).peak
+    command = [sys.executable, "-c", CHILD, json.dumps(changes), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    taken = int(done.stdout.split()[-1])
+    assert 0.85 < taken / predicted < 1.15, f"{taken / MIB:.0f} MiB taken, {predicted / MIB:.0f} predicted"
