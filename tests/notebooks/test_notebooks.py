@@ -155,7 +155,7 @@ def test_two_runs_write_the_same_bytes_which_name_no_address_and_no_time(folder)
     [
         ("raise ValueError('expected 1,\\ngot 2')", "cell 3: ValueError: expected 1, got 2"),
         ("import os\nos._exit(1)", "cell 3: the kernel died"),
-        ("import warnings\nwarnings.warn('old')", "cell 3: expected nothing on stderr"),
+        ("import warnings\nwarnings.warn('old')", "cell 3: expected nothing on stderr, got 'UserWarning: old'"),
         ("import os\nprint(os.getcwd())", "cell 3: expected no path of this machine in an output, got"),
     ],
 )
