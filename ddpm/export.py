@@ -2,6 +2,7 @@ r"""To and from the folder that diffusers' `StableDiffusionPipeline` opens; need
 
 python -m ddpm.export runs/drawn64 exported             # a run becomes a diffusers folder
 python -m ddpm.export --reverse exported runs/again     # and back
+python -m ddpm.export --half runs/drawn64 small         # a run's configuration and weights alone, in float16
 
 Our modules already have diffusers' names, so a table of renames is all that lies between the two. Sampling there by
 default is sampling here by default: the folder names DPM-Solver++ 2M with trailing steps as its scheduler.
@@ -27,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     p.prog = "python -m ddpm.export"
     p.add_argument("source", metavar="RUN", help="a run folder; with --reverse a diffusers folder")
     p.add_argument("target", metavar="DIR", help="the folder to write; with --reverse a run folder")
-    p.add_argument("--reverse", action="store_true", help="from diffusers to a run")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--reverse", action="store_true", help="from diffusers to a run")
+    how.add_argument("--half", action="store_true", help="a run of weights in float16 alone, to hand on, not to resume")
     p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
     return p
 
@@ -40,6 +43,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig, UserError, printable, read_json
+from ddpm.files import write_atomically
 from ddpm.model import TextToImage, networks, save_weights
 from ddpm.schedule import Schedule
 from ddpm.text import TOKENS, WIDTH, TextTower
@@ -375,6 +379,11 @@ def main(argv: list[str] | None = None):
         model = import_diffusers(a.source)
         with new_folder(a.target) as folder:
             model.save(folder)  # with its text tower, which no name would bring back
+    elif a.half:
+        model = TextToImage.load(a.source, a.weights).half()
+        with new_folder(a.target) as folder:
+            model.save(folder)
+            write_atomically(folder / "config.json", (Path(a.source) / "config.json").read_bytes())
     else:
         export(TextToImage.load(a.source, a.weights), a.target)
     print(printable(f"wrote {a.target}"))

@@ -5,11 +5,13 @@ r"""Writes equations.md: every equation, the code that computes it and the tests
 
 `SPEC` and `CODE` below are the tables. A row of `SPEC` brings its equation along, in the specification's words; a row
 of `CODE` takes it from the docstring of the first thing it names. A test says what it holds by its mark,
-`@pytest.mark.equation("forward-step")`. Code and tests are parsed and never run, so this needs Python alone.
+`@pytest.mark.equation("forward-step")`, a cell of a notebook what it shows by its tag, `eq-forward-step`. Code, tests
+and notebooks are parsed and never run, so this needs Python alone.
 """
 
 import ast
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -514,14 +516,30 @@ def marked_tests(folder: Path = ROOT / "tests") -> dict[str, list[str]]:
     return held
 
 
-def faults(rows: Iterable[Row] = ROWS, held: dict[str, list[str]] | None = None) -> list[str]:
+def tagged_cells(folder: Path = ROOT / "notebooks") -> dict[str, list[str]]:
+    r"""Equation id -> `notebooks/05_name.ipynb#cell-id=05-07` of every cell with its tag, in order."""
+    shown: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for tag in cell["metadata"].get("tags", ()):
+                if tag.startswith("eq-"):
+                    shown.setdefault(tag[3:], []).append(f"{folder.name}/{path.name}#cell-id={cell['id']}")
+    return shown
+
+
+def faults(
+    rows: Iterable[Row] = ROWS, held: dict[str, list[str]] | None = None, shown: dict[str, list[str]] | None = None
+) -> list[str]:
     r"""What is wrong with the tables, one line each."""
     held = marked_tests() if held is None else held
+    shown = tagged_cells() if shown is None else shown
     ids = [row.id for row in rows]
     named = {name for row in rows for name in row.code.split()}
     found = [f"two rows are called {id!r}; rename one" for id in sorted({id for id in ids if ids.count(id) > 1})]
     for id in sorted(set(held) - set(ids)):
         found.append(f"expected the id of a row in docs/equations.py, got {id!r} on {held[id][0]}")
+    for id in sorted(set(shown) - set(ids)):
+        found.append(f"expected eq- and the id of a row in docs/equations.py, got eq-{id} on {shown[id][0]}")
     for name in sorted(set(documented_equations()) - named):
         found.append(f"the equation of ddpm.{name} has no row in docs/equations.py; add one and mark a test")
     return found + [fault for row in rows for fault in _row_faults(row, held)]
@@ -547,13 +565,13 @@ def _row_faults(row: Row, held: dict[str, list[str]]) -> Iterator[str]:
 
 HEAD = r"""# Equations
 
-<!-- Made by `python docs/equations.py` from its tables, the docstrings in ddpm/ and the marks on the tests. -->
+<!-- Made by `python docs/equations.py` from its tables, the docstrings in ddpm/, tagged cells and marked tests. -->
 
-Every equation of this project, the code that computes it and the tests that fail when the code departs from it: first
-the specification's, in its order and its words, then those that the code adds. A symbol has one name in code, equations
-and tests: $\beta_t$ is `beta_t`, $\bar\alpha_t$ is `alpha_bar_t`, $\epsilon$ is `eps`, $\hat\epsilon$ is `eps_hat`.
-Pictures are $x$, latents $z$, and the prompt's embedding is $c$ or `context`; an estimate wears a hat. Where the chain
-does not ask what it adds noise to, in [diffusion.py](../ddpm/diffusion.py) and
+Every equation of this project, the code that computes it, the notebooks' cells that show it and the tests that fail
+when the code departs from it: first the specification's, in its order and its words, then those that the code adds. A
+symbol has one name in code, equations and tests: $\beta_t$ is `beta_t`, $\bar\alpha_t$ is `alpha_bar_t`, $\epsilon$ is
+`eps`, $\hat\epsilon$ is `eps_hat`. Pictures are $x$, latents $z$, and the prompt's embedding is $c$ or `context`; an
+estimate wears a hat. Where the chain does not ask what it adds noise to, in [diffusion.py](../ddpm/diffusion.py) and
 [sampling.py](../ddpm/sampling.py), $x$ stands for the latent too.
 
 Where papers differ:
@@ -571,30 +589,32 @@ A test is named by what it says; those of parity compare with another implementa
 for single numbers, in [equations.py](equations.py). [mutations.py](../tests/mutations.py) departs from every equation
 in two ways at least, and demands that a test of its row fails.
 """
-COLUMNS = "| | Equation | Symbols in the code | Computed by | Held by |\n| --- | --- | --- | --- | --- |\n"
+NAMES = ("", "Equation", "Symbols in the code", "Computed by", "Shown in", "Held by")
+COLUMNS = f"| {' | '.join(NAMES)} |\n|{' --- |' * len(NAMES)}\n"
 
 
 def page() -> str:
     r"""The text of equations.md."""
-    held = marked_tests()
-    lines = [_line(number, row, held.get(row.id, [])) for number, row in enumerate(ROWS, 1)]
+    held, shown = marked_tests(), tagged_cells()
+    lines = [_line(number, row, held.get(row.id, []), shown.get(row.id, [])) for number, row in enumerate(ROWS, 1)]
     spec, code = "".join(lines[: len(SPEC)]), "".join(lines[len(SPEC) :])
     return f"{HEAD}\n## The specification\n\n{COLUMNS}{spec}\n## What the code adds\n\n{COLUMNS}{code}"
 
 
-def _line(number: int, row: Row, tests: list[str]) -> str:
+def _line(number: int, row: Row, tests: list[str], cells: list[str]) -> str:
     names = row.code.split()
     node = definition(names[0])
     equations = [row.tex] if row.tex else docstring_tex(node)
     parts = [part for tex in equations for part in re.split(r",?\s*\\q?quad\s*", tex.strip())]
-    cells = (
+    columns = (
         str(number),
         "<br>".join([f"{row.title} (`{row.id}`)", *(f"${_plain(part)}$" for part in parts)]),
         ", ".join(f"`{symbol}`" for symbol in row.symbols.split()),
         "<br>".join(f"[{name}](../ddpm/{name.split('.')[0]}.py)" for name in names),
+        "<br>".join(f"[{_place(cell)}](../{cell})" for cell in cells) or "-",
         "<br>".join(f"[{_sentence(test)}](../{test.split('::')[0]})" for test in tests),
     )
-    return f"| {' | '.join(cells)} |\n"
+    return f"| {' | '.join(columns)} |\n"
 
 
 def _plain(tex: str) -> str:
@@ -602,6 +622,12 @@ def _plain(tex: str) -> str:
     for old, new in ((r"\,", r"\thinspace "), (r"\|", r"\Vert "), ("|", r"\vert ")):
         tex = tex.replace(old, new)
     return " ".join(tex.split())
+
+
+def _place(cell: str) -> str:
+    r"""notebooks/05_name.ipynb#cell-id=05-07 -> 05, cell 7."""
+    number, place = cell.rpartition("=")[2].split("-")
+    return f"{number}, cell {int(place)}"
 
 
 def _sentence(test: str) -> str:

@@ -1,6 +1,7 @@
 r"""The page of equations: up to date, without gaps, and its formulas' numbers those of the code."""
 
 import inspect
+import json
 import re
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import equations
 import numpy as np
 import pytest
 import torch
-from equations import CODE, ROWS, SPEC, Row, definition, docstring_tex, faults, marked_tests, page
+from equations import CODE, ROWS, SPEC, Row, definition, docstring_tex, faults, marked_tests, page, tagged_cells
 from mutations import MUTATIONS
 from torch import nn
 
@@ -76,12 +77,12 @@ FORWARD = row(symbols="beta_t", tex="")
     ],
 )
 def test_a_gap_is_told_in_one_line_that_says_where(row, held, told):
-    [fault] = [fault for fault in faults([row], held) if "has no row" not in fault]
+    [fault] = [fault for fault in faults([row], held, {}) if "has no row" not in fault]
     assert told in fault and "\n" not in fault
 
 
 def test_an_equation_in_a_docstring_without_a_row_and_an_id_used_twice_are_told():
-    found = faults([FORWARD, FORWARD], HELD)
+    found = faults([FORWARD, FORWARD], HELD, {})
     assert any(fault.startswith("the equation of ddpm.diffusion.q_sample has no row") for fault in found)
     assert "two rows are called 'forward-step'; rename one" in found
 
@@ -97,14 +98,29 @@ def test_marks_are_read_in_the_order_of_the_files_and_without_running_anything(t
     assert marked_tests(tmp_path / "tests") == {"v": [one, three], "kl": [one]}
 
 
+def test_tags_are_read_in_the_order_of_the_notebooks_and_one_without_a_row_is_told(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for name, tags in (("02_b", ["eq-kl", "hide-input"]), ("01_a", ["eq-forward-step", "eq-kl"])):
+        cells = [{"id": f"{name[:2]}-01", "metadata": {}}, {"id": f"{name[:2]}-12", "metadata": {"tags": tags}}]
+        (folder / f"{name}.ipynb").write_text(json.dumps({"cells": cells}))
+    one, two = "notebooks/01_a.ipynb#cell-id=01-12", "notebooks/02_b.ipynb#cell-id=02-12"
+    shown = tagged_cells(folder)
+    assert shown == {"forward-step": [one], "kl": [one, two]}
+    [fault] = [fault for fault in faults([FORWARD], HELD, shown) if "has no row" not in fault]
+    assert f"got eq-kl on {one}" in fault and "\n" not in fault
+    monkeypatch.setattr(equations, "tagged_cells", lambda: shown)
+    assert f"[01, cell 12](../{one})<br>[02, cell 12](../{two})" in page()
+
+
 def test_the_page_can_be_read_as_markdown():
     r"""A cell ends at any bar, and a backslash before punctuation is Markdown's, not TeX's."""
     rows = [line for line in page().split("\n") if re.match(r"\| \d", line)]
     assert [int(line.split("|")[1]) for line in rows] == list(range(1, len(ROWS) + 1))
     for line in rows:
-        assert line.count("|") == 6 and line.count("$") % 2 == 0
+        assert line.count("|") == len(equations.NAMES) + 1 and line.count("$") % 2 == 0
         assert not re.search(r"\\[!-/:-@\[-`{-~]", line)
-        for path in re.findall(r"\]\(\.\./(.+?)\)", line):
+        for path in re.findall(r"\]\(\.\./(.+?)[#)]", line):
             assert (equations.ROOT / path).is_file()
 
 

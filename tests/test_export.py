@@ -361,6 +361,22 @@ def test_the_command_goes_there_and_back(model, tmp_path, capsys):
         shutil.rmtree(folder)
 
 
+def test_a_run_in_float16_is_half_as_large_loads_and_keeps_its_configuration(model, tmp_path, capsys):
+    run, small = tmp_path / "run", tmp_path / "small"
+    model.save(run, preset="tiny")
+    assert cli.run(export.main, ["--half", str(run), str(small)]) == 0
+    assert (small / "config.json").read_bytes() == (run / "config.json").read_bytes()
+    again = TextToImage.load(small)
+    for name in ("vae", "ema"):
+        sizes = [(folder / f"{name}.safetensors").stat().st_size for folder in (run, small)]
+        assert 0.4 < sizes[1] / sizes[0] < 0.75, sizes  # the header stays
+    for part in ("vae", "unet"):
+        expected, came = getattr(model, part).state_dict(), getattr(again, part).state_dict()
+        assert all(torch.equal(came[name], expected[name].half().float()) for name in expected)
+    for folder in (run, small):
+        shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("arguments", [["nowhere", "out"], ["--reverse", "nowhere", "out"]], ids=["there", "back"])
 def test_a_source_that_is_not_there_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

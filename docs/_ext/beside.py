@@ -186,21 +186,46 @@ def write_pages(app: Sphinx):
             path.write_text(text, encoding="utf-8")
 
 
-def link_code(app: Sphinx, docname: str, source: list[str]):
-    r"""Links to files of the house, which GitHub's readers follow, become links to their pages here.
+LINK = re.compile(r'(?<!!)\[([^][\n"]+)\]\(\.\./([\w./]+)(?:#cell-id=([\w-]+))?\)')
+DOTTED = re.compile(r"\w+(\.\w+)+")
 
-    `[vae.KLVAE](../ddpm/vae.py)` goes to the class, `[vae.py](../ddpm/vae.py)` to the page.
+
+def link_pages(app: Sphinx, docname: str, source: list[str]):
+    r"""Links between files of the repository, which GitHub's readers follow, become links between pages here.
+
+    `[vae.KLVAE](../ddpm/vae.py)` goes to the class, `[vae.py](../ddpm/vae.py)` to the page, a link to a notebook to
+    its page or, with `#cell-id=`, its cell. Notebooks stand one folder deeper here than there.
     """
 
     def link(match: re.Match) -> str:
-        text, file = match.groups()
-        if file not in files():
-            return match[0]
-        if text.endswith(".py"):
+        text, file, cell = match[1].replace("`", ""), match[2], match[3]
+        if file in files() and DOTTED.fullmatch(text) and not text.endswith(".py"):
+            return f"{{py:obj}}`{text} <{module_name(file)}.{text.partition('.')[2]}>`"
+        if file in files():
             return f"{{doc}}`{text} </{page_of(file)}>`"
-        return f"{{py:obj}}`{text} <{module_name(file)}.{text.partition('.')[2]}>`"
+        if cell:
+            return f"{{ref}}`{text} <{cell_label(cell)}>`"
+        if file.endswith(".ipynb"):
+            return f"{{doc}}`{text} </{file.removesuffix('.ipynb')}>`"
+        if file.startswith("docs/") and file.endswith(".md"):
+            return f"{{doc}}`{text} </{file[5:-3]}>`"
+        return f"[{match[1]}](../../{file})" if docname.startswith("notebooks/") else match[0]
 
-    source[0] = re.sub(r"\[`?([\w.]+)`?\]\(\.\./((?:ddpm/)?\w+\.py)\)", link, source[0])
+    source[0] = LINK.sub(link, source[0])
+
+
+def cell_label(cell: str) -> str:
+    return f"cell-id={cell}"  # as JupyterLab has it in addresses
+
+
+def label_cells(app: Sphinx, doctree: nodes.document):
+    r"""Let the code cells of a notebook be found by their ids, which are its number and their place in it."""
+    docname = app.env.docname
+    for node in doctree.findall(nodes.container) if docname.startswith("notebooks/") else ():
+        if node.get("nb_element") == "cell_code":
+            label = cell_label(f"{docname[10:12]}-{node['cell_index'] + 1:02}")
+            node["ids"].append(label)
+            app.env.domains.standard_domain.anonlabels[label] = docname, label
 
 
 def level_captions(app: Sphinx, page: str, template: str, context: dict, doctree):
@@ -212,6 +237,7 @@ def level_captions(app: Sphinx, page: str, template: str, context: dict, doctree
 def setup(app: Sphinx):
     app.add_directive("beside", Beside)
     app.connect("builder-inited", write_pages)
-    app.connect("source-read", link_code)
+    app.connect("source-read", link_pages)
+    app.connect("doctree-read", label_cells)
     app.connect("html-page-context", level_captions, priority=900)  # after furo's
     return {"parallel_read_safe": False}
