@@ -184,20 +184,25 @@ def photographs(
 
 
 def _decode(table: ImageTable, pixels: np.ndarray, size: int, crop: int, max_bad: float, progress: Progress) -> list:
-    r"""Fill `pixels`; Pillow leaves Python's lock while it decodes, so threads are enough."""
+    r"""Fill `pixels`; Pillow leaves Python's lock while it decodes, so threads are enough; each takes a run of them."""
+    threads = os.cpu_count() or 1
 
-    def one(i: int) -> str | None:
-        try:
-            pixels[i] = read_image(table.root / table.files[i], size, crop)
-        except BadImage as error:
-            return str(error)
+    def some(rows: range) -> list:
+        bad = []
+        for i in rows:
+            try:
+                pixels[i] = read_image(table.root / table.files[i], size, crop)
+            except BadImage as error:
+                bad.append((table.files[i], str(error)))
+        return bad
 
-    bad = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for begin in progress(range(0, len(table), 256), -(-len(table) // 256), "decoding pictures, 256 at a time"):
-            rows = range(begin, min(begin + 256, len(table)))
-            reasons = zip(rows, pool.map(one, rows), strict=True)
-            bad += [(table.files[i], reason) for i, reason in reasons if reason is not None]
+    bad, step = [], 128 * threads
+    with ThreadPoolExecutor(threads) as pool:
+        starts = range(0, len(table), step)
+        for begin in progress(starts, len(starts), f"decoding pictures, {step} at a time"):
+            end = min(begin + step, len(table))
+            runs = [range(first, min(first + 128, end)) for first in range(begin, end, 128)]
+            bad += [one for found in pool.map(some, runs) for one in found]
             _refuse_bad(table, bad, max_bad, of=len(table))
     return bad
 
