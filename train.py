@@ -373,6 +373,8 @@ def train(run, a: argparse.Namespace, group, precision: str):
     if a.stage == "unet" and not own_vae.is_file() and not (run.state and run.state["stage"] == "unet"):
         raise UserError(f"expected {own_vae} for the second stage; train it with --stage vae first, then --resume")
     torch.manual_seed(config.training.seed)
+    if group.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
     model = TextToImage(config.model, TextTower.from_file(own_text) if own_text.is_file() else None)
     cache = Path(a.cache or folder.parent / "cache")
     with group.first_alone():

@@ -248,7 +248,7 @@ def train_vae(
 
         def losses(batch=(x, eps)) -> Iterator[Tensor]:
             for k, (part, noise) in enumerate(parts(batch, t.accumulation)):
-                part = part.to(model.device).contiguous(memory_format=torch.channels_last)
+                part = to_device(part, model.device).contiguous(memory_format=torch.channels_last)
                 with opt.part(k == t.accumulation - 1):
                     with autocast(model.device, precision):
                         x_hat, posterior = opt.parallel(part, noise)
@@ -286,7 +286,7 @@ def train_unet(
 
         def losses(batch=mine) -> Iterator[Tensor]:
             for k, part in enumerate(parts(batch, t.accumulation)):
-                z, at, noise, c = (tensor.to(model.device) for tensor in part)
+                z, at, noise, c = (to_device(tensor, model.device) for tensor in part)
 
                 def denoise(z_t: Tensor, t: Tensor, c=c) -> Tensor:
                     with autocast(model.device, precision):
@@ -302,6 +302,13 @@ def train_unet(
 def parts(batch: tuple[Tensor, ...], number: int) -> Iterator[tuple[Tensor, ...]]:
     r"""A batch of several tensors in `number` parts of equal length."""
     return zip(*(tensor.chunk(number) for tensor in batch), strict=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    r"""`tensor` on `device`; from the CPU to a GPU by pinned memory, and nobody waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

@@ -75,7 +75,7 @@ def test_a_need_adds_up(tower):
 
 CHILD = r"""
 import json, sys
-import numpy as np, torch
+import numpy as np, open_clip.transformer, torch
 from pathlib import Path
 from ddpm.cache import Latents, drawn_pictures
 from ddpm.config import Config
@@ -104,19 +104,24 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(
-    "changes", [{"batch_size": 4}, {"batch_size": 4, "accumulation": 2, "gradient_checkpointing": True}]
-)
-def test_three_steps_of_the_specs_unet_take_the_memory_that_is_predicted(changes, tower, tmp_path):
-    r"""Measured as what a process has at most, less what it had before the model; allocators round up, and keep."""
+def predicted_and_taken(changes, tower, folder) -> tuple[float, float]:
+    r"""MiB: the predicted peak, and what a process of its own has at most, less what it had before the model."""
     config = Config.from_preset("celeba64", text_weights="random", **changes)
     model = TextToImage(config.model, tower).to(memory_format=torch.channels_last)
     model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
     predicted = measure("unet", model, config, "fp32", 3).peak
-    command = [sys.executable, "-c", CHILD, json.dumps(changes), str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", CHILD, json.dumps(changes), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    taken = int(done.stdout.split()[-1])
-    assert 0.85 < taken / predicted < 1.15, f"{taken / MIB:.0f} MiB taken, {predicted / MIB:.0f} predicted"
+    return predicted / MIB, int(done.stdout.split()[-1]) / MIB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_three_steps_of_the_specs_unet_take_the_memory_that_is_predicted(tower, tmp_path):
+    r"""But for what the libraries take for themselves at their first calls, 140 MiB where this was written."""
+    plain = predicted_and_taken({"batch_size": 4}, tower, tmp_path)
+    small = {"batch_size": 4, "accumulation": 2, "gradient_checkpointing": True}
+    thrifty = predicted_and_taken(small, tower, tmp_path)
+    for predicted, taken in (plain, thrifty):
+        assert 0.95 * predicted < taken < predicted + 250
+    assert plain[1] - thrifty[1] == pytest.approx(plain[0] - thrifty[0], rel=0.15)

@@ -14,7 +14,17 @@ from ddpm.data import TRAIN
 from ddpm.metrics import loss_by_timestep, measure_latent_scale, psnr, reconstruction_quality, ssim
 from ddpm.model import TextToImage
 from ddpm.seeding import seed_of
-from ddpm.training import EMA, Bound, Optimization, batch_rows, perceptual_loss, timestep_batch, train_unet, train_vae
+from ddpm.training import (
+    EMA,
+    Bound,
+    Optimization,
+    batch_rows,
+    perceptual_loss,
+    timestep_batch,
+    to_device,
+    train_unet,
+    train_vae,
+)
 
 SMALL = {"image_size": 16, "channels": (32, 32), "drawn_images": 32, "accumulation": 1, "warmup": 2}
 
@@ -94,6 +104,11 @@ def test_an_epoch_is_permuted_once_and_every_step_takes_its_place_in_it(monkeypa
 def test_data_smaller_than_a_batch_is_repeated():
     rows, _ = batch_rows(np.array([4, 7]), 5, 0, 0)
     assert sorted(set(rows.tolist())) == [4, 7] and len(rows) == 5
+
+
+def test_a_batch_that_is_on_its_device_is_not_copied():
+    x = torch.ones(3)
+    assert to_device(x, torch.device("cpu")) is x
 
 
 def test_times_of_a_batch_are_spread_over_the_chain_and_uniform():

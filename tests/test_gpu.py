@@ -1,0 +1,86 @@
+r"""What is written for GPUs; without CUDA or ROCm all of it is left out, and nothing here has been measured."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import without_zeros
+
+from ddpm import cli
+from ddpm.attention import attend
+from ddpm.cache import Latents, drawn_pictures
+from ddpm.config import Config
+from ddpm.model import TextToImage
+from ddpm.pictures import to_uint8
+from ddpm.training import Bound, Optimization, to_device, train_unet, train_vae
+from ddpm.unet import UNet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", ["vae", "unet"])
+def test_steps_in_every_precision_are_finite_and_move_the_weights(stage, precision, tower, tmp_path):
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this card has no bf16")
+    config = Config.from_preset("tiny", image_size=16, channels=(32, 32), drawn_images=32)
+    torch.manual_seed(0)
+    model = TextToImage(config.model, tower)
+    model.vae.to(CUDA, memory_format=torch.channels_last)
+    model.unet.to(CUDA, memory_format=torch.channels_last)
+    pictures = drawn_pictures(tmp_path, 32, seed=0, size=16)
+    network = model.vae if stage == "vae" else model.unet
+    opt = Optimization(network, config, 1e-3, Bound(5), stage == "unet", precision)
+    assert opt.optimizer.defaults["fused"] and opt.scaler.is_enabled() == (precision == "fp16")
+    before = [p.detach().clone() for p in network.parameters()]
+    if stage == "vae":
+        reports = list(train_vae(model, pictures, config, opt, precision))
+    else:
+        latents = Latents(np.zeros((32, 2, 2, *model.latent_shape), np.float16))
+        texts = lambda captions: torch.zeros(len(captions), 77, 512)  # noqa: E731
+        reports = list(train_unet(model, latents, texts, pictures, config, opt, precision))
+    assert len(reports) == 5 and any(report.finite for report in reports)
+    assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_the_unet_says_the_same_as_on_the_cpu_and_keeps_the_memory_layout():
+    torch.manual_seed(0)
+    unet = without_zeros(UNet(channels=(32, 64), attention_levels=(1,), res_blocks=1, context_width=16)).eval()
+    z, t, c = normal(2, 4, 8, 8), torch.tensor([10, 700]), normal(2, 5, 16)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        expected = unet(z, t, c)
+        unet.to(CUDA, memory_format=torch.channels_last)
+        told = unet(z.to(CUDA).contiguous(memory_format=torch.channels_last), t.to(CUDA), c.to(CUDA))
+    assert told.is_contiguous(memory_format=torch.channels_last)
+    assert (told.cpu() - expected).abs().max() < 1e-3
+
+
+def test_a_picture_is_the_same_as_on_the_cpu_give_or_take_a_level(tiny):
+    expected = tiny.sample(["a bald man", "a woman"], steps=5)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        x = tiny.to(CUDA, memory_format=torch.channels_last).sample(["a bald man", "a woman"], steps=5)
+    tiny.cpu()
+    assert np.abs(to_uint8(x.cpu()).astype(int) - to_uint8(expected).astype(int)).max() <= 1
+
+
+def test_attention_is_torchs_fused_one_where_something_is_learned_too(monkeypatch):
+    calls = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: calls.append(1) or q)
+    attend(*(torch.zeros(1, 2, 4, 32, device=CUDA, requires_grad=True) for _ in range(3)))
+    assert calls == [1]
+
+
+def test_a_batch_comes_to_the_gpu_whole_and_one_that_is_there_stays():
+    x = normal(1000, 1000)
+    there = to_device(x, CUDA)
+    assert torch.equal(there.cpu(), x)
+    assert to_device(there, CUDA) is there
+
+
+def test_auto_takes_the_gpu():
+    assert cli.choose_device("auto").type == "cuda"
