@@ -1,6 +1,7 @@
 r"""Pictures from prompts.
 
-python sample.py "a smiling woman with blond hair and eyeglasses" "a bald man with a mustache" --model runs/drawn64
+python sample.py "a smiling woman with blond hair and eyeglasses" "a bald man with a mustache"
+python sample.py "a young man" --model runs/NAME
 """
 
 import argparse

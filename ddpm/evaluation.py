@@ -6,7 +6,6 @@ python -m ddpm.evaluation runs/NAME --full       every curve with all prompts, a
 
 An evaluation that is in the folder already is replaced.
 """
-# ruff: noqa: E402 (the command line comes before the imports that take seconds)
 
 import argparse
 import json

@@ -7,7 +7,6 @@ python -m ddpm.export --half runs/drawn64 small         # a run's configuration 
 Our modules already have diffusers' names, so a table of renames is all that lies between the two. Sampling there by
 default is sampling here by default: the folder names DPM-Solver++ 2M with trailing steps as its scheduler.
 """
-# ruff: noqa: E402 (the command line comes before the imports that take seconds)
 
 import argparse
 import contextlib

@@ -161,7 +161,8 @@ class TextToImage(nn.Module):
             raise ValueError(f"expected weights ema or unet, got {weights!r}")
         if folder is None and not SHIPPED.is_dir():
             raise UserError(
-                "no weights ship with this version; run `python train.py` first, then pass --model runs/drawn64"
+                f"expected the weights that ship in {SHIPPED}, found none; install anew, or run `python train.py` "
+                "and pass --model runs/drawn64"
             )
         folder = SHIPPED if folder is None else Path(folder)
         if not folder.is_dir():
@@ -176,6 +177,10 @@ class TextToImage(nn.Module):
         config = Config.read(folder / "config.json").model
         for part in ("vae", weights):
             if not (folder / f"{part}.safetensors").is_file():
+                if part == "unet" and (folder / "ema.safetensors").is_file():
+                    raise UserError(
+                        f"expected unet.safetensors in {folder}, found the averaged weights alone; take these"
+                    )
                 raise UserError(
                     f"{folder} has no {part}.safetensors: its training is not finished; "
                     f"go on with python train.py --resume {folder}"

@@ -52,6 +52,7 @@ def execute(notebook: NotebookNode, celeba: bool):
     environment = {name: value for name, value in os.environ.items() if celeba or name != "DDPM_CELEBA"}
     environment |= {
         "PYTHONPATH": str(FOLDER.parent), "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore:IProgress",  # tqdm's, where ipywidgets is missing
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }  # fmt: skip
     begun = []

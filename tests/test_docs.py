@@ -246,7 +246,7 @@ def test_python_in_the_docs_runs(page, text, tiny, monkeypatch, tmp_path):
     if "diffusers" in text:
         return  # tests/compat runs the pipeline
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(TextToImage, "load", classmethod(lambda cls, folder: tiny))
+    monkeypatch.setattr(TextToImage, "load", classmethod(lambda cls, folder=None: tiny))
     exec(code, {})
 
 

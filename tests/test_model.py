@@ -343,7 +343,7 @@ def test_a_folder_that_is_not_there_or_is_a_file_is_refused_in_one_line(folder):
 
 
 def test_a_run_without_its_last_weights_says_so(folder, one_tower):
-    assert "no unet.safetensors" in refusal_of(lambda: TextToImage.load(folder, "unet"))
+    assert "expected unet.safetensors" in refusal_of(lambda: TextToImage.load(folder, "unet"))
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -35,7 +35,7 @@ def test_the_card_names_the_numbers_that_the_command_was_given():
 
 @torch.no_grad()
 def test_faces_that_it_never_saw_pass_the_vae(model):
-    faces = torch.stack([torch.from_numpy(face) for face in draw_many(drawn_rows(32, 1234, 1), 1234)])
+    faces = torch.stack([torch.tensor(face) for face in draw_many(drawn_rows(32, 1234, 1), 1234)])
     x = faces.permute(0, 3, 1, 2).float() / 127.5 - 1
     assert psnr(x, model.vae.decode(model.vae.encode(x).mode())).mean() > 30
 
