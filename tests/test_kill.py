@@ -256,6 +256,8 @@ def main():
     import torch._dynamo
     from small_runs import make_runs_cheap
 
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a shell's background job comes with these ignored
+        signal.signal(signum, signal.SIG_DFL)
     torch.set_num_threads(1)
     make_runs_cheap(pytest.MonkeyPatch())
     watch()
