@@ -249,8 +249,8 @@ def draw_age(pen: Pen, look: Look) -> None:
 
 def draw_cheeks(pen: Pen, look: Look) -> None:
     for side in (-1, 1):
-        pen.ellipse(side * 8.6 + 7.2j, 4.0, 3.0, (238, 60, 84, 80))
-        pen.ellipse(side * 8.6 + 7.2j, 2.8, 2.0, (238, 60, 84, 90))
+        pen.ellipse(side * 8.8 + 7.0j, 4.8, 4.0, (238, 44, 74, 100))
+        pen.ellipse(side * 8.8 + 7.0j, 3.6, 2.9, (238, 44, 74, 105))
 
 
 def draw_eyes(pen: Pen, look: Look) -> None:
@@ -272,13 +272,13 @@ def draw_eyes(pen: Pen, look: Look) -> None:
 
 def draw_brows(pen: Pen, look: Look) -> None:
     bushy = look.has["Bushy_Eyebrows"]
-    thick = (3.4 if bushy else 1.6) - (0 if look.male else 0.3)
-    colour = mix(look.hair_dark, INK, 0.55 if bushy else 0.3)
+    thick = (4.2 if bushy else 1.6) - (0 if look.male else 0.3)
+    colour = mix(look.hair_dark, INK, 0.7 if bushy else 0.3)
     height, bend = (-4.4, -0.9) if look.male else (-4.9, -1.5)
     for side in (-1, 1):
         pen.crescent(side * 2.7 + 1j * height, side * 10 + 1j * (height + 0.5), bend, thick, colour)
         if bushy:
-            pen.crescent(side * 2.2 + 1j * height, side * 7 + 1j * (height - 0.4), -0.2, thick, colour)
+            pen.crescent(side * 1.8 + 1j * height, side * 7.6 + 1j * (height - 0.4), -0.3, thick, colour)
 
 
 def draw_nose(pen: Pen, look: Look) -> None:
@@ -293,12 +293,12 @@ def draw_mouth(pen: Pen, look: Look) -> None:
     lips = look.lipstick if painted else mix(look.skin, (168, 52, 62), 0.5)
     full, dark = 1.0 if painted else 0.0, (92, 20, 34)
     if smiling and look.has["Mouth_Slightly_Open"]:
-        pen.crescent(-6.8 + 10.2j, 6.8 + 10.2j, 2.2, 5.6 + 1.6 * full, lips)
-        pen.crescent(-5.9 + 10.5j, 5.9 + 10.5j, 2.4, 4.4, dark)
-        pen.crescent(-5.4 + 10.6j, 5.4 + 10.6j, 1.3, 2.2, WHITE)
+        pen.crescent(-8.6 + 8.8j, 8.6 + 8.8j, 3.2, 7.2 + 1.6 * full, lips)
+        pen.crescent(-7.8 + 9.2j, 7.8 + 9.2j, 3.2, 5.8, dark)
+        pen.crescent(-7.2 + 9.4j, 7.2 + 9.4j, 1.7, 3.0, WHITE)
     elif smiling:
-        pen.crescent(-6.6 + 9.6j, 6.6 + 9.6j, 3.0, 2.6 + 2 * full, lips)
-        pen.crescent(-7.4 + 9.1j, 7.4 + 9.1j, 3.1, 1.9, dark)
+        pen.crescent(-7.6 + 8.8j, 7.6 + 8.8j, 4.2, 3.0 + 2 * full, lips)
+        pen.crescent(-8.6 + 8.0j, 8.6 + 8.0j, 4.5, 2.4, dark)
     elif look.has["Mouth_Slightly_Open"]:
         pen.ellipse(11.8j, 3.9 + 0.3 * full, 3.1 + 0.5 * full, lips)
         pen.ellipse(11.8j, 2.9, 2.1, dark)

@@ -1,0 +1,143 @@
+r"""Every command that README and the docs show, executed in a small form: the page's own flags, sizes cut to seconds.
+
+Each runs in a folder of its own that holds what the page presumes: the data, and the run that it goes on from.
+`.ci/run` executes the commands of pip, pytest and sphinx, and tests/test_parallel.py launches `torchrun`.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from benchmarks import __main__ as benchmarks
+from benchmarks import measure
+from PIL import Image
+from small_runs import make_runs_cheap
+from test_docs import blocks, commands
+
+import sample
+import train
+from ddpm import classifier, cli, evaluation, export
+from ddpm.faces import write_celeba
+from ddpm.text import TextTower
+
+MAINS = {"train.py": train.main, "sample.py": sample.main, "ddpm.export": export.main,
+         "ddpm.evaluation": evaluation.main, "tests.benchmarks": benchmarks.main}  # fmt: skip
+BY_CI = ("python3 -m venv", "pip install", "python -m pytest", "python -m sphinx")
+SMALL_MODEL = [
+    "--image-size", "16", "--vae-channels", "32,32", "--vae-layers", "1", "--latent-channels", "4",
+    "--channels", "32,32", "--attention-levels", "1", "--res-blocks", "1", "--head-width", "32",
+    "--text-weights", "random", "--drawn-images", "400",
+]  # fmt: skip
+SMALL_TRAINING = [
+    "--batch-size", "8", "--vae-batch-size", "8", "--vae-steps", "3", "--unet-steps", "3", "--steps-per-epoch", "0",
+    "--epochs", "0", "--max-minutes", "0", "--warmup", "1", "--save-every", "2", "--sample-every", "3",
+]  # fmt: skip
+SMALLER = {"--steps": "2", "--num": "2", "--n": "8", "--stop-after": "2", "--max-steps": "8", "--max-minutes": "1"}
+
+
+def shown() -> list:
+    r"""(program, arguments) of every command on every page, each once, named by its page."""
+    found = {}
+    for page, text in (block.values for block in blocks("")):
+        for words in commands(text):
+            words = [word.removeprefix(".venv/bin/") for word in words]
+            if words[0] == "torchrun":
+                words = ["python", *words[words.index("train.py") :]]
+            if words[0] == "error:" or " ".join(words).startswith(BY_CI):
+                continue
+            program = words[1:] if words[1] != "-m" else words[2:]
+            found.setdefault(tuple(program), page)
+    return [pytest.param(list(words), id=f"{page} {' '.join(words)}"[:80]) for words, page in found.items()]
+
+
+def small(words: list[str]) -> list[str]:
+    r"""The arguments of a command, its sizes replaced by small ones, and those of a new model added."""
+    program, *arguments = words
+    arguments = [SMALLER.get(before, word) for before, word in zip(["", *arguments], arguments, strict=False)]
+    if program == "train.py":
+        added = [] if "--resume" in arguments else [*SMALL_MODEL, *SMALL_TRAINING]
+        return [*arguments, *added, "--device", "cpu"]
+    return arguments if program in ("ddpm.export", "tests.benchmarks") else [*arguments, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tower) -> Path:
+    r"""A finished run, one stopped on its way, one whose VAE alone is trained, and an exported one."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        make_runs_cheap(patch)
+        begin = ["--preset", "tiny", *SMALL_MODEL, *SMALL_TRAINING, "--cache", str(folder / "cache"), "--device", "cpu"]
+        for name, more in {"whole": [], "begun": ["--stop-after", "4"], "vae": ["--stage", "vae"]}.items():
+            assert cli.run(train.main, [*begin, "--timesteps", "50", "--out", str(folder / name), *more]) == 0
+        patch.setattr(TextTower, "random", classmethod(lambda cls: tower))  # an export writes it
+        assert cli.run(export.main, [str(folder / "whole"), str(folder / "exported")]) == 0
+    return folder
+
+
+@pytest.fixture
+def place(runs, tmp_path, monkeypatch) -> Path:
+    r"""The working folder of a reader, with what takes a command's time and not its meaning left out."""
+    monkeypatch.chdir(tmp_path)
+    make_runs_cheap(monkeypatch)
+    monkeypatch.setattr(classifier, "STEPS", 3)
+    for name, scope in evaluation.SCOPES.items():
+        short = scope._replace(prompts=8, curve_prompts=4, guidances=(1.0, 3.0), steps=(2,))
+        monkeypatch.setitem(evaluation.SCOPES, name, short)
+    monkeypatch.setattr(evaluation, "feature_extractor", lambda *_: lambda x: x.flatten(1)[:, :64])
+    for part in benchmarks.PARTS:
+        monkeypatch.setitem(benchmarks.PARTS, part, ("measure", "one_row"))
+    row = measure.Row("part", "what", "ours", "theirs", 1.0, 1.0, 1.0, None, True)
+    monkeypatch.setattr(measure, "one_row", lambda **_: [row], raising=False)
+    monkeypatch.setattr(measure, "machine", lambda quick: {"quick": quick})
+    write_celeba(tmp_path / "PATH", 200, seed=1)
+    (tmp_path / "mine").mkdir()
+    for i in range(12):
+        Image.new("RGB", (40, 30), (i * 20, 90, 120)).save(tmp_path / f"mine/{i}.png")
+    lines = ["file,caption", *(f"{i}.png,a flat colour number {i}" for i in range(12))]
+    (tmp_path / "mine/captions.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def at_hand(words: list[str], runs: Path, place: Path) -> list[str]:
+    r"""Put the runs that a command names where it expects them; folders outside the reader's are moved into it."""
+    words = [str(place / word[1:]) if word.startswith("/") else word for word in words]
+    kind = "whole" if words[0] != "train.py" else "vae" if "unet" in words else "begun"
+    for before, word in zip(words, words[1:], strict=False):
+        if before == "--reverse":
+            shutil.copytree(runs / "exported", place / word)
+        elif word.startswith("runs/") and before != "--out" and "--reverse" not in words:
+            shutil.copytree(runs / kind, place / word)
+    return words
+
+
+def files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+MAKES = {"train.py": ".csv", "sample.py": ".png", "ddpm.export": ".json", "ddpm.evaluation": ".json"}
+
+
+@pytest.mark.parametrize("words", shown())
+def test_every_command_that_the_docs_show_runs(words, runs, place, tower, monkeypatch, capsys):
+    if words[0] == "ddpm.export":
+        monkeypatch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+    if "--download" in words:
+        monkeypatch.setattr("torchvision.datasets.CelebA", lambda *_, **__: None)  # the pictures are there
+    arguments = small(at_hand(words, runs, place))
+    before = files(place)
+    code = cli.run(MAINS[words[0]], arguments)
+    told = capsys.readouterr()
+    assert code == 0 and "Traceback" not in told.err, told.err
+    made = {path.suffix for path in files(place) - before}
+    if "--dry-run" in words:
+        assert not made and "parameters" in told.out
+    elif words[0] in MAKES and "--resume" not in words:
+        assert MAKES[words[0]] in made
+    elif words[0] == "train.py":
+        (metrics,) = place.glob("runs/*/metrics.csv")
+        assert len(metrics.read_text().splitlines()) > 1 + 4
+
+
+def test_the_docs_show_each_program():
+    told = [block.values[0][0] for block in shown()]
+    assert set(told) == set(MAINS) and len(told) > 35
