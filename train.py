@@ -264,7 +264,7 @@ class Trainer:
         sentences = {pictures.caption(i, t.seed, v) for i in train for v in range(t.caption_variants)}
         told = {pictures.full_caption(i) for i in valid}
         with self.group.first_alone():
-            texts = Texts(self.cache, model.text, sentences | told, t.text_cache_gb, progress_bar)
+            texts = Texts(self.cache, model.text, sentences | told, self.precision, t.text_cache_gb, progress_bar)
         prompts = sorted(told)[:: max(1, len(told) // 16)][:16]
         opt = self.optimization("unet", model.unet, t.lr, ema=True)
 

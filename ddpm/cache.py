@@ -260,30 +260,37 @@ class Texts:
     r"""Sentences to context vectors, each distinct sentence embedded once, the empty one among them.
 
     Callable: sentences -> (B, 77, 512) float32. When `limit_gb` is less than the file would take, sentences go through
-    the tower at every call instead.
+    the tower at every call instead. In bf16 a CPU with matrix units embeds more than three times as many a second, and
+    of what tells one sentence from another a hundredth is rounded away.
     """
 
     def __init__(
-        self, folder: Path, tower: TextTower, sentences: Iterable[str], limit_gb: float = 8.0,
-        progress: Progress = silent, batch: int = 32,
+        self, folder: Path, tower: TextTower, sentences: Iterable[str], precision: str = "fp32", limit_gb: float = 8.0,
+        progress: Progress = silent, batch: int = 64,
     ):  # fmt: skip
-        self.tower = tower
+        self.tower, self.precision = tower, precision
+        self.device = next(tower.parameters(), torch.empty(0)).device
         distinct = sorted({"", *sentences})
         self.cached = len(distinct) * TOKENS * WIDTH * 2 <= limit_gb * 2**30
         if not self.cached:
             return
         self.row = {sentence: i for i, sentence in enumerate(distinct)}
-        key = key_of("texts", tower.fingerprint(), distinct)
+        key = key_of("texts", tower.fingerprint(), precision, distinct)
 
         def fill(states: np.ndarray):
             starts = range(0, len(distinct), batch)
             for begin in progress(starts, len(starts), f"embedding captions, {batch} at a time"):
-                states[begin : begin + batch] = tower(distinct[begin : begin + batch]).cpu().numpy()
+                states[begin : begin + batch] = self.embed(distinct[begin : begin + batch]).cpu().numpy()
 
         shape = (len(distinct), TOKENS, WIDTH)
         self.states = cached_array(folder / f"texts-{key}.npy", shape, np.float16, fill)
 
+    def embed(self, sentences: Sequence[str]) -> Tensor:
+        r"""Through the tower."""
+        with autocast(self.device, self.precision):
+            return self.tower(list(sentences))
+
     def __call__(self, sentences: Sequence[str]) -> Tensor:
         if not self.cached or any(s not in self.row for s in sentences):
-            return self.tower(list(sentences))
+            return self.embed(sentences)
         return torch.from_numpy(self.states[[self.row[s] for s in sentences]]).float()

@@ -148,6 +148,16 @@ def test_captions_are_embedded_once_and_come_back_as_the_tower_gives_them(tmp_pa
     assert (texts(["never seen"]) - tower(["never seen"])).abs().max() == 0
 
 
+def test_captions_may_be_embedded_in_bf16_and_are_kept_apart(tmp_path, tower):
+    sentences = ["a smiling young man with black hair", "an older woman wearing a hat", "a bald man"]
+    exact, rounded = (Texts(tmp_path, tower, sentences, precision)(sentences) for precision in ("fp32", "bf16"))
+    apart = (exact - exact.mean(0)).norm()
+    assert 1e-4 * apart < (rounded - exact).norm() < 0.03 * apart
+    assert len(list(tmp_path.glob("texts-*.npy"))) == 2
+    through = Texts(tmp_path, tower, sentences, "bf16", limit_gb=0.0)(sentences)
+    assert (through - rounded).norm() < 0.03 * apart and through.dtype == torch.float32
+
+
 def test_captions_beyond_the_limit_go_through_the_tower(tmp_path, tower):
     texts = Texts(tmp_path, tower, ["a man", "a woman"], limit_gb=0.0)
     assert not texts.cached and not list(tmp_path.iterdir())

@@ -55,7 +55,7 @@ def made_up(folder: Path, config: Config, count: int, captions: int) -> tuple[Pi
     shape = (count, 2, 2, m.latent_channels, m.latent_size, m.latent_size)
     latents = Latents(hollow(folder / f"latents{count}.npy", shape, np.float16))
     told = {pictures.caption(i, t.seed) for i in range(captions)}
-    return pictures, latents, Texts(folder, PlainTower(), told, t.text_cache_gb), told
+    return pictures, latents, Texts(folder, PlainTower(), told, limit_gb=t.text_cache_gb), told
 
 
 class Training:
