@@ -26,7 +26,7 @@ from ddpm.model import autocast
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.vae import KLVAE, DiagonalGaussian
 
-VERSION = 1  # of the files' layout, of the crop and of the drawing
+VERSION = 2  # of the files' layout, of the crop and of the drawing
 PER_ROW = 4  # drawn faces that share one row of attributes, and so one caption
 Progress = Callable[[Iterable, int, str], Iterable]
 

@@ -1,6 +1,7 @@
 r"""Drawn faces: a data set that needs no download, in CelebA's attribute names.
 
-A face is drawn by hand with Pillow: four times too large, then averaged down, so that edges are soft. What
+A face is drawn by hand with Pillow: four times too large, then averaged down, so that edges are soft. What a
+caption can say is drawn large, as in a caricature, so that it stays to be seen at 64 x 64 and behind a VAE. What
 the attributes leave open (background, skin within its range, eyes, clothes, position) follows from the seed.
 Points are complex numbers in units of one sixty-fourth of the picture, x to the right and y down: one complex
 multiplication tilts and scales a shape, one addition moves it.
