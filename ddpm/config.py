@@ -100,6 +100,9 @@ class TrainConfig:
     vae_share: float = option(0.35, "share of --max-minutes after which the VAE stage ends")
     vae_lr: float = option(1e-3, "peak learning rate of the VAE")
     lr: float = option(3e-4, "peak learning rate of the UNet")
+    muon_lr: float = option(
+        0.0, "peak learning rate of inner matrices and convolutions under Muon; 0: these are under AdamW, too"
+    )
     warmup: int = option(200, "steps in which the learning rate rises")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     clip: float = option(1.0, "largest norm of the gradient")
@@ -122,13 +125,14 @@ class TrainConfig:
 LAPTOP = {
     "text_weights": "random", "prediction": "v", "schedule": "cosine", "vae_channels": (32, 32, 64), "vae_layers": 1,
     "latent_channels": 8, "channels": (64, 128, 192), "attention_levels": (1, 2), "res_blocks": 1, "batch_size": 32,
-    "lr": 1e-3, "ema_decay": 0.998, "vae_lr": 2e-3,
+    "lr": 1e-3, "ema_decay": 0.998, "vae_lr": 2e-3, "muon_lr": 7e-3,
 }  # fmt: skip
 LAPTOP_STEPS = {"vae_steps": 1_000_000, "unet_steps": 1_000_000}  # the minutes end it first
 
 PRESETS = {
     "drawn64": LAPTOP | LAPTOP_STEPS | {
-        "vae_channels": (32, 64, 64), "channels": (64, 128), "attention_levels": (1,), "max_minutes": 15.0,
+        "vae_channels": (32, 64, 64), "channels": (64, 128), "attention_levels": (1,), "max_minutes": 10.0,
+        "vae_share": 0.28,
     },
     "celeba64": {},
     "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"vae_channels": (32, 64, 64), "max_minutes": 60.0, "vae_share": 0.25},
@@ -153,8 +157,8 @@ AT_LEAST_ONE = (
     "save_every", "sample_every",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "crop", "seed", "steps_per_epoch", "epochs", "max_minutes", "vae_lr", "lr", "warmup", "weight_decay", "clip",
-    "vlb_weight", "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images",
+    "crop", "seed", "steps_per_epoch", "epochs", "max_minutes", "vae_lr", "lr", "muon_lr", "warmup", "weight_decay",
+    "clip", "vlb_weight", "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images",
 )  # fmt: skip
 MOVABLE = {"max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every", "precision"}  # by --resume
 

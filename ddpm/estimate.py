@@ -31,7 +31,7 @@ class Need:
 
     Attributes:
         parameters: of the network that learns. flops: multiplications and additions of a step. seconds: of a step.
-        weights: of all three networks, which are on the device together. gradients, optimizer (AdamW's two moments),
+        weights: of all three networks, which are on the device together. gradients, optimizer (the moments it keeps),
             average (EMA): of the network that learns.
         kept: what autograd keeps of one part of the batch for the backward pass, weights not counted.
         peak: the most at once. Gradients and what is kept are not always there together; what an operation makes for
@@ -137,7 +137,9 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
         return time.monotonic() - start  # update has asked for the loss, so no device is still at work
 
     kept = bytes_kept(loss, network)
-    seconds = [step()]  # AdamW's moments are there from now on
+    seconds = [step()]  # the optimizers' moments are there from now on
+    states = tree_leaves([optimizer.state for optimizer in opt.optimizers])
+    moments = sum(state.nbytes for state in states if isinstance(state, Tensor) and state.ndim)
     with LiveBytes() as live:
         step()
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:  # it holds on to tensors itself
@@ -147,8 +149,8 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
     gradients, average = 4 * parameters, 4 * parameters * (stage == "unet")
     weights = sum(tensor.nbytes for part in model.children() for tensor in part.state_dict().values())
     return Need(
-        parameters, counter.get_total_flops(), min(seconds), weights, gradients, 2 * gradients, average, kept,
-        weights + 2 * gradients + average + live.peak,
+        parameters, counter.get_total_flops(), min(seconds), weights, gradients, moments, average, kept,
+        weights + moments + average + live.peak,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from ddpm.config import Config, UserError
 from ddpm.data import TRAIN
 from ddpm.diffusion import diffusion_loss
 from ddpm.model import TextToImage, autocast
+from ddpm.muon import Muon, hidden_matrices
 from ddpm.parallel import ALONE, Group
 from ddpm.seeding import generator, seed_of
 from ddpm.vae import vae_loss
@@ -101,9 +102,10 @@ class EMA:
 
 
 class Optimization:
-    r"""One network under AdamW: learning rate, gradient clipping, loss scaling, EMA and the count of steps.
+    r"""One network that learns: optimizers, learning rate, gradient clipping, loss scaling, EMA, the count of steps.
 
-    `state_dict` holds all that a resumed run needs, weights included.
+    Everything is under AdamW; with a `muon_lr`, all but the inner matrices, which are under `Muon`. `state_dict` holds
+    all that a resumed run needs, weights included.
     """
 
     def __init__(
@@ -118,20 +120,28 @@ class Optimization:
                     "change --nproc_per_node, or start anew with another --batch-size and --vae-batch-size"
                 )
         self.group, self.parallel = group, group.wrapped(network)
-        self.network, self.lr, self.warmup, self.clip, self.bound = network, lr, t.warmup, t.clip, bound
+        self.network, self.warmup, self.clip, self.bound = network, t.warmup, t.clip, bound
         device = next(network.parameters()).device
-        self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr, weight_decay=t.weight_decay, fused=device.type in ("cuda", "cpu")
-        )
+        inner, outer = hidden_matrices(network) if t.muon_lr else ([], list(network.parameters()))
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(outer, lr, weight_decay=t.weight_decay, fused=device.type in ("cuda", "cpu"))
+        ]
+        if inner:
+            products = torch.bfloat16 if precision == "bf16" else torch.float32
+            self.optimizers.append(Muon(inner, t.muon_lr, weight_decay=t.weight_decay, dtype=products))
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.ema = EMA(network, t.ema_decay) if ema else None
         self.step = 0
         self.bad = 0
 
-    def learning_rate(self, progress: float) -> float:
-        r"""Linear warm-up over the first steps, then down along a cosine to 1 % as progress goes to 1."""
+    def set_learning_rate(self, progress: float) -> float:
+        r"""Linear warm-up over the first steps, then down along a cosine to 1 % as progress goes to 1; AdamW's rate."""
         warm = min(1.0, (self.step + 1) / max(1, self.warmup))
-        return self.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+        of_peak = warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = of_peak * optimizer.defaults["lr"]
+        return self.optimizers[0].param_groups[0]["lr"]
 
     def update(
         self, stage: str, losses: Iterator[Tensor], rows: np.ndarray | None = None, times: Tensor | None = None
@@ -148,21 +158,21 @@ class Optimization:
                 "pictures named above, resume with --precision fp32, or start anew with a lower --lr or --vae-lr"
             )
         progress = self.bound.progress(self.step)
-        lr = self.learning_rate(progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self.set_learning_rate(progress)
         total = 0.0
         for loss in losses:
             self.scaler.scale(loss).backward()
             total += loss.item()
         total = self.group.mean(total)
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip or math.inf).item()
         finite = math.isfinite(total) and math.isfinite(norm)
         if finite:
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         self.step += 1
         if finite and self.ema is not None:
             self.ema.update(self.network, self.step)
@@ -180,7 +190,7 @@ class Optimization:
             "step": self.step,
             "since": self.bound.since,
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.shadow if self.ema else {},
         }
@@ -188,7 +198,9 @@ class Optimization:
     def load_state_dict(self, state: dict):
         self.step, self.bound.since = state["step"], state["since"]
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state.get("optimizers") or [state["optimizer"]]  # one alone, in states from before there was Muon
+        for optimizer, its in zip(self.optimizers, saved, strict=True):
+            optimizer.load_state_dict(its)
         if self.scaler.is_enabled() and state["scaler"]:  # another precision may have come with --resume
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:

@@ -364,6 +364,8 @@ CODE = (
         "uncond cond scale",
         formula=lambda uncond, cond, scale: uncond + scale * (cond - uncond),
     ),
+    Row("newton-schulz", "A matrix made orthogonal", "muon.orthogonalized", "G X A a b c"),
+    Row("muon", "A step of Muon", "muon.Muon", "M momentum G lr weight_decay size"),
     Row("latent-scale", "The latent scale", "metrics.measure_latent_scale", "second_moments"),
     Row(
         "psnr",

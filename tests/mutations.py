@@ -424,6 +424,23 @@ ema: no warm-up
 - min(self.decay, (1 + n) / (10 + n))
 + self.decay
 
+ddpm/muon.py
+newton-schulz: the cubic term with its sign lost
+- QUINTIC = (3.4445, -4.7750, 2.0315)
++ QUINTIC = (3.4445, 4.7750, 2.0315)
+newton-schulz: rounds of the square alone
+- (b * A + c * A @ A) @ X
++ (b * A) @ X
+muon: momentum without the gradient's own part
+- return p.grad.lerp(M, momentum).reshape(len(p), -1)
++ return M.reshape(len(p), -1)
+muon: the smaller side for the larger
+- math.sqrt(max(m, n))
++ math.sqrt(min(m, n))
+muon: no decay
+- p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
++ p.sub_(
+
 ddpm/metrics.py
 latent-scale: the variance for the deviation
 - 1 / math.sqrt(float(np.mean(second_moments)))

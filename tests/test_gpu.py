@@ -36,7 +36,7 @@ def test_steps_in_every_precision_are_finite_and_move_the_weights(stage, precisi
     pictures = drawn_pictures(tmp_path, 32, seed=0, size=16)
     network = model.vae if stage == "vae" else model.unet
     opt = Optimization(network, config, 1e-3, Bound(5), stage == "unet", precision)
-    assert opt.optimizer.defaults["fused"] and opt.scaler.is_enabled() == (precision == "fp16")
+    assert opt.optimizers[0].defaults["fused"] and opt.scaler.is_enabled() == (precision == "fp16")
     before = [p.detach().clone() for p in network.parameters()]
     if stage == "vae":
         reports = list(train_vae(model, pictures, config, opt, precision))

@@ -288,7 +288,7 @@ def test_a_state_of_another_configuration_names_the_fields_that_differ(begun, wh
     assert "max_minutes" not in told and "seed" not in told
 
 
-@pytest.mark.parametrize("key", ["network", "optimizer", "step"])
+@pytest.mark.parametrize("key", ["network", "optimizers", "step"])
 def test_a_whole_state_that_does_not_fit_is_refused_in_one_line(key, begun, whole, capsys):
     folder = begun(5)
     state = read_state(folder / "state.pt")
