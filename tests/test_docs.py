@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trials
 from _ext import parsed
 from benchmarks import __main__ as benchmarks
 from PIL import Image
@@ -133,6 +134,8 @@ def check_command(words: list[str]):
     elif program[:3] == ["python", "-m", "tests.benchmarks"]:
         only = benchmarks.parser().parse_args(program[3:]).only
         assert set(only.split(",")) <= set(benchmarks.PARTS)
+    elif program[:3] == ["python", "-m", "tests.trials"]:
+        trials.parser().parse_args(program[3:])
     elif program[0] == "torchrun":
         check_command(["python", *program[program.index("train.py") :]])
     elif program[:3] == ["pip", "install", "-e"]:

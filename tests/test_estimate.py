@@ -69,6 +69,8 @@ def test_a_need_adds_up(tower):
     for need in (whole, parts):
         assert need.peak > need.weights + 3 * size + max(size, need.kept)
     assert parts.peak < whole.peak
+    muon = measure("unet", model, config.with_training(muon_lr=0.01), "fp32", 3)  # one moment in place of two
+    assert size < muon.optimizer < 1.2 * size and muon.peak < whole.peak
     # the same work, but for the times: what the step is computed in does not change what is computed
     assert parts.flops == whole.flops > 0
 

@@ -28,7 +28,7 @@ def normal(*shape, seed=0):
 def test_steps_in_every_precision_are_finite_and_move_the_weights(stage, precision, tower, tmp_path):
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this card has no bf16")
-    config = Config.from_preset("tiny", image_size=16, channels=(32, 32), drawn_images=32)
+    config = Config.from_preset("tiny", image_size=16, channels=(32, 32), drawn_images=32, muon_lr=0.005)
     torch.manual_seed(0)
     model = TextToImage(config.model, tower)
     model.vae.to(CUDA, memory_format=torch.channels_last)

@@ -135,10 +135,35 @@ def test_progress_is_whichever_bound_comes_first():
 def test_the_learning_rate_warms_up_and_comes_down(small):
     config, model = small
     opt = Optimization(model.unet, config, 1.0, Bound(100), ema=False, precision="fp32")
-    assert opt.learning_rate(0.0) == pytest.approx(0.5)  # first of two steps of warm-up
+    assert opt.set_learning_rate(0.0) == pytest.approx(0.5)  # first of two steps of warm-up
     opt.step = 50
-    assert opt.learning_rate(0.5) == pytest.approx(0.505)
-    assert opt.learning_rate(1.0) == pytest.approx(0.01)
+    assert opt.set_learning_rate(0.5) == pytest.approx(0.505)
+    assert opt.set_learning_rate(1.0) == pytest.approx(0.01)
+
+
+def test_with_a_rate_for_muon_the_inner_matrices_are_under_it_and_all_rates_come_down_together(small):
+    config, model = small
+    opt = Optimization(model.unet, config.with_training(muon_lr=0.02), 1.0, Bound(100), ema=False, precision="bf16")
+    adamw, muon = opt.optimizers
+    counts = [sum(p.numel() for p in optimizer.param_groups[0]["params"]) for optimizer in (adamw, muon)]
+    assert sum(counts) == sum(p.numel() for p in model.unet.parameters()) and counts[1] > 9 * counts[0]
+    assert muon.dtype == torch.bfloat16 and muon.defaults["weight_decay"] == config.training.weight_decay
+    opt.step = 50
+    opt.set_learning_rate(0.5)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in (adamw, muon)] == pytest.approx([0.505, 0.0101])
+
+
+def test_a_state_from_before_there_was_muon_is_read(small):
+    config, model = small
+    opt = Optimization(model.unet, config, 1.0, Bound(100), ema=False, precision="fp32")
+    opt.update("unet", iter([sum(p.square().sum() for p in model.unet.parameters())]))
+    state = opt.state_dict()
+    (state["optimizer"],) = state.pop("optimizers")
+    other = Optimization(model.unet, config, 1.0, Bound(100), ema=False, precision="fp32")
+    other.load_state_dict(state)
+    ours, theirs = (o.optimizers[0].state_dict()["state"] for o in (other, opt))
+    assert ours.keys() == theirs.keys() and len(ours) > 50
+    assert all(torch.equal(ours[k]["exp_avg"], theirs[k]["exp_avg"]) for k in theirs)
 
 
 def run_vae(config, model, pictures, steps, state=None, take=None):
@@ -214,9 +239,12 @@ def test_a_step_asks_the_unet_about_scaled_latents_with_noise_and_about_their_ca
     assert abs(noise.mean().item()) < 0.04 and abs(noise.var().item() - 1) < 0.056
 
 
+@pytest.mark.parametrize("muon_lr", [0.0, 0.01])
 @pytest.mark.parametrize("stage", ["vae", "unet"])
-def test_n_and_m_steps_equal_n_steps_a_checkpoint_and_m_steps_bit_for_bit(stage, small, pictures, tmp_path, tower):
-    config, _ = small
+def test_n_and_m_steps_equal_n_steps_a_checkpoint_and_m_steps_bit_for_bit(
+    stage, muon_lr, small, pictures, tmp_path, tower
+):
+    config = small[0].with_training(muon_lr=muon_lr)
 
     def fresh():
         torch.manual_seed(1)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import trials
 from benchmarks import __main__ as benchmarks
 from benchmarks import measure
 from PIL import Image
@@ -21,7 +22,8 @@ from ddpm.faces import write_celeba
 from ddpm.text import TextTower
 
 MAINS = {"train.py": train.main, "sample.py": sample.main, "ddpm.export": export.main,
-         "ddpm.evaluation": evaluation.main, "tests.benchmarks": benchmarks.main}  # fmt: skip
+         "ddpm.evaluation": evaluation.main, "tests.benchmarks": benchmarks.main,
+         "tests.trials": trials.main}  # fmt: skip
 BY_CI = ("python3 -m venv", "pip install", "python -m pytest", "python -m sphinx")
 SMALL_MODEL = [
     "--image-size", "16", "--vae-channels", "32,32", "--vae-layers", "1", "--latent-channels", "4",
@@ -57,7 +59,9 @@ def small(words: list[str]) -> list[str]:
     if program == "train.py":
         added = [] if "--resume" in arguments else [*SMALL_MODEL, *SMALL_TRAINING]
         return [*arguments, *added, "--device", "cpu"]
-    return arguments if program in ("ddpm.export", "tests.benchmarks") else [*arguments, "--device", "cpu"]
+    return (
+        arguments if program in ("ddpm.export", "tests.benchmarks", "tests.trials") else [*arguments, "--device", "cpu"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,7 @@ def place(runs, tmp_path, monkeypatch) -> Path:
     row = measure.Row("part", "what", "ours", "theirs", 1.0, 1.0, 1.0, None, True)
     monkeypatch.setattr(measure, "one_row", lambda **_: [row], raising=False)
     monkeypatch.setattr(measure, "machine", lambda quick: {"quick": quick})
+    monkeypatch.setattr(trials, "trial", lambda name, seconds, *_: f"{seconds:.0f} s")
     write_celeba(tmp_path / "PATH", 200, seed=1)
     (tmp_path / "mine").mkdir()
     for i in range(12):

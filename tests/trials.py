@@ -1,21 +1,18 @@
 r"""Short trainings side by side, each in the same minutes: what docs/experiments.md is made of. Run by hand.
 
-    python tests/trials.py                              # the names
-    python tests/trials.py muon adamw --minutes 2.5     # on an idle machine; the first time makes the caches
+    python -m tests.trials                              # the names
+    python -m tests.trials muon adamw --minutes 2.5     # on an idle machine; the first time makes the caches
 
 A trial of the UNet trains on the latents of the VAE that ships and draws the full captions of held-out faces; its
-figure is the mean balanced accuracy with which the attribute classifier finds in the pictures what the captions say (0.5 is
-chance). A trial of the VAE is told by its PSNR on held-out faces.
+figure is the mean balanced accuracy with which the attribute classifier finds in the pictures what the captions say
+(0.5 is chance). A trial of the VAE is told by its PSNR on held-out faces.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ddpm import cli
 from ddpm.cache import Texts, encode_latents, load_pictures
@@ -85,13 +82,17 @@ def trial(name: str, seconds: float, cache: Path, precision: str, seed: int) -> 
     return f"{opt.step} steps, adherence {accuracy.mean():.3f}; below 0.75: {late or 'none'}"
 
 
-def main(argv: list[str] | None = None):
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("trials", nargs="*", choices=TRIALS, metavar="TRIAL", help=", ".join(TRIALS))
     p.add_argument("--minutes", type=float, default=2.5, help="of training [2.5]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
     p.add_argument("--cache", type=Path, default=Path("runs/cache"), help="[runs/cache]")
-    a = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None):
+    a = parser().parse_args(argv)
     cli.keep_freed_memory()
     precision = cli.choose_precision("auto", CPU)
     for name in a.trials:
