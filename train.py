@@ -84,7 +84,7 @@ class Trainer:
         self.stop = StopRequest()
 
     def optimization(self, stage: str, network, lr: float, ema: bool):
-        r"""The stage's optimizer and bound, from the checkpoint where it stopped in this stage."""
+        r"""The stage's optimizers and bound, from the checkpoint where it stopped in this stage."""
         from ddpm.training import Bound, Optimization, stage_steps
 
         t, until = self.config.training, None

@@ -98,13 +98,13 @@ class TrainConfig:
         "the clock, so the run is not reproducible bit for bit; bounded by steps it is",
     )
     vae_share: float = option(0.35, "share of --max-minutes after which the VAE stage ends")
-    vae_lr: float = option(1e-3, "peak learning rate of the VAE")
-    lr: float = option(3e-4, "peak learning rate of the UNet")
+    vae_lr: float = option(1e-3, "peak learning rate of what is under AdamW in the VAE")
+    lr: float = option(3e-4, "peak learning rate of what is under AdamW in the UNet")
     muon_lr: float = option(
-        0.0, "peak learning rate of inner matrices and convolutions under Muon; 0: these are under AdamW, too"
+        0.0, "peak learning rate of both networks' inner matrices and convolutions, under Muon; 0: all is under AdamW"
     )
     warmup: int = option(200, "steps in which the learning rate rises")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
+    weight_decay: float = option(0.01, "weight decay")
     clip: float = option(1.0, "largest norm of the gradient")
     ema_decay: float = option(0.9995, "decay of the averaged weights, reached by warm-up")
     vlb_weight: float = option(0.001, "weight of the variational bound that teaches --variance learned")

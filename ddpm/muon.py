@@ -1,7 +1,7 @@
-r"""Muon, the optimizer of the small presets: every direction of a matrix learns at the same speed.
+r"""Muon, for the inner matrices of `drawn64` and `celeba64-laptop`: every direction learns at the same speed.
 
-What a caption says of a mouth moves one part in twenty of a picture, what it says of a hat, half. Under AdamW the small
-thing waits until the large ones are learned; a step of Muon has no small directions. Measured in docs/experiments.md.
+A word about the mouth moves a twentieth of a picture, a word about a hat half of it. Under AdamW the small thing waits
+for the large ones; under Muon no direction is small. What that is worth is measured in docs/experiments.md.
 """
 
 import math
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
     `orthogonalized` together.
 
     Args:
-        lr: eta; the factor beside it gives a step the size that AdamW's have at the same rate.
+        lr: eta; the factor beside it gives a step the size of AdamW's at the same rate.
         momentum: mu. weight_decay: lambda. dtype: of the products.
     """
 
@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
 def hidden_matrices(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     r"""The weights of matrices and convolutions between the first layer and the last; and all other parameters.
 
-    The first and the last layer read and write pictures or latents, whose directions are no peers of one another.
+    The first and the last layer read and write pictures or latents, whose directions are rightly of unequal size.
     """
     inner, outer = [], []
     for name, p in network.named_parameters():

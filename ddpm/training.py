@@ -35,7 +35,7 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class Report:
-    r"""One step: its number from 1, means over the batch, the learning rate, and how far the stage is, 0..1.
+    r"""One step: its number from 1, means over the batch, AdamW's learning rate, and how far the stage is, 0..1.
 
     `rows` are the pictures it saw, `times` (B,) the UNet's t.
     """
@@ -104,8 +104,8 @@ class EMA:
 class Optimization:
     r"""One network that learns: optimizers, learning rate, gradient clipping, loss scaling, EMA, the count of steps.
 
-    Everything is under AdamW; with a `muon_lr`, all but the inner matrices, which are under `Muon`. `state_dict` holds
-    all that a resumed run needs, weights included.
+    With a `muon_lr` the inner matrices are under `Muon`; all else is under AdamW. `state_dict` holds all that a resumed
+    run needs, weights included.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Optimization:
         self.bad = 0
 
     def set_learning_rate(self, progress: float) -> float:
-        r"""Linear warm-up over the first steps, then down along a cosine to 1 % as progress goes to 1; AdamW's rate."""
+        r"""Linear warm-up over the first steps, then down along a cosine to 1 % as progress goes to 1. Returns AdamW's."""
         warm = min(1.0, (self.step + 1) / max(1, self.warmup))
         of_peak = warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         for optimizer in self.optimizers:
@@ -155,7 +155,7 @@ class Optimization:
         if self.bad >= BAD_STEPS:
             raise NotFinite(
                 f"the {stage} loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; look at the "
-                "pictures named above, resume with --precision fp32, or start anew with a lower --lr or --vae-lr"
+                "pictures named above, resume with --precision fp32, or start anew with a lower --lr, --vae-lr or --muon-lr"
             )
         progress = self.bound.progress(self.step)
         lr = self.set_learning_rate(progress)
