@@ -135,7 +135,10 @@ class Optimization:
         self.bad = 0
 
     def set_learning_rate(self, progress: float) -> float:
-        r"""Linear warm-up over the first steps, then down along a cosine to 1 % as progress goes to 1. Returns AdamW's."""
+        r"""Linear warm-up over the first steps, then down along a cosine to 1 % as progress goes to 1.
+
+        Returns: AdamW's rate.
+        """
         warm = min(1.0, (self.step + 1) / max(1, self.warmup))
         of_peak = warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         for optimizer in self.optimizers:
@@ -155,7 +158,8 @@ class Optimization:
         if self.bad >= BAD_STEPS:
             raise NotFinite(
                 f"the {stage} loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; look at the "
-                "pictures named above, resume with --precision fp32, or start anew with a lower --lr, --vae-lr or --muon-lr"
+                "pictures named above, resume with --precision fp32, or start anew with a lower --lr, --vae-lr or "
+                "--muon-lr"
             )
         progress = self.bound.progress(self.step)
         lr = self.set_learning_rate(progress)

@@ -585,8 +585,8 @@ Where papers differ:
 - $\alpha_t$ in DDIM is our $\bar\alpha_t$. In Progressive Distillation and DPM-Solver++ $\alpha_t$ is our
   $\sqrt{\bar\alpha_t}$ and $\sigma_t$ is $\sqrt{1 - \bar\alpha_t}$.
 - Guidance: our `scale` is $1 + w$ in Classifier-Free Diffusion Guidance.
-- Muon's equations alone have $\mu$ for the share of momentum kept, $\eta$ for the learning rate, $\lambda$ for the weight
-  decay and $M$ for the momentum.
+- Muon's equations alone have $\mu$ for the share of momentum kept, $\eta$ for the learning rate, $\lambda$ for the
+  weight decay and $M$ for the momentum.
 
 A test is named by what it says; those of parity compare with another implementation and need the extra `compat`.
 [test_equations.py](../tests/test_equations.py) compares the code of many rows with the equation typed a second time,

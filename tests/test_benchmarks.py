@@ -1,4 +1,4 @@
-r"""The benchmark's own arithmetic and its table; what it measures is run by hand (`python -m tests.benchmarks`)."""
+r"""The benchmark's own arithmetic and its table; what it measures is run by hand (`python tests/benchmarks`)."""
 
 import importlib
 import json

@@ -131,11 +131,11 @@ def check_command(words: list[str]):
             export.main(program[3:])
     elif program[:3] == ["python", "-m", "ddpm.evaluation"]:
         evaluation.parser().parse_args(program[3:])
-    elif program[:3] == ["python", "-m", "tests.benchmarks"]:
-        only = benchmarks.parser().parse_args(program[3:]).only
+    elif program[:2] == ["python", "tests/benchmarks"]:
+        only = benchmarks.parser().parse_args(program[2:]).only
         assert set(only.split(",")) <= set(benchmarks.PARTS)
-    elif program[:3] == ["python", "-m", "tests.trials"]:
-        trials.parser().parse_args(program[3:])
+    elif program[:2] == ["python", "tests/trials.py"]:
+        trials.parser().parse_args(program[2:])
     elif program[0] == "torchrun":
         check_command(["python", *program[program.index("train.py") :]])
     elif program[:3] == ["pip", "install", "-e"]:

@@ -22,8 +22,8 @@ from ddpm.faces import write_celeba
 from ddpm.text import TextTower
 
 MAINS = {"train.py": train.main, "sample.py": sample.main, "ddpm.export": export.main,
-         "ddpm.evaluation": evaluation.main, "tests.benchmarks": benchmarks.main,
-         "tests.trials": trials.main}  # fmt: skip
+         "ddpm.evaluation": evaluation.main, "tests/benchmarks": benchmarks.main,
+         "tests/trials.py": trials.main}  # fmt: skip
 BY_CI = ("python3 -m venv", "pip install", "python -m pytest", "python -m sphinx")
 SMALL_MODEL = [
     "--image-size", "16", "--vae-channels", "32,32", "--vae-layers", "1", "--latent-channels", "4",
@@ -59,9 +59,8 @@ def small(words: list[str]) -> list[str]:
     if program == "train.py":
         added = [] if "--resume" in arguments else [*SMALL_MODEL, *SMALL_TRAINING]
         return [*arguments, *added, "--device", "cpu"]
-    return (
-        arguments if program in ("ddpm.export", "tests.benchmarks", "tests.trials") else [*arguments, "--device", "cpu"]
-    )
+    has_a_device = program not in ("ddpm.export", "tests/benchmarks", "tests/trials.py")
+    return [*arguments, "--device", "cpu"] if has_a_device else arguments
 
 
 @pytest.fixture(scope="module")

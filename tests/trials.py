@@ -1,7 +1,7 @@
 r"""Short trainings side by side, each in the same minutes: what docs/experiments.md is made of. Run by hand.
 
-    python -m tests.trials                              # the names
-    python -m tests.trials muon adamw --minutes 2.5     # on an idle machine; the first time makes the caches
+    python tests/trials.py                              # the names
+    python tests/trials.py muon adamw --minutes 2.5     # on an idle machine; the first time makes the caches
 
 A trial of the UNet trains on the latents of the VAE that ships and draws the full captions of held-out faces; its
 figure is the mean balanced accuracy with which the attribute classifier finds in the pictures what the captions say
@@ -82,9 +82,15 @@ def trial(name: str, seconds: float, cache: Path, precision: str, seed: int) -> 
     return f"{opt.step} steps, adherence {accuracy.mean():.3f}; below 0.75: {late or 'none'}"
 
 
+def known(name: str) -> str:
+    if name not in TRIALS:
+        raise argparse.ArgumentTypeError(f"expected trials out of {', '.join(TRIALS)}, got {name}")
+    return name
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("trials", nargs="*", choices=TRIALS, metavar="TRIAL", help=", ".join(TRIALS))
+    p.add_argument("trials", nargs="*", type=known, metavar="TRIAL", help=", ".join(TRIALS))
     p.add_argument("--minutes", type=float, default=2.5, help="of training [2.5]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
     p.add_argument("--cache", type=Path, default=Path("runs/cache"), help="[runs/cache]")

@@ -1,8 +1,8 @@
 r"""Ours and diffusers side by side, in one process, with the goal beside each figure.
 
-python -m tests.benchmarks                              all parts, within 15 minutes
-python -m tests.benchmarks --quick                      fewer rounds, within 5 minutes
-python -m tests.benchmarks --only train,sample --out FILE.json
+python tests/benchmarks                              all parts, within 15 minutes
+python tests/benchmarks --quick                      fewer rounds, within 5 minutes
+python tests/benchmarks --only train,sample --out FILE.json
 
 Run it from the repository's folder, on a machine that does nothing else; parts that need diffusers need the extra
 `compat`. Photographs are decoded where the environment variable DDPM_CELEBA names a folder of CelebA.
@@ -34,7 +34,7 @@ PARTS = {  # name: the module and the function
 
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
-    p.prog = "python -m tests.benchmarks"
+    p.prog = "python tests/benchmarks"
     p.add_argument("--only", metavar="PART,...", default=",".join(PARTS), help=f"out of {', '.join(PARTS)} [all]")
     p.add_argument("--quick", action="store_true", help="fewer rounds: wider ranges")
     p.add_argument("--out", metavar="FILE", help="write the figures as JSON too")
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None):
     if not set(names) <= set(PARTS):
         p.error(f"expected parts out of {', '.join(PARTS)}, got {a.only}")
     warnings.simplefilter("ignore")  # diffusers speaks of its own future
-    from . import measure
+    from benchmarks import measure
 
     begun, rows, skipped = time.monotonic(), [], {}
     about = measure.machine(a.quick)
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None):
     for name in names:
         module, function = PARTS[name]
         try:
-            part = getattr(importlib.import_module(f".{module}", __package__), function)
+            part = getattr(importlib.import_module(f"benchmarks.{module}"), function)
             for row in part(quick=a.quick, machine=about, model=a.model, celeba=os.environ.get("DDPM_CELEBA")):
                 rows.append(row)
                 print(" | ".join(row.cells()), flush=True)
@@ -71,4 +71,5 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not by `tests`: other packages bring one of that name
     sys.exit(cli.run(main))  # as the commands start
