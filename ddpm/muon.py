@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steep at 0, so that five rounds are enough
+QUERY_KEY_DECAY = 0.5
+QUERIES_KEYS, EDGES = {"to_q", "to_k"}, {"conv_in", "conv_out", "quant_conv", "post_quant_conv"}
 
 
 def orthogonalized(G: Tensor, rounds: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -22,7 +24,7 @@ def orthogonalized(G: Tensor, rounds: int = 5, dtype: torch.dtype = torch.float3
     $$X \leftarrow a X + \left(b\, X X^\top + c\, (X X^\top)^2\right) X, \qquad X_0 = G / \lVert G \rVert_F$$
 
     Args:
-        G: (..., m, n), any number of matrices at once.
+        G: (k, m, n), any number of matrices at once.
         dtype: of the products; bfloat16 is enough, where the device multiplies it faster.
     """
     if G.shape[-2] > G.shape[-1]:
@@ -31,7 +33,8 @@ def orthogonalized(G: Tensor, rounds: int = 5, dtype: torch.dtype = torch.float3
     X = (G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-12)).to(dtype)
     for _ in range(rounds):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)
     return X.to(G.dtype)
 
 
@@ -46,12 +49,13 @@ class Muon(torch.optim.Optimizer):
     `orthogonalized` together.
 
     Args:
+        parameters: or groups of them, as any optimizer of torch takes them.
         lr: eta; the factor beside it gives a step the size of AdamW's at the same rate.
         momentum: mu. weight_decay: lambda. dtype: of the products.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -69,7 +73,8 @@ class Muon(torch.optim.Optimizer):
                 G = torch.stack([self._direction(p, group["momentum"]) for p in parameters])
                 size = 0.2 * group["lr"] * math.sqrt(max(m, n))
                 for p, update in zip(parameters, orthogonalized(G, dtype=self.dtype), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.reshape(p.shape), alpha=size)
+                    W = as_rows(p)
+                    W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view(W.shape), alpha=size)
 
     def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
         r"""mu M + (1 - mu) G as a matrix, once M has taken G in."""
@@ -77,16 +82,26 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(p)
         M = state["momentum"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(M, momentum).reshape(len(p), -1)
+        return as_rows(p.grad.lerp(M, momentum)).flatten(1)
 
 
-def hidden_matrices(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    r"""The weights of matrices and convolutions between the first layer and the last; and all other parameters.
+def as_rows(p: Tensor) -> Tensor:
+    r"""A convolution's (out, in, h, w) as (out, h, w, in): how channels-last keeps it. Any order of columns will do."""
+    return p.movedim(1, -1)
+
+
+def muon_groups(network: nn.Module) -> tuple[list[dict], list[nn.Parameter]]:
+    r"""Groups for `Muon` of the matrices and convolutions between the first layer and the last; and all other parameters.
 
     The first and the last layer read and write pictures or latents, whose directions are rightly of unequal size.
+    Queries and keys are a group with a stronger decay: at one speed in every direction they would grow until each
+    softmax takes one token alone, and nothing were left to learn from.
     """
-    inner, outer = [], []
+    inner, queries_keys, outer = [], [], []
     for name, p in network.named_parameters():
-        at_the_edge = any(part in ("conv_in", "conv_out", "quant_conv", "post_quant_conv") for part in name.split("."))
-        (inner if p.ndim in (2, 4) and not at_the_edge else outer).append(p)
-    return inner, outer
+        parts = name.split(".")
+        if p.ndim not in (2, 4) or not EDGES.isdisjoint(parts):
+            outer.append(p)
+        else:
+            (inner if QUERIES_KEYS.isdisjoint(parts) else queries_keys).append(p)
+    return [{"params": inner}, {"params": queries_keys, "weight_decay": QUERY_KEY_DECAY}], outer

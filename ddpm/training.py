@@ -21,7 +21,7 @@ from ddpm.config import Config, UserError
 from ddpm.data import TRAIN
 from ddpm.diffusion import diffusion_loss
 from ddpm.model import TextToImage, autocast
-from ddpm.muon import Muon, hidden_matrices
+from ddpm.muon import Muon, muon_groups
 from ddpm.parallel import ALONE, Group
 from ddpm.seeding import generator, seed_of
 from ddpm.vae import vae_loss
@@ -122,13 +122,13 @@ class Optimization:
         self.group, self.parallel = group, group.wrapped(network)
         self.network, self.warmup, self.clip, self.bound = network, t.warmup, t.clip, bound
         device = next(network.parameters()).device
-        inner, outer = hidden_matrices(network) if t.muon_lr else ([], list(network.parameters()))
+        groups, outer = muon_groups(network) if t.muon_lr else ([], list(network.parameters()))
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(outer, lr, weight_decay=t.weight_decay, fused=device.type in ("cuda", "cpu"))
         ]
-        if inner:
+        if groups:
             products = torch.bfloat16 if precision == "bf16" else torch.float32
-            self.optimizers.append(Muon(inner, t.muon_lr, weight_decay=t.weight_decay, dtype=products))
+            self.optimizers.append(Muon(groups, t.muon_lr, weight_decay=t.weight_decay, dtype=products))
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.ema = EMA(network, t.ema_decay) if ema else None
         self.step = 0

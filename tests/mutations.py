@@ -429,17 +429,17 @@ newton-schulz: the cubic term with its sign lost
 - QUINTIC = (3.4445, -4.7750, 2.0315)
 + QUINTIC = (3.4445, 4.7750, 2.0315)
 newton-schulz: rounds of the square alone
-- (b * A + c * A @ A) @ X
-+ (b * A) @ X
+- torch.baddbmm(A, A, A, beta=b, alpha=c)
++ b * A
 muon: momentum without the gradient's own part
-- return p.grad.lerp(M, momentum).reshape(len(p), -1)
-+ return M.reshape(len(p), -1)
+- as_rows(p.grad.lerp(M, momentum))
++ as_rows(M)
 muon: the smaller side for the larger
 - math.sqrt(max(m, n))
 + math.sqrt(min(m, n))
 muon: no decay
-- p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
-+ p.sub_(
+- W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
++ W.sub_(
 
 ddpm/metrics.py
 latent-scale: the variance for the deviation

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.muon import Muon, hidden_matrices, orthogonalized
+from ddpm.muon import Muon, muon_groups, orthogonalized
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
 
@@ -83,9 +83,24 @@ def test_a_parameter_without_a_gradient_stays_and_shapes_may_mix():
 
 @pytest.mark.parametrize("network", [UNet(4, 4, (32, 64), (1,), 1), KLVAE((32, 32), 1)])
 def test_every_parameter_has_one_optimizer_and_the_edges_are_not_muons(network):
-    inner, outer = hidden_matrices(network)
+    groups, outer = muon_groups(network)
+    inner = [p for group in groups for p in group["params"]]
     assert {id(p) for p in inner + outer} == {id(p) for p in network.parameters()}
     assert len(inner) + len(outer) == len(list(network.parameters()))
     assert all(p.ndim in (2, 4) for p in inner) and sum(p.numel() for p in inner) > sum(p.numel() for p in outer)
     edges = [m for name, m in network.named_modules() if name.split(".")[-1] in ("conv_in", "conv_out")]
     assert edges and all(id(edge.weight) in {id(p) for p in outer} for edge in edges)
+
+
+def test_queries_and_keys_decay_more_than_the_rest():
+    network = UNet(4, 4, (32, 64), (1,), 1)
+    (rest, queries_keys), _ = muon_groups(network)
+    named = {id(p) for name, p in network.named_parameters() if name.endswith(("to_q.weight", "to_k.weight"))}
+    assert named and named == {id(p) for p in queries_keys["params"]}
+    q, v = queries_keys["params"][0], rest["params"][0]
+    before = q.norm().item(), v.norm().item()
+    optimizer = Muon([rest, queries_keys], lr=0.1, weight_decay=0.01)
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert q.norm().item() == pytest.approx(0.95 * before[0]) and v.norm().item() == pytest.approx(0.999 * before[1])
