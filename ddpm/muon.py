@@ -24,9 +24,11 @@ def orthogonalized(G: Tensor, rounds: int = 5, dtype: torch.dtype = torch.float3
     $$X \leftarrow a X + \left(b\, X X^\top + c\, (X X^\top)^2\right) X, \qquad X_0 = G / \lVert G \rVert_F$$
 
     Args:
-        G: (k, m, n), any number of matrices at once.
+        G: (m, n) or (k, m, n), any number of matrices at once.
         dtype: of the products; bfloat16 is enough, where the device multiplies it faster.
     """
+    if G.ndim == 2:
+        return orthogonalized(G[None], rounds, dtype)[0]
     if G.shape[-2] > G.shape[-1]:
         return orthogonalized(G.mT, rounds, dtype).mT
     a, b, c = QUINTIC
@@ -55,8 +57,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter] | Iterable[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
-        dtype: torch.dtype = torch.float32,
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict], lr: float, momentum: float = 0.95,
+        weight_decay: float = 0.0, dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
@@ -91,7 +93,7 @@ def as_rows(p: Tensor) -> Tensor:
 
 
 def muon_groups(network: nn.Module) -> tuple[list[dict], list[nn.Parameter]]:
-    r"""Groups for `Muon` of the matrices and convolutions between the first layer and the last; and all other parameters.
+    r"""Groups for `Muon`, the matrices and convolutions between the first layer and the last; and all other parameters.
 
     The first and the last layer read and write pictures or latents, whose directions are rightly of unequal size.
     Queries and keys are a group with a stronger decay: at one speed in every direction they would grow until each
