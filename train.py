@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ddpm import cli
 from ddpm.cli import Stopped, StopRequest, on_signals, progress_bar, say
-from ddpm.config import MOVABLE, PRESETS, Config, UserError, add_flags, given_flags
+from ddpm.config import MOVABLE, PRESETS, Config, UserError, add_flags, given_flags, is_name
 
 ENOUGH_PSNR = 20  # decibels on held-out pictures; below, the second stage learns to draw blur
 
@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--stop-after", type=int, metavar="N", help="end this command after N steps, saved; resume goes on")
     p.add_argument("--device", choices=cli.DEVICES, default="auto", help="where to compute [auto]")
-    p.add_argument("--cache", metavar="DIR", help="folder of decoded pictures, latents and captions [runs/cache]")
+    p.add_argument(
+        "--cache", metavar="DIR", help="folder of decoded pictures, latents, captions [cache, beside the run]"
+    )
     p.add_argument("--download", action="store_true", help="try to download CelebA into the folder --data first")
     p.add_argument(
         "--dry-run", action="store_true", help="print shapes, parameters, memory, time a step; write nothing"
@@ -117,9 +119,9 @@ class Trainer:
                 self.run.save(stage, opt, **more)
                 raise
             except RuntimeError as error:
-                if self.group.size == 1:
+                if self.group.size == 1 or cli.is_out_of_memory(error):
                     raise
-                self.run.save(stage, opt, **more)  # a step is whole or has changed nothing
+                self.run.save(stage, opt, **more)  # processes speak with each other before a step changes anything
                 raise LostGroup(f"lost the other processes at {stage} step {opt.step} ({first_line(error)})") from None
             self.run.save(stage, opt, **more)
         self.check_stop(stage, opt.step)
@@ -328,11 +330,9 @@ class Progress:
     r"""A bar over a stage's steps, or without a terminal a line now and then: running mean of the loss, speed."""
 
     def __init__(self, opt, stage: str, batch: int, clock: Callable[[], float]):
-        from tqdm import tqdm
-
         self.stage, self.batch, self.clock, self.until = stage, batch, clock, opt.bound.until
         total = opt.bound.steps if self.until is None else None
-        self.bar = tqdm(total=total, initial=opt.step, desc=stage, unit="step", disable=None)
+        self.bar = cli.bar(total=total, initial=opt.step, desc=stage, unit="step")
         self.mean, self.last = None, time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -363,8 +363,10 @@ def train(run, a: argparse.Namespace, group, precision: str):
     from ddpm.files import remove_leftovers
     from ddpm.model import TextToImage
     from ddpm.text import TextTower
+    from ddpm.training import check_batches
 
     folder, config = run.folder, run.config
+    check_batches(config, group)
     with group.first_alone():
         if a.download:
             download(config.training.data)
@@ -381,7 +383,7 @@ def train(run, a: argparse.Namespace, group, precision: str):
         remove_leftovers(cache)
         pictures = load_pictures(config, table, cache)
 
-    keeps_text = not own_text.is_file() and Path(config.model.text_weights).is_file()
+    keeps_text = not own_text.is_file() and not is_name(config.model.text_weights)
     run.create(model.text.save if keeps_text else None)  # the run stays whole when the file goes
     together = f", {group.size} processes" if group.size > 1 else ""
     say(f"run {folder}, preset {config.preset}, {precision} on {group.device}{together}")

@@ -45,11 +45,6 @@ class StopRequest:
         with contextlib.suppress(OSError):
             os.write(2, b"\nfinishing the step and saving; once more leaves at once\n")  # print is not for handlers
 
-    def check(self):
-        r"""Raise Stopped after a signal."""
-        if self.signum:
-            raise Stopped(self.signum)
-
 
 @contextlib.contextmanager
 def on_signals(handler: Callable) -> Iterator:
@@ -91,14 +86,20 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except OSError as error:
         print(printable(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")), file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)):
+        if not is_out_of_memory(error):
             raise
         print("error: out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
-              "--preset lowvram; --dry-run tells what is needed", file=sys.stderr)  # fmt: skip
+              "--preset lowvram (train.py --dry-run tells what is needed); to draw, ask for fewer pictures at once",
+              file=sys.stderr)  # fmt: skip
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
     return 2
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    r"""Whether the memory of the machine or of its card did not suffice."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)
 
 
 def choose_device(name: str):
@@ -143,15 +144,25 @@ def keep_freed_memory():
 
 def be_quiet():
     r"""From now on this process says nothing but its own end: another one of its group speaks."""
+    global _quiet
+    _quiet = True
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     warnings.simplefilter("ignore")
 
 
-def progress_bar(things: Iterable, total: int, label: str) -> Iterable:
-    r"""`things` with a bar on the terminal while they pass."""
+_quiet = False
+
+
+def bar(things: Iterable | None = None, **options):
+    r"""A tqdm bar, on a terminal and in a process that may speak; elsewhere it is silent."""
     from tqdm import tqdm
 
-    return tqdm(things, label, total, leave=False, disable=None)
+    return tqdm(things, disable=_quiet or None, **options)
+
+
+def progress_bar(things: Iterable, total: int, label: str) -> Iterable:
+    r"""`things` with a bar on the terminal while they pass."""
+    return bar(things, desc=label, total=total, leave=False)
 
 
 def say(text: str):

@@ -105,7 +105,7 @@ class TrainConfig:
     )
     warmup: int = option(200, "steps in which the learning rate rises")
     weight_decay: float = option(0.01, "weight decay")
-    clip: float = option(1.0, "largest norm of the gradient")
+    clip: float = option(1.0, "largest norm of the gradient; 0: any")
     ema_decay: float = option(0.9995, "decay of the averaged weights, reached by warm-up")
     vlb_weight: float = option(0.001, "weight of the variational bound that teaches --variance learned")
     reconstruction: str = option("l1", "the VAE's reconstruction norm", ("l1", "l2"))
@@ -123,7 +123,7 @@ class TrainConfig:
 
 
 LAPTOP = {
-    "text_weights": "random", "prediction": "v", "schedule": "cosine", "vae_channels": (32, 32, 64), "vae_layers": 1,
+    "text_weights": "random", "prediction": "v", "schedule": "cosine", "vae_channels": (32, 64, 64), "vae_layers": 1,
     "latent_channels": 8, "channels": (64, 128, 192), "attention_levels": (1, 2), "res_blocks": 1, "batch_size": 32,
     "lr": 1e-3, "ema_decay": 0.998, "vae_lr": 2e-3, "muon_lr": 7e-3,
 }  # fmt: skip
@@ -131,11 +131,11 @@ LAPTOP_STEPS = {"vae_steps": 1_000_000, "unet_steps": 1_000_000}  # the minutes 
 
 PRESETS = {
     "drawn64": LAPTOP | LAPTOP_STEPS | {
-        "vae_channels": (32, 64, 64), "channels": (64, 128), "attention_levels": (1,), "max_minutes": 10.0,
-        "vae_share": 0.28,
+        "channels": (64, 128), "attention_levels": (1,), "max_minutes": 10.0, "vae_share": 0.28,
+        "save_every": 200, "sample_every": 400,
     },
     "celeba64": {},
-    "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"vae_channels": (32, 64, 64), "max_minutes": 60.0, "vae_share": 0.25},
+    "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"max_minutes": 60.0, "vae_share": 0.25},
     "lowvram": {
         "batch_size": 16, "accumulation": 8, "gradient_checkpointing": True, "steps_per_epoch": 100, "epochs": 3,
     },

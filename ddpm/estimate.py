@@ -30,7 +30,7 @@ class Need:
     r"""What one stage of training takes; memory in bytes.
 
     Attributes:
-        parameters: of the network that learns. flops: multiplications and additions of a step. seconds: of a step.
+        parameters: of the network that learns. flops: of a step's matrix products and convolutions. seconds: of a step.
         weights: of all three networks, which are on the device together. gradients, optimizer (the moments it keeps),
             average (EMA): of the network that learns.
         kept: what autograd keeps of one part of the batch for the backward pass, weights not counted.
@@ -155,7 +155,7 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
 
 
 def _made_up_loss(stage: str, model: TextToImage, batch: int) -> Tensor:
-    r"""A loss as the stage has it, of one part of a batch that is drawn here."""
+    r"""A mean square in place of the stage's loss, of one part of a batch that is drawn here; no VGG16 is in it."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, device=model.device)

@@ -512,8 +512,8 @@ def estimate(e: Evaluation, parts: Iterable[str]) -> float:
     seconds += 4 * e.n * code + e.n * (10 * call if "loss" in parts else 0)
 
     names = learnable_names(e.pictures)
-    network = AttributeClassifier(names).to(model.device)
-    read = seconds_each(lambda: network(x)) / b
+    network = AttributeClassifier(names).to(model.device) if names else None
+    read = seconds_each(lambda: network(x)) / b if names else 0.0
     if names and e.needs_classifier(parts) and not classifier_path(e.cache, e.pictures, e.precision).exists():
         seconds += training_seconds(network, e.x, e.precision)
     extract = read if e.extract is None else seconds_each(lambda: e.extract(x)) / b

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ddpm.config import TEXT_FILE, Config, ModelConfig, UserError
+from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig, UserError, is_name
 from ddpm.files import digest_of, write_atomically
 from ddpm.sampling import State, guided, sample_loop
 from ddpm.schedule import Schedule
@@ -28,7 +28,7 @@ class TextToImage(nn.Module):
 
     Attributes:
         vae: `KLVAE`. text: `TextTower`. unet: `UNet`. schedule: `Schedule`.
-        latent_scale: 1 / standard deviation of the latents; the UNet sees z times this.
+        latent_scale: 1 / root mean square of the latents; the UNet sees z times this.
         config: the `ModelConfig` it was built from.
     """
 
@@ -137,14 +137,15 @@ class TextToImage(nn.Module):
             ) from None
 
     def save(self, folder: str | Path, preset: str = ""):
-        r"""Write config.json, vae.safetensors and ema.safetensors: a folder that `load` reads."""
-        from ddpm.config import TrainConfig
+        r"""Write config.json, vae.safetensors and ema.safetensors: a folder that `load` reads.
 
+        The text tower goes to text.safetensors where no name brings it back.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", Config(self.config, TrainConfig(), preset).to_json().encode())
         self.save_vae(folder)
-        if self.own_text and self.config.text_weights != "random":  # no name would bring this tower back
+        if not is_name(self.config.text_weights) or (self.own_text and self.config.text_weights != "random"):
             write_atomically(folder / TEXT_FILE, self.text.save)
         save_weights(folder / "ema.safetensors", self.unet.state_dict())
 
@@ -179,7 +180,7 @@ class TextToImage(nn.Module):
             if not (folder / f"{part}.safetensors").is_file():
                 if part == "unet" and (folder / "ema.safetensors").is_file():
                     raise UserError(
-                        f"expected unet.safetensors in {folder}, found the averaged weights alone; take these"
+                        f"expected unet.safetensors in {folder}, found the averaged weights alone; ask for these"
                     )
                 raise UserError(
                     f"{folder} has no {part}.safetensors: its training is not finished; "

@@ -93,12 +93,22 @@ class Group:
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
-        r"""The first process runs the block while the others wait, then they run it: what it made is there for them."""
+        r"""The first process runs the block while the others wait, then they run it: what it made is there for them.
+
+        Raises: UserError in the others when the first one could not end it.
+        """
         if self.rank:
-            dist.barrier()
-        yield
-        if self.size > 1 and not self.rank:
-            dist.barrier()
+            if not self.of_first(0.0):
+                raise UserError("the first process could not go on; it says why")
+            yield
+            return
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            with contextlib.nullcontext() if done else contextlib.suppress(RuntimeError):  # the others may be gone
+                self.of_first(float(done))
 
 
 ALONE = Group(torch.device("cpu"))

@@ -22,7 +22,7 @@ class State:
     r"""Where the loop over the steps stands.
 
     Attributes:
-        i: steps done, 0..steps-1 while it runs.
+        i: number of the step, from 0.
         t, s: the time of this step and the next one, -1 after the last.
         x: (B, ...) the sample at time s.
         x_0: (B, ...) the network's picture of the end, seen from time t.

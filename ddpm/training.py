@@ -101,6 +101,17 @@ class EMA:
             network.load_state_dict(own)
 
 
+def check_batches(config: Config, group: Group):
+    r"""Raise UserError where the processes and their parts do not divide a batch."""
+    t = config.training
+    for batch in (t.batch_size, t.vae_batch_size):
+        if batch % (t.accumulation * group.size):
+            raise UserError(
+                f"expected a batch that {group.size} processes x {t.accumulation} parts divide, got {batch}; "
+                "change --nproc_per_node, or start anew with another --batch-size and --vae-batch-size"
+            )
+
+
 class Optimization:
     r"""One network that learns: optimizers, learning rate, gradient clipping, loss scaling, EMA, the count of steps.
 
@@ -113,12 +124,7 @@ class Optimization:
         group: Group = ALONE,
     ):  # fmt: skip
         t = config.training
-        for batch in (t.batch_size, t.vae_batch_size):
-            if batch % (t.accumulation * group.size):
-                raise UserError(
-                    f"expected a batch that {group.size} processes x {t.accumulation} parts divide, got {batch}; "
-                    "change --nproc_per_node, or start anew with another --batch-size and --vae-batch-size"
-                )
+        check_batches(config, group)
         self.group, self.parallel = group, group.wrapped(network)
         self.network, self.warmup, self.clip, self.bound = network, t.warmup, t.clip, bound
         device = next(network.parameters()).device
@@ -135,7 +141,7 @@ class Optimization:
         self.bad = 0
 
     def set_learning_rate(self, progress: float) -> float:
-        r"""Linear warm-up over the first steps, then down along a cosine to 1 % as progress goes to 1.
+        r"""Linear warm-up over the first steps, times a cosine that falls to 1 % as progress goes to 1.
 
         Returns: AdamW's rate.
         """
@@ -204,6 +210,8 @@ class Optimization:
         self.network.load_state_dict(state["network"])
         saved = state.get("optimizers") or [state["optimizer"]]  # one alone, in states from before there was Muon
         for optimizer, its in zip(self.optimizers, saved, strict=True):
+            if len(its["param_groups"]) != len(optimizer.param_groups):
+                raise ValueError("another version's optimizer made it; go on with that version, or start anew")
             optimizer.load_state_dict(its)
         if self.scaler.is_enabled() and state["scaler"]:  # another precision may have come with --resume
             self.scaler.load_state_dict(state["scaler"])

@@ -137,7 +137,7 @@ class UNet(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, context: Context) -> Tensor:
         r"""Args: z_t (B, C, h, w); t (B,) integers 0..T-1; context (B, M, context_width), or the `keys_values` of it.
 
-        Returns: (B, C, h, w).
+        Returns: (B, C, h, w); twice the channels for a network that was made to say a variance too.
         """
         self._check(z_t, t, context)
         time = self.time_embedding(t)

@@ -572,9 +572,9 @@ HEAD = r"""# Equations
 Every equation of this project, the code that computes it, the notebooks' cells that show it and the tests that fail
 when the code departs from it: first the specification's, in its order and its words, then those that the code adds. A
 symbol has one name in code, equations and tests: $\beta_t$ is `beta_t`, $\bar\alpha_t$ is `alpha_bar_t`, $\epsilon$ is
-`eps`, $\hat\epsilon$ is `eps_hat`. Pictures are $x$, latents $z$, and the prompt's embedding is $c$ or `context`; an
-estimate wears a hat. Where the chain does not ask what it adds noise to, in [diffusion.py](../ddpm/diffusion.py) and
-[sampling.py](../ddpm/sampling.py), $x$ stands for the latent too.
+`eps`; $\hat\epsilon$ is `eps` as well where nothing but the estimate is there. Pictures are $x$, latents $z$, and the
+prompt's embedding is $c$ or `context`; an estimate wears a hat. Where the chain does not ask what it adds noise to, in
+[diffusion.py](../ddpm/diffusion.py) and [sampling.py](../ddpm/sampling.py), $x$ stands for the latent too.
 
 Where papers differ:
 

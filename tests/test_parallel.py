@@ -131,6 +131,15 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(tmp_path
     assert "Traceback (most recent call last)" not in said.split("error: expected")[0]
 
 
+def test_what_the_first_process_refuses_ends_the_others_in_one_line(tmp_path):
+    process = start(*FLAGS, "--max-steps", 2, "--data", tmp_path / "none", "--out", tmp_path / "run")
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode != 0 and not (tmp_path / "run").exists()
+    ours = said.split("ChildFailedError")[0].split("torch.distributed.elastic")[0]
+    assert "error: expected" in ours and str(tmp_path / "none") in ours, said
+    assert "error: the first process could not go on; it says why" in said and "dist.barrier" not in said, said
+
+
 def test_a_process_that_torchrun_did_not_start_is_told_so(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR"):
