@@ -268,7 +268,7 @@ class Trainer:
         with self.group.first_alone():
             texts = Texts(self.cache, model.text, sentences | told, self.precision, t.text_cache_gb, progress_bar)
         if not texts.cached:
-            say("the captions need more than --text-cache-gb: they go through the text tower at every step, which takes time")
+            say("the captions need more than --text-cache-gb: they go through the text tower at every step")
         prompts = sorted(told)[:: max(1, len(told) // 16)][:16]
         opt = self.optimization("unet", model.unet, t.lr, ema=True)
 

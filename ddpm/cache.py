@@ -1,7 +1,8 @@
 r"""What is computed once: pictures decoded, latents encoded, captions embedded; memory-mapped files in one folder.
 
 Each file's name holds a hash of everything its content depends on, so a change makes a new file and never a wrong one.
-A file appears under its name only when it is whole. Pixels, latents and states stay in the files; in memory a picture costs its name and its caption.
+A file appears under its name only when it is whole. Pixels, latents and states stay in the files; in memory a picture
+costs its name and its caption.
 """
 
 import hashlib
