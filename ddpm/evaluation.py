@@ -666,7 +666,7 @@ def settings_of(a: argparse.Namespace, config: Config, n: int, precision: str, d
 
 
 def summary(result: dict) -> Iterator[str]:
-    r"""The lines of the table that the command ends with."""
+    r"""What a person reads of a result, or of one of its parts, in lines."""
     for name in ("held_out", "unseen"):
         if told := result.get("adherence", {}).get(name):
             low, high = told["generated"]["interval"] or (math.nan, math.nan)
@@ -734,6 +734,8 @@ def main(argv: list[str] | None = None):
                 e.prepare()
             else:
                 result[part] = METHODS[part](e)
+                for line in summary({part: result[part]}):  # at once: what comes after may fail
+                    say(line)
         except LeftOut as reason:
             left_out[part] = str(reason)
             say(f"{part} left out: {reason}")
@@ -742,8 +744,6 @@ def main(argv: list[str] | None = None):
     if DRAWING & set(a.only):
         e.files["pictures.png"] = e.grid()
     write(a.out, result | {"left_out": left_out, "seconds": seconds}, e.files)
-    for line in summary(result):
-        say(line)
     say(f"wrote {a.out}")
 
 
