@@ -14,6 +14,7 @@ from ddpm.config import UserError, escaped, printable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_quiet = False  # by `be_quiet`
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,9 +149,6 @@ def be_quiet():
     _quiet = True
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     warnings.simplefilter("ignore")
-
-
-_quiet = False
 
 
 def bar(things: Iterable | None = None, **options):
