@@ -75,7 +75,7 @@ class TextToImage(nn.Module):
             guidance_scale: 1 is the plain conditional model, 0 the unconditional one; 2 to 7 follow the prompt more.
             negative: what to lead away from, one prompt for all or one each; nothing: the empty prompt.
             callback: called with the `State` after every step, for films and progress bars.
-            precision: fp32, bf16 or fp16 for the UNet and the decoder.
+            precision: fp32, bf16 or fp16 for all three networks.
             batch_size: pictures computed at once. first: the number i of the first picture.
             variance: Sigma of the sampler ddpm, posterior, beta or learned; None: as the model was trained.
         """
@@ -98,8 +98,8 @@ class TextToImage(nn.Module):
             def draw(streams=streams) -> Tensor:
                 return torch.stack([torch.randn(self.latent_shape, generator=g) for g in streams]).to(self.device)
 
-            context, uncond = self.embed(prompts[part]), self.embed(negative[part])
             with autocast(self.device, precision):
+                context, uncond = self.embed(prompts[part]), self.embed(negative[part])
                 denoise = guided(self.unet, context, uncond, guidance_scale, self.unet.keys_values)
                 for state in sample_loop(self.schedule, denoise, draw(), draw, sampler, steps,
                                          self.config.prediction, eta, variance or self.config.variance):  # fmt: skip

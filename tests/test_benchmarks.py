@@ -1,12 +1,19 @@
 r"""The benchmark's own arithmetic and its table; what it measures is run by hand (`python tests/benchmarks`)."""
 
+import ctypes
 import importlib
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from benchmarks import __main__ as command
 from benchmarks import measure
 from benchmarks.measure import Row, alternate, as_json, compared, digits, table
+
+from ddpm.cli import keep_freed_memory
 
 
 def row(value: float, goal: float | None, at_least: bool = True) -> Row:
@@ -49,8 +56,28 @@ def test_every_other_round_goes_backwards_after_the_warm_up():
     assert [len(side) for side in times] == [3, 3] and min(map(min, times)) > 0
 
 
+def test_what_comes_before_an_action_comes_every_time_and_is_not_timed():
+    calls = []
+    actions = [lambda name=name: calls.append(name) for name in "ab"]
+    before = [lambda: (calls.append("A"), time.sleep(0.05)), lambda: calls.append("B")]
+    times = alternate(actions, rounds=2, warm=0, before=before)
+    assert "".join(calls) == "AaBb" + "BbAa" and max(map(max, times)) < 0.04
+
+
+def test_memory_is_given_back_and_kept_again():
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("needs glibc")
+    held = {}
+    for name, how in (("back", measure.give_memory_back), ("kept", keep_freed_memory)):
+        how()
+        torch.ones(2**26).sum()  # 256 MiB
+        held[name] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    measure.give_memory_back()
+    assert held["kept"] > held["back"] + 200 * 2**20
+
+
 def test_every_part_is_there_and_needs_no_diffusers_to_be_looked_at():
-    for module, function in command.PARTS.values():
+    for module, function in (command.PARTS | command.BY_NAME).values():
         assert callable(getattr(importlib.import_module(f"benchmarks.{module}"), function))
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import without_zeros
 
+import train
 from ddpm import cli
 from ddpm.attention import attend
 from ddpm.cache import Latents, drawn_pictures
@@ -80,6 +81,23 @@ def test_a_batch_comes_to_the_gpu_whole_and_one_that_is_there_stays():
     there = to_device(x, CUDA)
     assert torch.equal(there.cpu(), x)
     assert to_device(there, CUDA) is there
+
+
+def test_what_is_on_its_way_to_the_gpu_is_pinned(monkeypatch):
+    pinned, pin = [], torch.Tensor.pin_memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(pin(x)) or pinned[-1])
+    assert to_device(normal(4), CUDA).device.type == "cuda"
+    assert len(pinned) == 1 and pinned[0].is_pinned()
+
+
+def test_training_multiplies_in_tf32(tmp_path):
+    flags = "--preset tiny --image-size 16 --channels 32,32 --drawn-images 32 --device cuda --max-steps 2".split()
+    before = torch.get_float32_matmul_precision()
+    try:
+        train.main([*flags, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")])
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_auto_takes_the_gpu():

@@ -3,6 +3,7 @@ r"""Ours and diffusers side by side, in one process, with the goal beside each f
 python tests/benchmarks                              all parts, within 15 minutes
 python tests/benchmarks --quick                      fewer rounds, within 5 minutes
 python tests/benchmarks --only train,sample --out FILE.json
+python tests/benchmarks --only compile               torch.compile, which takes minutes to begin
 
 Run it from the repository's folder, on a machine that does nothing else; parts that need diffusers need the extra
 `compat`. Photographs are decoded where the environment variable DDPM_CELEBA names a folder of CelebA.
@@ -30,12 +31,14 @@ PARTS = {  # name: the module and the function
     "decode": ("commands", "decode"),
     "start": ("commands", "start"),
 }
+BY_NAME = {"compile": ("networks", "compiled")}  # minutes for one figure: run when it is named
 
 
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     p.prog = "python tests/benchmarks"
-    p.add_argument("--only", metavar="PART,...", default=",".join(PARTS), help=f"out of {', '.join(PARTS)} [all]")
+    p.add_argument("--only", metavar="PART,...", default=",".join(PARTS),
+                   help=f"out of {', '.join(PARTS)} [these], {', '.join(BY_NAME)}")  # fmt: skip
     p.add_argument("--quick", action="store_true", help="fewer rounds: wider ranges")
     p.add_argument("--out", metavar="FILE", help="write the figures as JSON too")
     p.add_argument("--model", metavar="RUN", help="the run folder that the part `start` draws from [shipped weights]")
@@ -46,8 +49,9 @@ def main(argv: list[str] | None = None):
     p = parser()
     a = p.parse_args(argv)
     names = a.only.split(",")
-    if not set(names) <= set(PARTS):
-        p.error(f"expected parts out of {', '.join(PARTS)}, got {a.only}")
+    parts = PARTS | BY_NAME
+    if not set(names) <= set(parts):
+        p.error(f"expected parts out of {', '.join(parts)}, got {a.only}")
     warnings.simplefilter("ignore")  # diffusers speaks of its own future
     from benchmarks import measure
 
@@ -55,7 +59,7 @@ def main(argv: list[str] | None = None):
     about = measure.machine(a.quick)
     print(json.dumps(about, indent=2), flush=True)
     for name in names:
-        module, function = PARTS[name]
+        module, function = parts[name]
         try:
             part = getattr(importlib.import_module(f"benchmarks.{module}"), function)
             for row in part(quick=a.quick, machine=about, model=a.model, celeba=os.environ.get("DDPM_CELEBA")):

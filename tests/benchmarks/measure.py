@@ -4,6 +4,8 @@ Two things are compared in rounds: in each, both run once, one after the other, 
 machine does then meets both. A row tells the median and the range over the rounds.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import platform
@@ -16,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from ddpm.cli import keep_freed_memory
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "Pillow")
@@ -93,14 +97,45 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def alternate(actions: Sequence[Callable[[], object]], rounds: int, warm: int = 1) -> list[list[float]]:
-    r"""Seconds of each action in each round, after `warm` calls of each; every other round goes backwards."""
+def give_memory_back():
+    r"""Undo `cli.keep_freed_memory`: glibc gives memory back, from the sizes to which it comes by itself in the end."""
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((mmap_max, 65_536), (mmap_threshold, 2**25), (trim_threshold, 2**26)):
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
+
+
+def by_themselves(ours: Callable, other: Callable) -> list[Callable[[], None]]:
+    r"""What to call before either is timed, so that each has memory as in a process of its own: we keep it."""
+
+    def before_ours():
+        keep_freed_memory()
+        ours()
+
+    def before_other():
+        give_memory_back()
+        other()
+
+    return [before_ours, before_other]
+
+
+def alternate(
+    actions: Sequence[Callable[[], object]], rounds: int, warm: int = 1, before: Sequence[Callable] = ()
+) -> list[list[float]]:
+    r"""Seconds of each action in each round, after `warm` calls of each; every other round goes backwards.
+
+    `before` has for each action what is called each time before it, untimed.
+    """
     for action in actions:
         for _ in range(warm):
             action()
     times = [[0.0] * rounds for _ in actions]
     for r in range(rounds):
         for k in range(len(actions)) if r % 2 == 0 else reversed(range(len(actions))):
+            if before:
+                before[k]()
             times[k][r] = seconds(actions[k])
     return times
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm.cli import choose_precision
+from ddpm.cli import choose_precision, keep_freed_memory
 from ddpm.config import ModelConfig, TrainConfig
 from ddpm.export import RENAMES, their_names, unet_config, vae_config
 from ddpm.model import autocast, networks
 from ddpm.vae import vae_loss
 
-from .measure import Row, alternate, compared
+from .measure import Row, alternate, by_themselves, compared, seconds
 
 BATCH = 16
 CPU = torch.device("cpu")
@@ -101,9 +101,13 @@ def train(quick: bool, **_) -> Iterator[Row]:
     precision = choose_precision(TrainConfig().precision, CPU)
     ours = unet_step(unet, True, precision, channels_last=True, fused=True)
     other = unet_step(their_unet(unet, as_ours=False), False, "fp32", channels_last=False, fused=False)
-    a, b = alternate([ours, other], rounds=3 if quick else 9)
-    yield compared("train", f"UNet training step, batch {BATCH}, {OWN} (ours {precision}, heads 32 wide; theirs fp32, "
-                   "8 heads)", a, b, BATCH, "images/s", 3.0)  # fmt: skip
+    what = f"UNet training step, batch {BATCH}, {OWN} (ours {precision}, heads 32 wide"
+    rounds = 3 if quick else 9
+    a, b = alternate([ours, other], rounds, before=by_themselves(ours, other))
+    keep_freed_memory()
+    yield compared("train", f"{what}, memory kept; theirs fp32, 8 heads)", a, b, BATCH, "images/s", 3.0)
+    a, b = alternate([ours, other], rounds)
+    yield compared("train", f"{what}; theirs fp32, 8 heads), memory kept on both sides", a, b, BATCH, "images/s", None)
 
 
 @functools.cache
@@ -123,6 +127,18 @@ def train_like(quick: bool, **_) -> Iterator[Row]:
             layout = "channels-last" if channels_last else "plain layout"
             yield compared("train-like", f"UNet training step, {LIKE}: {precision}, {layout}", a, b, BATCH, "images/s",
                            1.25)  # fmt: skip
+
+
+def compiled(quick: bool, **_) -> Iterator[Row]:
+    r"""Our training step by torch.compile against the same as it is, and how long it takes until it is compiled."""
+    precision = choose_precision(TrainConfig().precision, CPU)
+    _, unet = spec_networks()
+    step, plain = (unet_step(net, True, precision, channels_last=True, fused=True) for net in
+                   (torch.compile(unet, dynamic=False), unet))  # fmt: skip
+    waited = seconds(step)
+    a, b = alternate([step, plain], rounds=3 if quick else 7)
+    told = f"UNet training step, {precision}, by torch.compile ({waited:.0f} s to begin), against as it is"
+    yield compared("compile", told, a, b, BATCH, "images/s", None)
 
 
 def flops(step: Callable[[], None]) -> int:

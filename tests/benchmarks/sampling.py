@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ddpm.cli import choose_precision
+from ddpm.cli import choose_precision, keep_freed_memory
 from ddpm.config import ModelConfig
 from ddpm.export import export
 from ddpm.model import TextToImage, autocast
 
-from .measure import Row, alternate, compared
+from .measure import Row, alternate, by_themselves, compared
 from .networks import CPU, nowhere_zero
 
 STEPS, GUIDANCE = 20, 3.0
@@ -47,7 +47,7 @@ def ours_and_theirs(model: TextToImage, pipe, ours: str, other: str, steps: int)
 
 
 def sample(quick: bool, **_) -> Iterator[Row]:
-    r"""16 prompts, 20 steps, guidance 3; our precision out of the box is the one that sample.py chooses."""
+    r"""16 prompts, 20 steps, guidance 3; our precision out of the box is the one that sample.py chooses by itself."""
     torch.manual_seed(0)
     model = TextToImage(ModelConfig(text_weights="random")).eval()
     for network in (model.vae, model.unet):
@@ -56,6 +56,8 @@ def sample(quick: bool, **_) -> Iterator[Row]:
     chosen = choose_precision(importlib.import_module("sample").parser().get_default("precision"), CPU)
     what = f"{len(PROMPTS)} prompts to pixels, {steps} steps, guidance {GUIDANCE:.0f}, text tower on both sides"
     cases = [(f"as each comes out of the box (ours {chosen})", chosen, "fp32", 2.5, False)]
+    if (faster := choose_precision("auto", CPU)) != chosen:
+        cases += [(f"ours by --precision auto ({faster}), theirs out of the box", faster, "fp32", None, False)]
     cases += [(f"{p}, channels-last", p, p, 1.25, True) for p in (["bf16"] if quick else ["fp32", "bf16"])]
     for told, ours, other, goal, alike in cases:
         if alike:
@@ -64,5 +66,7 @@ def sample(quick: bool, **_) -> Iterator[Row]:
         one_step = ours_and_theirs(model, pipe, ours, other, 1)
         for warm in one_step:
             warm()
-        a, b = alternate(ours_and_theirs(model, pipe, ours, other, steps), rounds=2 if quick else 3, warm=0)
+        a, b = alternate(ours_and_theirs(model, pipe, ours, other, steps), rounds=2 if quick else 3, warm=0,
+                         before=() if alike else by_themselves(*one_step))  # fmt: skip
+        keep_freed_memory()
         yield compared("sample", f"{what}: {told}", a, b, len(PROMPTS), "pictures/s", goal)
