@@ -91,7 +91,8 @@ def test_what_is_on_its_way_to_the_gpu_is_pinned(monkeypatch):
 
 
 def test_training_multiplies_in_tf32(tmp_path):
-    flags = "--preset tiny --image-size 16 --channels 32,32 --drawn-images 32 --device cuda --max-steps 2".split()
+    flags = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "32"]  # fmt: skip
+    flags += ["--device", "cuda", "--max-steps", "2"]
     before = torch.get_float32_matmul_precision()
     try:
         train.main([*flags, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")])
