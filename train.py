@@ -109,6 +109,7 @@ class Trainer:
 
         Raises: Stopped after a signal, NotFinite after too many skipped steps; both when the last step is saved.
         """
+        from ddpm.parallel import is_lost
         from ddpm.training import NotFinite
 
         self.stop = StopRequest()
@@ -119,7 +120,7 @@ class Trainer:
                 self.run.save(stage, opt, **more)
                 raise
             except RuntimeError as error:
-                if self.group.size == 1 or cli.is_out_of_memory(error):
+                if not is_lost(error):
                     raise
                 self.run.save(stage, opt, **more)  # processes speak with each other before a step changes anything
                 raise LostGroup(f"lost the other processes at {stage} step {opt.step} ({first_line(error)})") from None
@@ -430,7 +431,7 @@ def main(argv: list[str] | None = None):
             print(line)
         return
     from ddpm.files import CannotWrite
-    from ddpm.parallel import Group
+    from ddpm.parallel import Group, is_lost
     from ddpm.run import Run
     from ddpm.training import NotFinite
 
@@ -439,6 +440,10 @@ def main(argv: list[str] | None = None):
             train(run, a, group, precision)
         except (CannotWrite, NotFinite, LostGroup) as error:
             raise UserError(f"{error}; {run.advice()}") from None
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise UserError(f"lost the other processes ({first_line(error)}); {run.advice()}") from None
         except Stopped as stop:
             raise Stopped(stop.signum, f"{stop}; {run.advice()}") from None
 

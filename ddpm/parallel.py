@@ -16,6 +16,7 @@ from torch import nn
 from ddpm.config import UserError
 
 PATIENCE = datetime.timedelta(hours=6)  # the others wait while the first one makes the caches
+OF_A_STEP = datetime.timedelta(minutes=10)  # how long a GPU waits for the gradients of the others
 
 
 class Group:
@@ -25,10 +26,12 @@ class Group:
         rank: number of this process, from 0; the first one alone writes and speaks.
         size: how many there are.
         device: where this process computes.
+
+    Args: words: torch's group over which single numbers go, always gloo's; None: the default one, which is gloo's.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, size: int = 1):
-        self.device, self.rank, self.size = device, rank, size
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, words=None):
+        self.device, self.rank, self.size, self.words = device, rank, size, words
 
     @classmethod
     @contextlib.contextmanager
@@ -49,12 +52,17 @@ class Group:
             torch.cuda.set_device(device)
         elif device.type != "cpu":
             raise UserError(f"expected cuda or cpu for several processes, got {device.type}; give --device cpu")
+        words = None
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            if device.type == "cuda":
+                dist.init_process_group("nccl", timeout=OF_A_STEP)
+                words = dist.new_group(backend="gloo", timeout=PATIENCE)
+            else:
+                dist.init_process_group("gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"could not join the other processes ({error}); start them with torchrun") from None
         try:
-            yield cls(device, dist.get_rank(), size)
+            yield cls(device, dist.get_rank(), size, words)
         finally:
             dist.destroy_process_group()
 
@@ -82,13 +90,13 @@ class Group:
         r"""The first process's value, such as what its clock says."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
-        dist.broadcast(tensor, src=0)
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+        dist.broadcast(tensor, src=0, group=self.words)
         return tensor.item()
 
     def _reduced(self, value: float, operation) -> float:
-        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, operation)
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+        dist.all_reduce(tensor, operation, group=self.words)
         return tensor.item()
 
     @contextlib.contextmanager
@@ -109,6 +117,11 @@ class Group:
         finally:
             with contextlib.nullcontext() if done else contextlib.suppress(RuntimeError):  # the others may be gone
                 self.of_first(float(done))
+
+
+def is_lost(error: Exception) -> bool:
+    r"""Whether an error says that another process of the group is gone: gloo's are told by their text alone."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 ALONE = Group(torch.device("cpu"))

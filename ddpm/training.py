@@ -272,7 +272,8 @@ def train_vae(
 
         def losses(batch=(x, eps)) -> Iterator[Tensor]:
             for k, (part, noise) in enumerate(parts(batch, t.accumulation)):
-                part = to_device(part, model.device).contiguous(memory_format=torch.channels_last)
+                part, noise = to_device(part, model.device), to_device(noise, model.device)
+                part = part.contiguous(memory_format=torch.channels_last)
                 with opt.part(k == t.accumulation - 1):
                     with autocast(model.device, precision):
                         x_hat, posterior = opt.parallel(part, noise)
@@ -329,7 +330,7 @@ def parts(batch: tuple[Tensor, ...], number: int) -> Iterator[tuple[Tensor, ...]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    r"""`tensor` on `device`; from the CPU to a GPU by pinned memory, and nobody waits for the copy."""
+    r"""`tensor` on `device`; from the CPU to a GPU by pinned memory, so that this copy is not waited for."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -51,7 +51,8 @@ class Remembering(nn.Module):
         for prompt in prompts:
             if prompt not in self.states:
                 self.states[prompt] = self.tower([prompt])[0]
-        return torch.stack([self.states[prompt] for prompt in prompts])
+        device = next(self.tower.parameters()).device
+        return torch.stack([self.states[prompt] for prompt in prompts]).to(device)
 
 
 @pytest.fixture(scope="session")

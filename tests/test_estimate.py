@@ -75,6 +75,13 @@ def test_a_need_adds_up(tower):
     assert parts.flops == whole.flops > 0
 
 
+@pytest.mark.parametrize("stage", ["vae", "unet"])
+def test_the_specs_model_stays_below_what_a_card_of_4_gb_has(stage, tower):
+    config = Config.from_preset("celeba64", text_weights="random")
+    model = TextToImage(config.model, tower).to(memory_format=torch.channels_last)
+    assert measure(stage, model, config, "fp32", 3).peak < 3.5e9
+
+
 CHILD = r"""
 import json, sys
 import numpy as np, open_clip.transformer, torch

@@ -53,7 +53,7 @@ def test_the_unet_says_the_same_as_on_the_cpu_and_keeps_the_memory_layout():
     torch.manual_seed(0)
     unet = without_zeros(UNet(channels=(32, 64), attention_levels=(1,), res_blocks=1, context_width=16)).eval()
     z, t, c = normal(2, 4, 8, 8), torch.tensor([10, 700]), normal(2, 5, 16)
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = unet(z, t, c)
         unet.to(CUDA, memory_format=torch.channels_last)
         told = unet(z.to(CUDA).contiguous(memory_format=torch.channels_last), t.to(CUDA), c.to(CUDA))
@@ -63,9 +63,11 @@ def test_the_unet_says_the_same_as_on_the_cpu_and_keeps_the_memory_layout():
 
 def test_a_picture_is_the_same_as_on_the_cpu_give_or_take_a_level(tiny):
     expected = tiny.sample(["a bald man", "a woman"], steps=5)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        x = tiny.to(CUDA, memory_format=torch.channels_last).sample(["a bald man", "a woman"], steps=5)
-    tiny.cpu()
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            x = tiny.to(CUDA, memory_format=torch.channels_last).sample(["a bald man", "a woman"], steps=5)
+    finally:
+        tiny.cpu()  # the tower is that of the whole session
     assert np.abs(to_uint8(x.cpu()).astype(int) - to_uint8(expected).astype(int)).max() <= 1
 
 

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm.config import UserError
-from ddpm.parallel import Group
+from ddpm.parallel import Group, is_lost
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "64", "--device", "cpu"]
 FLAGS += ["--save-every", "5", "--warmup", "2", "--precision", "fp32", "--variance", "learned"]
+FLAGS += ["--gradient-checkpointing"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -119,8 +120,10 @@ def test_a_group_that_ends_early_leaves_a_checkpoint_that_one_process_goes_on_fr
     assert wanted in said and f"--resume {tmp_path / 'run'}" in said, said
     at = int(said.split(" is saved")[0].split("vae step ")[-1])
     assert 0 < at < 2000
-    finished("--resume", tmp_path / "run", "--cache", tmp_path / "cache", "--stop-after", 2, launcher=[sys.executable])
-    assert [int(r["step"]) for r in rows(tmp_path / "run")] == list(range(1, at + 3))
+    resume = ["--resume", tmp_path / "run", "--cache", tmp_path / "cache", "--stop-after", 2]
+    finished(*resume, launcher=[sys.executable])
+    finished(*resume)  # and two from one
+    assert [int(r["step"]) for r in rows(tmp_path / "run")] == list(range(1, at + 5))
 
 
 def test_where_the_first_process_is_killed_nobody_says_that_it_saved(tmp_path):
@@ -133,6 +136,27 @@ def test_where_the_first_process_is_killed_nobody_says_that_it_saved(tmp_path):
     finished("--resume", tmp_path / "run", "--cache", tmp_path / "cache", "--stop-after", 2, launcher=[sys.executable])
     steps = [int(r["step"]) for r in rows(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) % 5 == 2  # from a checkpoint
+
+
+def test_where_the_first_process_is_killed_while_it_makes_the_caches_the_others_say_so(tmp_path):
+    many = ["--drawn-images", 50_000, "--max-steps", 2]
+    process = start(*FLAGS, *many, "--out", tmp_path / "run", "--cache", tmp_path / "cache")
+    children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 240
+    if not children.exists():
+        process.kill()
+        pytest.skip("needs /proc to find the processes")
+    while not (tmp_path / "cache").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode != 0 and "nothing is saved yet; give the command again" in said, said
+    assert "error: lost the other processes (" in said and 'ddpm/parallel.py", line' not in said, said
+
+
+def test_an_error_that_is_not_the_groups_is_not_taken_for_a_lost_process():
+    assert is_lost(torch.distributed.DistBackendError("NCCL error"))
+    assert is_lost(RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error"))
+    assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(tmp_path):

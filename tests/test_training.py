@@ -297,6 +297,22 @@ def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run(smal
             opt.update("unet", iter([next(model.unet.parameters()).sum() * math.nan]))
 
 
+def test_in_fp16_an_overflow_moves_nothing_halves_the_scale_and_is_no_failure(small):
+    config, model = small
+    opt = Optimization(model.unet, config.with_training(muon_lr=0.02), 1e-3, Bound(100), ema=True, precision="fp16")
+    networks = [[p for g in o.param_groups for p in g["params"] if p.any()] for o in opt.optimizers]
+    before, scale = [[p.detach().clone() for p in part] for part in networks], opt.scaler.get_scale()
+    total = sum(p.sum() for p in model.unet.parameters())
+    report = opt.update("unet", iter([total * 1e34]))  # finite, but not times the scale
+    assert math.isfinite(report.loss) and not report.finite and opt.bad == 0
+    assert opt.scaler.get_scale() == scale / 2
+    for part, old in zip(networks, before, strict=True):
+        assert part and all(torch.equal(a, b) for a, b in zip(part, old, strict=True))
+    assert opt.update("unet", iter([sum(p.square().sum() for p in model.unet.parameters())])).finite
+    for part, old in zip(networks, before, strict=True):
+        assert not any(torch.equal(a, b) for a, b in zip(part, old, strict=True))
+
+
 @pytest.mark.equation("latent-scale")
 def test_the_latent_scale_makes_the_mean_square_one():
     g = np.random.default_rng(0)

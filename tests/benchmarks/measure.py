@@ -35,6 +35,7 @@ class Row:
         value, low, high: the figure that the goal is about, its median and range.
         goal: None for a row that only informs. at_least: the goal is a floor, not a ceiling.
         unit: of the value: x, % or s.
+        times: seconds of each side in each round, where sides took turns.
     """
 
     part: str
@@ -47,6 +48,7 @@ class Row:
     goal: float | None = None
     at_least: bool = True
     unit: str = "x"
+    times: tuple[Sequence[float], ...] = ()
 
     @property
     def met(self) -> bool | None:
@@ -87,7 +89,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def as_json(rows: Iterable[Row]) -> list[dict]:
     r"""The rows as plain values."""
-    return [dataclasses.asdict(row) | {"met": row.met} for row in rows]
+    return [dataclasses.asdict(row) | {"met": row.met, "times": [list(side) for side in row.times]} for row in rows]
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -145,7 +147,7 @@ def compared(part: str, what: str, ours: Sequence[float], other: Sequence[float]
     r"""How many times faster we are: `amount` of `unit` was done in the seconds of each round."""
     ratios = [b / a for a, b in zip(ours, other, strict=True)]
     sides = (f"{digits(amount / statistics.median(times))} {unit}" for times in (ours, other))
-    return Row(part, what, *sides, statistics.median(ratios), min(ratios), max(ratios), goal)
+    return Row(part, what, *sides, statistics.median(ratios), min(ratios), max(ratios), goal, times=(ours, other))
 
 
 def matmul_peak(dtype: torch.dtype, quick: bool) -> float:
@@ -200,7 +202,7 @@ def commit() -> str:
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "ddpm", "train.py") else ""
+            "+" if git("status", "--porcelain", "ddpm", "*.py", "tests/benchmarks") else ""
         )
     except OSError:
         return ""

@@ -58,11 +58,11 @@ def their_unet(ours: nn.Module, as_ours: bool) -> nn.Module:
     return theirs("UNet2DConditionModel", config, ours)
 
 
-def training_step(network: nn.Module, loss: Callable[[], Tensor], precision: str, fused: bool) -> Callable[[], None]:
-    r"""Forward pass, loss, backward pass and AdamW, as one call."""
+def training_step(network: nn.Module, loss: Callable[[], Tensor], precision: str) -> Callable[[], None]:
+    r"""Forward pass, loss, backward pass and AdamW in its fused form, as one call."""
     network.train()
     lr, decay = TrainConfig().lr, TrainConfig().weight_decay
-    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=decay, fused=fused or None)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=decay, fused=True)
 
     def step():
         with autocast(CPU, precision):
@@ -81,7 +81,7 @@ def laid_out(network: nn.Module, batch: Tensor, channels_last: bool) -> Tensor:
     return batch.contiguous(memory_format=layout)
 
 
-def unet_step(unet: nn.Module, mine: bool, precision: str, channels_last: bool, fused: bool) -> Callable[[], None]:
+def unet_step(unet: nn.Module, mine: bool, precision: str, channels_last: bool) -> Callable[[], None]:
     r"""One training step of either UNet on made-up latents and captions."""
     g = torch.Generator().manual_seed(1)
     z_t, eps = torch.randn(2, BATCH, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
@@ -92,15 +92,15 @@ def unet_step(unet: nn.Module, mine: bool, precision: str, channels_last: bool, 
         out = unet(z_t, t, context)
         return F.mse_loss((out if mine else out.sample).float(), eps)
 
-    return training_step(unet, loss, precision, fused)
+    return training_step(unet, loss, precision)
 
 
 def train(quick: bool, **_) -> Iterator[Row]:
     r"""A UNet training step as each comes out of the box."""
     _, unet = spec_networks()
     precision = choose_precision(TrainConfig().precision, CPU)
-    ours = unet_step(unet, True, precision, channels_last=True, fused=True)
-    other = unet_step(their_unet(unet, as_ours=False), False, "fp32", channels_last=False, fused=False)
+    ours = unet_step(unet, True, precision, channels_last=True)
+    other = unet_step(their_unet(unet, as_ours=False), False, "fp32", channels_last=False)
     what = f"UNet training step, batch {BATCH}, {OWN} (ours {precision}, heads 32 wide"
     rounds = 3 if quick else 9
     a, b = alternate([ours, other], rounds, before=by_themselves(ours, other))
@@ -110,20 +110,36 @@ def train(quick: bool, **_) -> Iterator[Row]:
     yield compared("train", f"{what}; theirs fp32, 8 heads), memory kept on both sides", a, b, BATCH, "images/s", None)
 
 
+PRODUCTS, SIDE = 3, 4096
+
+
+def products(dtype: torch.dtype) -> Callable[[], None]:
+    r"""Some matrix products in a row, each of `SIDE` x `SIDE` numbers."""
+    a, b = torch.randn(2, SIDE, SIDE).to(dtype)
+    out = torch.empty(SIDE, SIDE, dtype=dtype)
+
+    def multiply():
+        for _ in range(PRODUCTS):
+            torch.mm(a, b, out=out)
+
+    return multiply
+
+
 @functools.cache
 def like_for_like(precision: str, channels_last: bool, quick: bool) -> tuple[list[list[float]], int]:
-    r"""Seconds of our training step and theirs with everything alike, and the floating-point operations of ours."""
+    r"""Seconds of our training step, theirs with everything alike, and matrix products; the operations of our step."""
     _, unet = spec_networks()
     pair = (unet, their_unet(unet, as_ours=True))
-    steps = [unet_step(network, network is unet, precision, channels_last, fused=True) for network in pair]
-    return alternate(steps, rounds=3 if quick else 7), flops(steps[0])
+    steps = [unet_step(network, network is unet, precision, channels_last) for network in pair]
+    most = products(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return alternate([*steps, most], rounds=3 if quick else 7), flops(steps[0])
 
 
 def train_like(quick: bool, **_) -> Iterator[Row]:
     r"""The same step with everything alike, in the layouts and precisions that people use."""
     for precision in ("fp32", "bf16"):
         for channels_last in (True,) if quick else (True, False):
-            (a, b), _ = like_for_like(precision, channels_last, quick)
+            (a, b, _), _ = like_for_like(precision, channels_last, quick)
             layout = "channels-last" if channels_last else "plain layout"
             yield compared("train-like", f"UNet training step, {LIKE}: {precision}, {layout}", a, b, BATCH, "images/s",
                            1.25)  # fmt: skip
@@ -133,7 +149,7 @@ def compiled(quick: bool, **_) -> Iterator[Row]:
     r"""Our training step by torch.compile against the same as it is, and how long it takes until it is compiled."""
     precision = choose_precision(TrainConfig().precision, CPU)
     _, unet = spec_networks()
-    step, plain = (unet_step(net, True, precision, channels_last=True, fused=True) for net in
+    step, plain = (unet_step(net, True, precision, channels_last=True) for net in
                    (torch.compile(unet, dynamic=False), unet))  # fmt: skip
     waited = seconds(step)
     a, b = alternate([step, plain], rounds=3 if quick else 7)
@@ -148,18 +164,19 @@ def flops(step: Callable[[], None]) -> int:
     return counter.get_total_flops()
 
 
-def peak(quick: bool, machine: dict, **_) -> Iterator[Row]:
-    r"""The share of the measured matmul peak that our training step reaches, and theirs with the same heads."""
+def peak(quick: bool, **_) -> Iterator[Row]:
+    r"""The share of what matrix products reach beside it that our training step reaches, and theirs with our heads."""
     for precision in ("fp32", "bf16"):
-        (a, b), work = like_for_like(precision, True, quick)
-        best = machine["matmul_gflops"][precision] * 1e9
-        shares = [100 * work / t / best for t in a]
-        sides = (f"{work / median(t) / 1e9:.0f} of {best / 1e9:.0f} GFLOP/s" for t in (a, b))
+        (a, b, products_alone), work = like_for_like(precision, True, quick)
+        best = [PRODUCTS * 2 * SIDE**3 / t for t in products_alone]
+        shares = [100 * work / t / limit for t, limit in zip(a, best, strict=True)]
+        sides = (f"{work / median(t) / 1e9:.0f} of {median(best) / 1e9:.0f} GFLOP/s" for t in (a, b))
         yield Row("peak", f"share of the {precision} matmul peak, UNet training step of {work / 1e9:.0f} GFLOP, "
-                  "channels-last", *sides, median(shares), min(shares), max(shares), 50.0, unit="%")  # fmt: skip
+                  "channels-last", *sides, median(shares), min(shares), max(shares), 50.0, unit="%",
+                  times=(a, b, products_alone))  # fmt: skip
 
 
-def vae_step(vae: nn.Module, mine: bool, precision: str, channels_last: bool = True) -> Callable[[], None]:
+def vae_step(vae: nn.Module, mine: bool, precision: str, channels_last: bool) -> Callable[[], None]:
     r"""One training step of either VAE on made-up pictures."""
     g = torch.Generator().manual_seed(2)
     x = torch.randn(BATCH, 3, SPEC.image_size, SPEC.image_size, generator=g).clamp(-1, 1)
@@ -174,7 +191,7 @@ def vae_step(vae: nn.Module, mine: bool, precision: str, channels_last: bool = T
         x_hat = vae.decode(q.mean + q.std * eps).sample
         return F.l1_loss(x_hat.float(), x) + t.kl_weight * q.kl().mean() / eps[0].numel()
 
-    return training_step(vae, loss, precision, fused=True)
+    return training_step(vae, loss, precision)
 
 
 def vae(quick: bool, **_) -> Iterator[Row]:
@@ -182,6 +199,9 @@ def vae(quick: bool, **_) -> Iterator[Row]:
     ours, _ = spec_networks()
     other = theirs("AutoencoderKL", vae_config(SPEC), ours)
     for precision in ("fp32", "bf16"):
-        a, b = alternate([vae_step(ours, True, precision), vae_step(other, False, precision)], rounds=3 if quick else 7)
-        yield compared("vae", f"VAE training step, batch {BATCH}, same weights, precision and layout: {precision}, "
-                       "channels-last", a, b, BATCH, "images/s", 1.25)  # fmt: skip
+        for channels_last in (True,) if quick else (True, False):
+            steps = [vae_step(net, net is ours, precision, channels_last) for net in (ours, other)]
+            a, b = alternate(steps, rounds=3 if quick else 7)
+            layout = "channels-last" if channels_last else "plain layout"
+            yield compared("vae", f"VAE training step, batch {BATCH}, same weights, precision and layout: {precision}, "
+                           f"{layout}", a, b, BATCH, "images/s", 1.25)  # fmt: skip
