@@ -4,7 +4,7 @@ python -m ddpm.evaluation runs/NAME              391 held-out prompts; says firs
 python -m ddpm.evaluation runs/NAME --quick      128 prompts, short curves
 python -m ddpm.evaluation runs/NAME --full       every curve with all prompts, and DDPM at all steps; hours on a CPU
 
-An evaluation that is in the folder already is replaced.
+An evaluation that is in the folder already is replaced; its figures stay as result.previous.json.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", metavar="DIR", help="folder of decoded pictures and classifiers [beside the run: cache]")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")
     p.add_argument("--device", choices=cli.DEVICES, default="auto", help="[auto]")
-    p.add_argument("--out", metavar="DIR", help="folder to write to [RUN/evaluation]")
+    p.add_argument("--out", metavar="DIR",
+                   help="folder to write to [RUN/evaluation; of what ships, runs/shipped-evaluation]")  # fmt: skip
     p.set_defaults(scope="normal")
     return p
 
@@ -78,7 +79,7 @@ from ddpm.classifier import (
     truths,
 )
 from ddpm.data import TEST, TRAIN, VALID, DataError
-from ddpm.files import write_atomically
+from ddpm.files import digest_of, write_atomically
 from ddpm.metrics import (
     bits_per_dimension,
     frechet_distance,
@@ -89,7 +90,7 @@ from ddpm.metrics import (
     psnr,
     ssim,
 )
-from ddpm.model import TextToImage, autocast
+from ddpm.model import SHIPPED, TextToImage, autocast
 from ddpm.pictures import labelled_grid, save_png
 from ddpm.seeding import generator
 
@@ -99,10 +100,12 @@ FILES = ("result.json", "pictures.png", "neighbours.png", "adherence.png", "late
          "steps.png")  # fmt: skip
 MIN_EACH, MIN_READ = 8, 0.8
 RULE = (
-    f"counted are attributes that at least {MIN_EACH} of the prompts want and {MIN_EACH} do not, and that the "
-    f"classifier reads from the real held-out pictures with a balanced accuracy of at least {MIN_READ}"
+    f"counted are attributes that the captions of at least {MIN_EACH} held-out pictures want and of {MIN_EACH} do not, "
+    f"and that the classifier reads from the real ones with a balanced accuracy of at least {MIN_READ}; of a part of "
+    "the pictures, those among them that some of it want and some do not"
 )
 UNSEEN = "held-out pictures whose row of 40 attributes, as the full caption says it, no training picture has"
+FAR = "those of them whose row differs from that of every training picture in two attributes or more"
 NO_CLASSIFIER = "the data has no attribute with enough pictures of both values to train a classifier on"
 BATCH = 32
 
@@ -155,28 +158,33 @@ class Remembered(nn.Module):
 # ------------------------------------------------------------------------------------------- the measures
 
 
-def adherence(wanted: Tensor, seen: Tensor, names: tuple[str, ...], groups: Tensor, readable: Tensor) -> dict:
+def enough(wanted: Tensor, each: int = MIN_EACH) -> Tensor:
+    r"""(A,) bool: the attributes that at least `each` of the pictures want, and as many do not; wanted (N, A) bool."""
+    return (wanted.sum(dim=0) >= each) & ((~wanted).sum(dim=0) >= each)
+
+
+def adherence(wanted: Tensor, seen: Tensor, names: tuple[str, ...], groups: Tensor, countable: Tensor) -> dict:
     r"""Balanced accuracy of what the classifier sees against what the prompts want, by attribute, and its mean.
 
     Args:
         wanted, seen: (N, A) bool. groups: (N,) long, the number of each picture's prompt.
-        readable: (A,) bool, the attributes that the classifier can be trusted with.
+        countable: (A,) bool, the attributes that count where the pictures have both values of them; see RULE.
     Returns:
-        `n`, `mean` over the counted attributes (see RULE), its `interval`, and `attributes`: how many want each,
-        balanced accuracy, its interval, and whether it counts.
+        `n`, of how many `prompts`, `mean` over the counted attributes, its `interval`, and `attributes`: how many want
+        each, balanced accuracy, its interval, and whether it counts.
     """
-    positive = wanted.sum(dim=0)
-    counted = readable & (positive >= MIN_EACH) & (len(wanted) - positive >= MIN_EACH)
+    positive, counted = wanted.sum(dim=0), countable & enough(wanted, 1)
+    _, groups, sizes = groups.unique(return_inverse=True, return_counts=True)
     accuracy = metrics.balanced_accuracy(wanted, seen)
-    low, high = metrics.balanced_interval(wanted, seen)
+    low, high = metrics.balanced_interval(wanted, seen, 1 / sizes[groups])
     interval = None
     if counted.any():
-        groups = groups.unique(return_inverse=True)[1]
         interval = metrics.bootstrap_interval(wanted[:, counted], seen[:, counted], groups)
     by_name = zip(names, positive.tolist(), accuracy.tolist(), low.tolist(), high.tolist(), counted.tolist(),
                   strict=True)  # fmt: skip
     return {
         "n": len(wanted),
+        "prompts": len(sizes),
         "mean": accuracy[counted].mean().item() if counted.any() else None,
         "interval": interval,
         "counted": int(counted.sum()),
@@ -305,26 +313,26 @@ class Evaluation:
         return truths(self.held, np.arange(self.n))[:, self.classifier.columns]
 
     @cached_property
-    def readable(self) -> Tensor:
-        r"""(A,) bool: what the classifier can be trusted with."""
-        return metrics.balanced_accuracy(self.wanted, self.seen(self.x)) >= MIN_READ
+    def countable(self) -> Tensor:
+        r"""(A,) bool: what enough of the held-out pictures have or lack, and the classifier can be trusted with."""
+        return enough(self.wanted) & (metrics.balanced_accuracy(self.wanted, self.seen(self.x)) >= MIN_READ)
 
     def scores(self, seen: Tensor, rows: Tensor | slice = slice(None)) -> dict:
         r"""`adherence` of what was seen in pictures of the prompts `rows`."""
-        return adherence(self.wanted[rows], seen, self.classifier.names, self.groups[rows], self.readable)
+        return adherence(self.wanted[rows], seen, self.classifier.names, self.groups[rows], self.countable)
 
     # ---- the parts
 
     def adherence(self) -> dict:
         r"""Do the pictures show what their prompts say? Beside it, what the classifier reads from real pictures.
 
-        `reconstructed` is as far as any model with this VAE can come.
+        `reconstructed` says what the VAE alone costs: pictures that are the prompt's own, but for the VAE.
         """
         seen = {"real": self.seen(self.x), "reconstructed": self.seen(self.reconstructed),
                 "generated": self.seen(self.draw(self.main, self.n))}  # fmt: skip
-        unseen = torch.from_numpy(unseen_rows(self.pictures, self.held))
-        result = {"rule": RULE, "unseen_means": UNSEEN}
-        for name, rows in (("held_out", torch.ones_like(unseen)), ("unseen", unseen)):
+        apart = attributes_apart(self.pictures, self.held)
+        result = {"rule": RULE, "unseen_means": UNSEEN, "far_means": FAR}
+        for name, rows in (("held_out", apart >= 0), ("unseen", apart >= 1), ("far", apart >= 2)):
             if rows.any():
                 result[name] = {source: self.scores(what[rows], rows) for source, what in seen.items()}
         self.files["adherence.png"] = lambda to: plot_adherence(to, result["held_out"])
@@ -348,16 +356,19 @@ class Evaluation:
         return result
 
     def neighbours(self) -> dict:
-        r"""How near the generated pictures come to training pictures, beside how near held-out pictures come.
+        r"""How near the generated pictures come to training pictures and to their mirror images, trained on as well.
 
-        A ratio of medians near 1 is as new as new photographs are; near 0, copies.
+        Beside it how near held-out pictures come, as they are and through the VAE: what is smooth is near to much. A
+        ratio of medians near 1 is as new as new photographs are; near 0, copies.
         """
         train, result, found = self.pictures.rows(TRAIN), {}, {}
-        generated, many = self.draw(self.main, self.n), -(-len(train) // 512)
+        generated, many = self.draw(self.main, self.n), 2 * -(-len(train) // 512)
 
-        def parts(network: Callable[[Tensor], Tensor], label: str) -> Iterator[Tensor]:
-            for begin in progress_bar(range(0, len(train), 512), many, label):
-                yield network(self.pictures.batch(train[begin : begin + 512]))
+        def pool() -> Iterator[Tensor]:
+            for mirrored in (False, True):
+                for begin in range(0, len(train), 512):
+                    rows = train[begin : begin + 512]
+                    yield self.pictures.batch(rows, torch.full((len(rows),), mirrored))
 
         spaces = {"pixels": lambda x: x.flatten(1)}
         if self.classifier is not None:
@@ -365,15 +376,17 @@ class Evaluation:
                                                       for b in x.split(BATCH)])  # fmt: skip
         for name, network in spaces.items():
             with torch.no_grad():
-                queries = network(torch.cat([generated, self.x]))
-                distances, places = nearest(queries, parts(network, f"nearest training pictures, {name}"))
-            mine, held_out = distances[: self.n, 0], distances[self.n :, 0]
+                queries = network(torch.cat([generated, self.x, self.reconstructed]))
+                pictures = progress_bar(pool(), many, f"nearest training pictures, {name}")
+                distances, places = nearest(queries, map(network, pictures))
             found[name] = distances[: self.n], places[: self.n]
-            result[name] = {
-                "n_train": len(train), "generated_median": mine.median().item(),
-                "held_out_median": held_out.median().item(), "ratio": (mine.median() / held_out.median()).item(),
-                "nearer_than_1_percent_of_held_out": (mine < held_out.quantile(0.01)).double().mean().item(),
-            }  # fmt: skip
+            mine, held_out, smooth = distances[:, 0].split(self.n)
+            result[name] = {"n_train": len(train), "generated_median": mine.median().item()}
+            for of, theirs in (("held_out", held_out), ("reconstructed", smooth)):
+                nearer = (mine < theirs.quantile(0.01)).double().mean().item()
+                result[name] |= {f"{of}_median": theirs.median().item(),
+                                 f"ratio_to_{of}": (mine.median() / theirs.median()).item(),
+                                 f"nearer_than_1_percent_of_{of}": nearer}  # fmt: skip
         self.files["neighbours.png"] = self.neighbour_grid(generated, train, found)
         return result
 
@@ -385,7 +398,8 @@ class Evaluation:
             pictures.append(generated[i : i + 1])
             labels.append(self.prompts[i])
             for name, (distances, places) in found.items():
-                pictures.append(self.pictures.batch(train[places[i].numpy()]))
+                mirrored, rows = places[i] >= len(train), train[(places[i] % len(train)).numpy()]
+                pictures.append(self.pictures.batch(rows, mirrored))
                 labels += [f"{name} {distance:.2f}" for distance in distances[i].tolist()]
         grid = labelled_grid(torch.cat(pictures), labels, columns=len(labels) // len(closest), side=96)
         return lambda to: save_png(to, grid)
@@ -428,9 +442,10 @@ class Evaluation:
         x, point = self.draw(setting, self.curve_n), setting._asdict() | {"n": self.curve_n}
         if self.classifier is not None:
             told = self.scores(self.seen(x), slice(self.curve_n))
-            point |= {"adherence": told["mean"], "interval": told["interval"]}
+            point |= {"adherence": told["mean"], "interval": told["interval"], "counted": told["counted"]}
         if self.extract is not None:
-            point["frechet"] = frechet_distance(*self.real_gaussian, *gaussian_of(self.features(x)))
+            real = gaussian_of(self.real_features[: self.curve_n])
+            point["frechet"] = frechet_distance(*real, *gaussian_of(self.features(x)))
         return point
 
     def guidance_curve(self) -> list[dict]:
@@ -455,10 +470,12 @@ class Evaluation:
         return lambda to: save_png(to, sheet, settings)
 
 
-def unseen_rows(pictures: Pictures, held: Pictures) -> np.ndarray:
-    r"""(n,) bool: no training picture has these forty attributes, as the full captions say them."""
-    known = {row.numpy().tobytes() for row in truths(pictures, pictures.rows(TRAIN))}
-    return np.array([row.numpy().tobytes() not in known for row in truths(held, np.arange(len(held.pixels)))])
+def attributes_apart(pictures: Pictures, held: Pictures) -> Tensor:
+    r"""(n,) in how many of the forty attributes, as full captions say them, a held-out picture's row differs from the
+    training picture's that is the nearest; 0: it has been seen."""
+    mine, known = truths(held, np.arange(len(held.pixels))), truths(pictures, pictures.rows(TRAIN)).unique(dim=0)
+    mine, known = mine.double(), known.double()
+    return (mine @ (1 - known).T + (1 - mine) @ known.T).min(dim=1).values.long()
 
 
 def guidance_settings(main: Setting, scope: Scope) -> list[Setting]:
@@ -518,7 +535,7 @@ def estimate(e: Evaluation, parts: Iterable[str]) -> float:
         seconds += training_seconds(network, e.x, e.precision)
     extract = read if e.extract is None else seconds_each(lambda: e.extract(x)) / b
     seconds += (4 * e.n * ("frechet" in parts) + e.curve_n * len(curves) + e.n) * extract
-    seconds += len(e.pictures.rows(TRAIN)) * read * ("neighbours" in parts)
+    seconds += 2 * len(e.pictures.rows(TRAIN)) * read * ("neighbours" in parts)
     told = e.prompts[:8]
     if parts - {"vae", "latents"}:
         seconds += len(set(e.prompts)) * seconds_each(lambda: model.text(told)) / len(told)
@@ -605,7 +622,9 @@ def check(a: argparse.Namespace):
         raise UserError(f"expected --only with some of {','.join(PARTS)}, got {', '.join(map(repr, unknown))}")
     if not Path(a.run).is_dir():
         raise UserError(f"expected the folder of a run, {a.run} is none; train one with python train.py")
-    out = a.out = Path(a.out or Path(a.run) / "evaluation")
+    ships = Path(a.run).resolve() == SHIPPED.resolve()  # the package's own folder stays as it is
+    out = a.out = Path(a.out or (Path("runs/shipped-evaluation") if ships else Path(a.run) / "evaluation"))
+    a.cache = Path(a.cache or (Path("runs/cache") if ships else Path(a.run).parent / "cache"))
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()
@@ -653,36 +672,41 @@ def rounded(value):
     return value
 
 
-def settings_of(a: argparse.Namespace, config: Config, n: int, precision: str, device: torch.device) -> dict:
-    r"""What a person needs to get the same figures again."""
-    t, m = config.training, config.model
+def settings_of(e: Evaluation, config: Config, device: torch.device) -> dict:
+    r"""What a person needs to get the same figures again, and to see whether weights and data are the same."""
+    a, t, m = e.a, config.training, config.model
     return {
         "run": str(a.run), "preset": config.preset, "data": t.data, "image_size": m.image_size,
-        "crop": t.crop or "automatic", "split": a.split, "n": n, "extractor": a.extractor, "sampler": a.sampler,
+        "crop": t.crop or "automatic", "split": a.split, "n": e.n, "extractor": a.extractor, "sampler": a.sampler,
         "steps": a.steps, "guidance": a.guidance, "weights": a.weights, "text_weights": m.text_weights, "seed": a.seed,
-        "scope": a.scope, "precision": precision, "device": str(device), "ddpm": __version__,
+        "scope": a.scope, "precision": e.precision, "device": str(device), "ddpm": __version__,
         "torch": torch.__version__, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "digests": {"vae": digest_of([e.model.vae.state_dict(), e.model.latent_scale]),
+                    "unet": digest_of(e.model.unet.state_dict()), "data": key_of(e.pictures.key)},
     }  # fmt: skip
 
 
 def summary(result: dict) -> Iterator[str]:
     r"""What a person reads of a result, or of one of its parts, in lines."""
-    for name in ("held_out", "unseen"):
+    for name in ("held_out", "unseen", "far"):
         if told := result.get("adherence", {}).get(name):
-            low, high = told["generated"]["interval"] or (math.nan, math.nan)
+            mine = told["generated"]
+            low, high = mine["interval"] or (math.nan, math.nan)
             figures = {source: told[source]["mean"] or math.nan for source in told}
             yield (
-                f"adherence, {name.replace('_', '-')}, n {told['generated']['n']}: {figures['generated']:.3f} "
-                f"({low:.3f} to {high:.3f}) over {told['generated']['counted']} attributes; real pictures "
-                f"{figures['real']:.3f}, through the VAE {figures['reconstructed']:.3f}"
+                f"adherence, {name.replace('_', '-')}, {mine['n']} pictures of {mine['prompts']} prompts: "
+                f"{figures['generated']:.3f} ({low:.3f} to {high:.3f}) over {mine['counted']} attributes; real "
+                f"pictures {figures['real']:.3f}, through the VAE {figures['reconstructed']:.3f}"
             )
     for name, row in result.get("frechet", {}).items():
         if isinstance(row, dict):
             yield (f"Frechet distance, n {row['n']}, {name}: {row['distance']:.3g}; precision {row['precision']:.2f}, "
                    f"recall {row['recall']:.2f}")  # fmt: skip
     for name, row in result.get("neighbours", {}).items():
-        yield (f"nearest training picture, {name}: {row['ratio']:.2f} of a held-out picture's distance; nearer than "
-               f"99 % of those: {row['nearer_than_1_percent_of_held_out']:.1%}")  # fmt: skip
+        told = (f"{row[f'ratio_to_{of}']:.2f} of the distance of {what}, {row[f'nearer_than_1_percent_of_{of}']:.1%} "
+                "nearer than the nearest 1 % of those" for of, what in
+                (("held_out", "held-out ones"), ("reconstructed", "held-out ones through the VAE")))  # fmt: skip
+        yield f"nearest training picture, {name}: {'; '.join(told)}"
     if told := result.get("vae"):
         yield f"VAE, n {told['n']}: {told['psnr']:.2f} dB PSNR, {told['ssim']:.4f} SSIM"
     if told := result.get("loss"):
@@ -691,8 +715,8 @@ def summary(result: dict) -> Iterator[str]:
         own, picture = told["latent"][told["variance"]], told["picture"]
         yield (
             f"bits a dimension, n {told['n']}: latents {own['total']:.2f} +- {own['standard_error']:.2f} (Sigma "
-            f"{told['variance']}), pictures {picture['total']:.2f}: latent {picture['latent']:.2f}, "
-            f"error {picture['error']:.2f}"
+            f"{told['variance']}), pictures {picture['total']:.2f} +- {picture['standard_error']:.2f}: latent "
+            f"{picture['latent']:.2f}, error {picture['error']:.2f}"
         )
     for part in ("guidance", "steps"):
         for p in result.get(part, []):
@@ -701,14 +725,24 @@ def summary(result: dict) -> Iterator[str]:
 
 
 def write(out: Path, result: dict, files: dict[str, Callable[[Path], None]]):
-    r"""Replace the evaluation in `out`; its JSON goes first and comes last, so a folder that has it is whole."""
+    r"""Replace the evaluation in `out` once the new one is on the disk; the old JSON stays as result.previous.json.
+
+    The JSON comes last, so a folder that has it is whole.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
-    for name, content in files.items():
-        write_atomically(out / name, content)
     text = json.dumps(rounded(result), indent=2, allow_nan=False)
-    write_atomically(out / FILES[0], (text + "\n").encode())
+    with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as folder:
+        new = Path(folder)
+        for name, content in files.items():
+            write_atomically(new / name, content)
+        write_atomically(new / FILES[0], (text + "\n").encode())
+        if (out / FILES[0]).exists():
+            (out / FILES[0]).replace(out / "result.previous.json")
+        for name in reversed(FILES):
+            if (new / name).exists():
+                (new / name).replace(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None):
@@ -717,15 +751,14 @@ def main(argv: list[str] | None = None):
     check(a)
     device = cli.choose_device(a.device)
     precision = cli.choose_precision(a.precision, device)
-    cache = Path(a.cache or Path(a.run).parent / "cache")
-    model, config, pictures = open_run(a, cache)
+    model, config, pictures = open_run(a, a.cache)
     rows = choose_rows(pictures, a)
     model.to(device, memory_format=CHANNELS_LAST)
-    e = Evaluation(model, pictures, rows, cache, a, precision)
+    e = Evaluation(model, pictures, rows, a.cache, a, precision)
     say(f"{len(rows)} {a.split} pictures of {config.training.data}, {precision} on {device}")
     say(f"about {estimate(e, a.only) / 60:.1f} minutes for {', '.join(a.only)}")
 
-    result = {"format": 1, "settings": settings_of(a, config, len(rows), precision, device)}
+    result = {"format": 2, "settings": settings_of(e, config, device)}
     seconds, left_out = {}, {}
     for part in ("prepare", *a.only):
         started = time.monotonic()

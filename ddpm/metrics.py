@@ -89,7 +89,7 @@ def measure_latent_scale(latents: Latents, rows: np.ndarray, batch: int = 256, b
 @torch.no_grad()
 def loss_by_timestep(
     model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, rows: np.ndarray,
-    precision: str = "fp32", buckets: int = 10, seed: int = 0,
+    precision: str = "fp32", buckets: int = 10, seed: int = 0, batch: int = 64,
 ) -> list[float]:  # fmt: skip
     r"""Validation loss in each tenth of the time axis, on fixed pictures, noise and captions."""
     T = model.schedule.timesteps
@@ -100,15 +100,17 @@ def loss_by_timestep(
     losses = []
     for bucket in range(buckets):
         t = (bucket + torch.rand(len(rows), generator=g)) / buckets * T
-        eps = torch.randn(z_0.shape, generator=g)
+        eps, total = torch.randn(z_0.shape, generator=g), 0.0
+        for part in zip(*(v.split(batch) for v in (z_0, t.long(), eps, context)), strict=True):
+            z, at, noise, c = (v.to(model.device) for v in part)
 
-        def denoise(z_t: Tensor, t: Tensor) -> Tensor:
-            with autocast(model.device, precision):
-                return model.unet(z_t, t, context.to(model.device))
+            def denoise(z_t: Tensor, t: Tensor, c=c) -> Tensor:
+                with autocast(model.device, precision):
+                    return model.unet(z_t, t, c)
 
-        loss = diffusion_loss(model.schedule, denoise, z_0.to(model.device), t.long().to(model.device),
-                              eps.to(model.device), model.config.prediction, vlb_weight=0)  # fmt: skip
-        losses.append(loss.mean().item())
+            loss = diffusion_loss(model.schedule, denoise, z, at, noise, model.config.prediction, vlb_weight=0)
+            total += loss.sum().item()
+        losses.append(total / len(rows))
     return losses
 
 
@@ -135,8 +137,9 @@ def bits_per_dimension(
         width: of that distribution; best is the mean absolute error, taken from other pictures than these.
 
     Returns: `latent`: for each form of Sigma that the model has, {prior, steps, last, total, standard_error} in bits a
-    dimension of z; `picture`: {latent, error, total} in bits a dimension of x, for the model's own Sigma; `by_time`:
-    [first t, last t, mean L_{t-1}] of each slice, for the model's own Sigma.
+    dimension of z; `picture`: {latent, error, total, standard_error} in bits a dimension of x, for the model's own
+    Sigma; `by_time`: [first t, last t, mean L_{t-1}] of each slice, for the model's own Sigma. Errors are those of a
+    mean over pictures.
     """
     T, learned = model.schedule.timesteps, model.config.variance == "learned"
     forms = ("posterior", "beta", "learned")[: 3 if learned else 2]
@@ -159,34 +162,42 @@ def bits_per_dimension(
                 term = variational_term(model.schedule, z, z_at, at, output, model.config.prediction, form, nu)
                 terms[form][k, part] = term.double().cpu()
     widths = torch.tensor([end - first for first, end in slices], dtype=torch.float64)
-    prior = prior_term(model.schedule, z_0).mean().item()
+    prior = prior_term(model.schedule, z_0).double()
     latent = {form: _summed(term, widths, prior) for form, term in terms.items()}
     own = model.config.variance
     by_time = [[a, b - 1, mean] for (a, b), mean in zip(slices, terms[own].mean(dim=1).tolist(), strict=True)]
-    entropy = q.entropy().mean().item() / (z_0[0].numel() * math.log(2)) + math.log2(model.latent_scale)
-    rate = (latent[own]["total"] - entropy) * z_0[0].numel() / pictures.pixels[0].size
+    entropy = q.entropy().double() / (z_0[0].numel() * math.log(2)) + math.log2(model.latent_scale)
+    rate = (prior + widths @ terms[own] - entropy) * z_0[0].numel() / pictures.pixels[0].size
     error = _decoded_bits(model, z_0 / model.latent_scale, pictures, rows, width, precision, batch)
-    return {"latent": latent, "picture": {"latent": rate, "error": error, "total": rate + error}, "by_time": by_time}
+    picture = {"latent": rate.mean().item(), "error": error.mean().item(), "total": (rate + error).mean().item(),
+               "standard_error": _standard_error(rate + error)}  # fmt: skip
+    return {"latent": latent, "picture": picture, "by_time": by_time}
 
 
-def _summed(terms: Tensor, widths: Tensor, prior: float) -> dict[str, float]:
-    r"""The bound from the means of its slices, (K, B), each of which stands for `widths` (K,) steps."""
-    last, steps = terms[0].mean().item(), (widths[1:] @ terms[1:].mean(dim=1)).item()
-    error = ((widths**2 * terms.var(dim=1)).sum() / terms.shape[1]).sqrt().item()
-    return {"prior": prior, "steps": steps, "last": last, "total": prior + steps + last, "standard_error": error}
+def _summed(terms: Tensor, widths: Tensor, prior: Tensor) -> dict[str, float]:
+    r"""The bound from its slices' terms (K, B), each of which stands for `widths` (K,) steps, and L_T (B,)."""
+    last, steps, total = terms[0], widths[1:] @ terms[1:], prior + widths @ terms
+    parts = {"prior": prior, "steps": steps, "last": last, "total": total}
+    return {**{name: part.mean().item() for name, part in parts.items()}, "standard_error": _standard_error(total)}
+
+
+def _standard_error(values: Tensor) -> float:
+    r"""Of the mean of values (B,), which are independent of each other."""
+    return values.std().item() / len(values) ** 0.5
 
 
 def _decoded_bits(
     model: TextToImage, z: Tensor, pictures: Pictures, rows: np.ndarray, width: float, precision: str, batch: int
-) -> float:
-    r"""-log2 P(x | z) a dimension, the mean over pictures whose latents, not scaled, are z."""
+) -> Tensor:
+    r"""-log2 P(x | z) a dimension of each picture, (B,), whose latents, not scaled, are z."""
     bits = []
     for begin in range(0, len(rows), batch):
         part = slice(begin, begin + batch)
         with autocast(model.device, precision):
             x_hat = model.vae.decode(z[part].to(model.device))
-        bits.append(laplace_bits(pictures.batch(rows[part]), x_hat.float().cpu().clamp(-1, 1), width))
-    return torch.cat(bits).mean().item()
+        found = laplace_bits(pictures.batch(rows[part]), x_hat.float().cpu().clamp(-1, 1), width)
+        bits.append(found.flatten(1).mean(dim=1))
+    return torch.cat(bits)
 
 
 def laplace_bits(x: Tensor, x_hat: Tensor, width: float) -> Tensor:
@@ -259,17 +270,22 @@ def wilson_interval(right: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
     return centre - half, centre + half
 
 
-def balanced_interval(wanted: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def balanced_interval(wanted: Tensor, seen: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""The 95 % interval of `balanced_accuracy`, from those of its two shares (Newcombe 1998, method 10).
 
     $$\hat p - \tfrac12 \sqrt{\textstyle\sum_i (\hat p_i - l_i)^2}, \qquad
     \hat p + \tfrac12 \sqrt{\textstyle\sum_i (u_i - \hat p_i)^2}$$
 
-    It takes the pictures as independent, and does not shrink to a point when all of them are right.
+    It does not shrink to a point when all of them are right.
+
+    Args:
+        weight: (N,) how much evidence a picture is; 1 / k where k share one prompt, for they are one piece of it
+            together. None: each is one.
     """
+    weight = torch.ones(len(wanted)) if weight is None else weight
     below, above, p = 0.0, 0.0, balanced_accuracy(wanted, seen)
     for group in (wanted, ~wanted):
-        right, of = (group & (wanted == seen)).double().sum(0), group.double().sum(0)
+        right, of = (weight.double() @ rows.double() for rows in (group & (wanted == seen), group))
         low, high = wilson_interval(right, of)
         below, above = below + (right / of - low) ** 2, above + (high - right / of) ** 2
     return p - below.sqrt() / 2, p + above.sqrt() / 2

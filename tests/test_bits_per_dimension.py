@@ -121,3 +121,20 @@ def test_the_same_seed_gives_the_same_bits_and_a_learned_variance_is_reported_be
     assert (
         found["latent"]["beta"]["total"] < found["latent"]["learned"]["total"] < found["latent"]["posterior"]["total"]
     )
+
+
+@pytest.mark.equation("bits-per-dimension")
+def test_the_standard_error_knows_that_a_hard_picture_is_hard_at_all_times(known):
+    r"""Half of the latents are six times as wide as the network believes: it is the pictures that differ."""
+    model, latents, pictures = known
+    moments = np.array(latents.moments)
+    moments[::2, :, 0] = (moments[::2, :, 0] - 0.6 / 1.25) * 6 + 0.6 / 1.25
+    rows = pictures.rows(TRAIN)[:64]
+    found = bits_per_dimension(model, Latents(moments), model.text, pictures, rows, 0.1, seed=1)
+    halves = [bits_per_dimension(model, Latents(moments), model.text, pictures, rows[k::2], 0.1, seed=1)
+              for k in (0, 1)]  # fmt: skip
+    wide, usual = (half["latent"]["posterior"]["total"] for half in halves)
+    apart = (wide - usual) / 2  # a standard deviation, if the halves themselves had none
+    assert apart > 1
+    assert found["latent"]["posterior"]["standard_error"] == pytest.approx(apart / 64**0.5, rel=0.15)
+    assert found["picture"]["standard_error"] > 0

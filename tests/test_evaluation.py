@@ -20,10 +20,11 @@ from ddpm.evaluation import (
     Evaluation,
     Setting,
     adherence,
+    attributes_apart,
     choose_rows,
+    enough,
     rounded,
     subset,
-    unseen_rows,
 )
 from ddpm.model import TextToImage
 from ddpm.seeding import generator
@@ -95,45 +96,67 @@ def truth_of(n: int):
 
 
 def test_pictures_that_show_their_prompts_score_one_and_shuffled_prompts_one_half():
-    wanted, names, groups, readable = truth_of(4000)
-    perfect = adherence(wanted, wanted, names, groups, readable)
+    wanted, names, groups, countable = truth_of(4000)
+    perfect = adherence(wanted, wanted, names, groups, countable)
     assert perfect["mean"] == 1 and perfect["interval"] == (1, 1) and perfect["counted"] == 4
-    shuffled = adherence(wanted, wanted[torch.randperm(4000)], names, groups, readable)
+    shuffled = adherence(wanted, wanted[torch.randperm(4000)], names, groups, countable)
     assert shuffled["mean"] == pytest.approx(0.5, abs=0.03)
     assert shuffled["interval"][0] < shuffled["mean"] < shuffled["interval"][1]
 
 
 def test_a_classifier_of_known_errors_gives_its_own_accuracy():
-    wanted, names, groups, readable = truth_of(20_000)
+    wanted, names, groups, countable = truth_of(20_000)
     seen = wanted ^ (torch.rand(wanted.shape) < 0.1)
-    found = adherence(wanted, seen, names, groups, readable)
+    found = adherence(wanted, seen, names, groups, countable)
     assert found["mean"] == pytest.approx(0.9, abs=0.01)
     assert found["attributes"]["Bald"]["balanced_accuracy"] == pytest.approx(0.9, abs=0.02)
 
 
-def test_what_few_prompts_want_or_the_classifier_cannot_read_does_not_count():
+def test_what_few_pictures_want_or_the_classifier_cannot_read_does_not_count():
     wanted = torch.zeros(40, 4, dtype=torch.bool)
     for column, positive in enumerate((MIN_EACH, MIN_EACH - 1, 40 - MIN_EACH + 1, 20)):
         wanted[:positive, column] = True
+    assert enough(wanted).tolist() == [True, False, False, True]
     seen = wanted.clone()
     seen[:, 1:] = ~wanted[:, 1:]
-    readable = torch.tensor([True, True, True, False])
-    found = adherence(wanted, seen, ("Male", "Bald", "Eyeglasses", "Young"), torch.arange(40), readable)
+    countable = enough(wanted) & torch.tensor([True, True, True, False])
+    names = ("Male", "Bald", "Eyeglasses", "Young")
+    found = adherence(wanted, seen, names, torch.arange(40), countable)
     assert [a["counted"] for a in found["attributes"].values()] == [True, False, False, False]
     assert found["mean"] == 1 and found["attributes"]["Young"] == {
         "wanted": 20, "balanced_accuracy": 0, "interval": found["attributes"]["Young"]["interval"], "counted": False,
     }  # fmt: skip
-    assert adherence(wanted, seen, ("a", "b", "c", "d"), torch.arange(40), readable & False)["mean"] is None
+    assert adherence(wanted, seen, names, torch.arange(40), countable & False)["mean"] is None
 
 
-def test_a_row_is_unseen_when_no_training_picture_has_it(tmp_path):
+def test_a_part_of_the_pictures_counts_what_all_count_where_it_has_both_values():
+    wanted, names, groups, _ = truth_of(40)
+    some = wanted[:6].clone()
+    some[:, 1] = False
+    found = adherence(some, some, names, groups[:6], torch.tensor([True, True, False, True]))
+    counted = [a["counted"] for a in found["attributes"].values()]
+    assert counted == [True, False, False, bool((~some[:, 3]).any())] and found["mean"] == 1
+
+
+def test_pictures_of_one_prompt_are_one_piece_of_evidence():
+    wanted, names, _, countable = truth_of(400)
+    four, groups = wanted[:100].repeat_interleave(4, 0), torch.arange(100).repeat_interleave(4)
+    alone, together = (adherence(w, w, names, g, countable) for w, g in ((wanted[:100], groups[::4]), (four, groups)))
+    assert (together["n"], together["prompts"], alone["prompts"]) == (400, 100, 100)
+    for name in names:
+        assert together["attributes"][name]["interval"] == pytest.approx(alone["attributes"][name]["interval"])
+    apart = adherence(four, four, names, torch.arange(400), countable)["attributes"]["Male"]["interval"]
+    assert apart[0] > together["attributes"]["Male"]["interval"][0]
+
+
+def test_a_row_is_as_far_as_the_nearest_training_row(tmp_path):
     pictures = drawn_pictures(tmp_path, COUNT, seed=0, size=16)
     train_rows, test = pictures.rows(TRAIN), pictures.rows(TEST)
     pictures.attributes[test[3]] = pictures.attributes[train_rows[7]]
-    known = {tuple(row) for row in pictures.attributes[train_rows].tolist()}
-    expected = [tuple(row) not in known for row in pictures.attributes[test].tolist()]
-    found = unseen_rows(pictures, subset(pictures, test))
-    assert found.tolist() == expected and not found[3] and found.any()
+    known = truths(pictures, train_rows)
+    expected = [(row != known).sum(1).min().item() for row in truths(pictures, test)]
+    found = attributes_apart(pictures, subset(pictures, test))
+    assert found.tolist() == expected and found[3] == 0 and found.max() > 1
 
 
 # ------------------------------------------------------------------------------------------ the command
@@ -146,6 +169,7 @@ def test_the_result_names_what_it_measured_and_every_part(run, result):
         "weights": "ema", "seed": 0,
     }  # fmt: skip
     assert {"crop", "ddpm", "torch", "precision", "device", "machine"} <= set(settings)
+    assert set(settings["digests"]) == {"vae", "unet", "data"}
     assert set(PARTS) <= set(result) | set(result["left_out"]) and not set(result) & set(result["left_out"])
     assert set(result["seconds"]) == {"prepare", *PARTS}
     names = {p.name for p in (run / "evaluation").iterdir()}
@@ -169,12 +193,36 @@ def test_the_figures_are_those_of_the_library_called_by_hand(run, result):
     wanted = truths(pictures, rows)[:, network.columns]
     distance = metrics.frechet_distance(*metrics.gaussian_of(real), *metrics.gaussian_of(features))
     assert result["frechet"]["generated"]["distance"] == pytest.approx(distance, rel=1e-3)
+    shares = metrics.precision_recall(real, features)
+    assert (result["frechet"]["generated"]["precision"], result["frechet"]["generated"]["recall"]) == shares
+    with torch.no_grad():
+        mean = network.features(pictures.batch(train_rows_of(pictures, 20)).mean(0, keepdim=True)).expand(20, -1)
+    distance = metrics.frechet_distance(*metrics.gaussian_of(real), *metrics.gaussian_of(mean))
+    assert result["frechet"]["their mean"]["distance"] == pytest.approx(distance, rel=1e-3)
     assert result["vae"]["psnr"] == pytest.approx(metrics.psnr(x, x_hat).mean().item(), rel=1e-4)
     for source in seen:
         told = result["adherence"]["held_out"][source]["attributes"]
         expected = metrics.balanced_accuracy(wanted, seen[source])
         for name, value in zip(network.names, expected.tolist(), strict=True):
             assert told[name]["balanced_accuracy"] == rounded(value), (source, name)
+
+
+def train_rows_of(pictures, n: int) -> np.ndarray:
+    r"""The training pictures that stand as the baseline."""
+    rows = pictures.rows(TRAIN)
+    return np.sort(rows[torch.randperm(len(rows), generator=generator(0, "evaluation", "others"))[:n].numpy()])
+
+
+def test_copies_of_training_pictures_are_found_mirrored_ones_too(run, tmp_path, monkeypatch):
+    pictures = drawn_pictures(run.parent / "cache", COUNT, seed=0, size=16)
+    copies = pictures.batch(pictures.rows(TRAIN)[:20], torch.arange(20) % 2 == 0)
+    monkeypatch.setattr(TextToImage, "sample", lambda self, prompts, *_, first=0, **__: copies[first:][: len(prompts)])
+    assert evaluate(run, "--only", "neighbours", "--out", tmp_path) == 0
+    found = json.loads((tmp_path / "result.json").read_text())["neighbours"]
+    assert set(found) == {"pixels", "features"}
+    for space in found.values():
+        assert space["ratio_to_held_out"] < 1e-3 and space["nearer_than_1_percent_of_held_out"] == 1
+        assert space["held_out_median"] > 0 and space["n_train"] == len(pictures.rows(TRAIN))
 
 
 def test_baselines_have_as_many_pictures_and_the_curves_their_settings(result):
@@ -253,11 +301,30 @@ def test_an_evaluation_that_stops_leaves_the_old_one_as_it_was(stop, run, result
     assert not (tmp_path / "new").exists()
 
 
-def test_a_new_evaluation_takes_the_plots_of_the_old_one_away(run, tmp_path):
-    (tmp_path / "guidance.png").write_bytes(b"old")
+def test_a_new_evaluation_takes_the_plots_of_the_old_one_away_and_keeps_its_figures(run, tmp_path):
+    for name in ("guidance.png", "result.json"):
+        (tmp_path / name).write_bytes(b"old")
     (tmp_path / "mine.txt").write_text("mine")
     assert evaluate(run, "--only", "vae", "--out", tmp_path) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"result.json", "mine.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"result.json", "result.previous.json", "mine.txt"}
+    assert (tmp_path / "result.previous.json").read_bytes() == b"old"
+
+
+def test_a_plot_that_fails_leaves_the_old_evaluation_as_it_was(run, result, monkeypatch):
+    def fail(*_):
+        raise OSError("no room")
+
+    before = {p.name: p.read_bytes() for p in (run / "evaluation").iterdir()}
+    monkeypatch.setattr(evaluation, "plot_loss", fail)
+    assert evaluate(run, "--only", "loss,vae") == 2
+    assert {p.name: p.read_bytes() for p in (run / "evaluation").iterdir()} == before
+
+
+def test_what_ships_is_measured_without_a_file_in_the_package(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = evaluation.parser().parse_args([str(evaluation.SHIPPED)])
+    evaluation.check(arguments)
+    assert str(arguments.out) == "runs/shipped-evaluation" and str(arguments.cache) == "runs/cache"
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,17 @@ def test_frechet_distance_is_zero_from_itself_and_a_point_is_at_its_trace():
 
 
 @pytest.mark.equation("frechet-distance")
+def test_frechet_distance_of_fewer_pictures_than_features_is_that_of_their_singular_values():
+    r"""tr (S_1 S_2)^1/2 is the sum of the singular values of A B^T for centred features A, B over sqrt((n-1)(m-1))."""
+    a, b = normal(30, 200, seed=1).abs(), 1.5 * normal(40, 200, seed=2)
+    A, B = (x - x.mean(0) for x in (a, b))
+    trace = torch.linalg.svdvals(A @ B.T).sum() / (29 * 39) ** 0.5
+    apart = (a.mean(0) - b.mean(0)).square().sum()
+    expected = (apart + A.square().sum() / 29 + B.square().sum() / 39 - 2 * trace).item()
+    assert frechet_distance(*gaussian_of(a), *gaussian_of(b)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.equation("frechet-distance")
 def test_frechet_distance_of_two_samples_falls_to_the_truth_as_they_grow():
     shift = torch.tensor([2.0, 0, 0])
     small, large = (
