@@ -1,0 +1,37 @@
+r"""The figures of docs/results.md are those of the evaluations in docs/measured."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+MEASURED = sorted((DOCS / "measured").glob("*.json"))
+
+
+def figures(result: dict) -> list[str]:
+    r"""What must stand in the table of a result, rounded as people read it."""
+    told = []
+    for part in ("held_out", "unseen", "far"):
+        if part in result["adherence"]:
+            mine = result["adherence"][part]["generated"]
+            low, high = mine["interval"]
+            told += [f"{mine['mean']:.3f} ({low:.3f} to {high:.3f})", f"{mine['n']} "]
+    told += [f"{result['adherence']['held_out'][of]['mean']:.3f}" for of in ("real", "reconstructed")]
+    told += [f"{result['frechet'][name]['distance']:.3g}" for name in ("generated", "train pictures")]
+    told += [f"{result['frechet']['generated'][name]:.2f}" for name in ("precision", "recall")]
+    return [*told, f"{result['vae']['psnr']:.1f} dB", f"{result['vae']['ssim']:.3f}"]
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_the_tables_say_what_was_measured(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    sections = re.split(r"^## ", (DOCS / "results.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (mine,) = [section for section in sections if f"(measured/{path.name})" in section]
+    for figure in figures(result):
+        assert figure in mine, figure
+
+
+def test_there_are_some():
+    assert len(MEASURED) >= 2
