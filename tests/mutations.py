@@ -455,11 +455,14 @@ psnr: the error not squared
 - .square().flatten(1)
 + .abs().flatten(1)
 bits-per-dimension: the start left out
-- return {"prior": prior, "steps": steps, "last": last, "total": prior + steps + last,
-+ return {"prior": prior, "steps": steps, "last": last, "total": steps + last,
+- widths[1:] @ terms[1:], prior + widths @ terms
++ widths[1:] @ terms[1:], widths @ terms
 bits-per-dimension: one step for each slice
-- (widths[1:] @ terms[1:].mean(dim=1)).item()
-+ terms[1:].mean(dim=1).sum().item()
+- last, steps, total = terms[0], widths[1:] @ terms[1:]
++ last, steps, total = terms[0], terms[1:].sum(dim=0)
+bits-per-dimension: the error of one term alone
+- _standard_error(total)}
++ _standard_error(last)}
 bits-per-dimension: the latent scale forgotten
 - + math.log2(model.latent_scale)
 + + 0
