@@ -580,6 +580,9 @@ def plot_points(path: Path, points: list[dict], x: str, line: Callable[[dict], s
             axis.plot([p[x] for p in mine], [p[y] for p in mine], "o-", ms=4, label=name)
         axis.set(xlabel=x, ylabel="mean balanced accuracy" if y == "adherence" else "Frechet distance")
         axis.set_xscale("log" if x == "steps" else "linear")
+        values = sorted({p[x] for p in points})
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.minorticks_off()
         axis.legend()
     save_figure(figure, path)
 
