@@ -75,5 +75,6 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not by `tests`: other packages bring one of that name
+    tests = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(tests), str(tests.parent)]  # not by the name `tests`: other packages bring one too
     sys.exit(cli.run(main))  # as the commands start

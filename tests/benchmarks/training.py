@@ -164,7 +164,7 @@ def checkpointing(quick: bool, **_) -> Iterator[Row]:
               max(ratios), 1.35, at_least=False)  # fmt: skip
 
 
-RESIDENT = "import sys; sys.path[0] = 'tests'; from benchmarks.training import grown; print(grown({count}))"
+RESIDENT = "import sys; sys.path[:1] = ['tests', '.']; from benchmarks.training import grown; print(grown({count}))"
 
 
 def resident(count: int) -> float:
