@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--guidance", type=float, default=3.0, help="how strongly to follow the prompt; 1 plain, 0 ignores it [3]"
     )
-    p.add_argument("--eta", type=float, default=0.0, help="ddim's noise, 0 to 1 [0]")
+    p.add_argument("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
     p.add_argument("--variance", choices=VARIANCES, help="ddpm's Sigma [as the model was trained]")
     p.add_argument("--negative", default=None, help="what to lead away from")
     p.add_argument("--columns", type=int, help="pictures a row of the grid [--num, or nearly square]")

@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
     p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
     p.add_argument("--guidance", type=float, default=3.0, help="how strongly to follow the prompt [3]")
+    p.add_argument("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
     p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
     p.add_argument("--extractor", choices=EXTRACTORS, default="classifier",
@@ -137,11 +138,21 @@ class Setting(NamedTuple):
     sampler: str
     steps: int
     guidance: float
+    eta: float = 0.0
+
+    @property
+    def name(self) -> str:
+        r"""The sampler, with its noise where that can be chosen."""
+        return f"{self.sampler}, eta {self.eta:g}" if self.eta else self.sampler
 
     @property
     def calls(self) -> int:
         r"""Pictures that go through the network for each one drawn."""
         return self.steps * (1 if self.guidance in (0, 1) else 2)
+
+
+def name_of(point: dict) -> str:
+    return Setting(point["sampler"], point["steps"], point["guidance"], point["eta"]).name
 
 
 class Remembered(nn.Module):
@@ -214,7 +225,7 @@ class Evaluation:
 
     def __init__(self, model: TextToImage, pictures: Pictures, rows: np.ndarray, cache: Path, a, precision: str):
         self.model, self.pictures, self.cache, self.a, self.precision = model, pictures, cache, a, precision
-        self.scope, self.main = SCOPES[a.scope], Setting(a.sampler, a.steps, a.guidance)
+        self.scope, self.main = SCOPES[a.scope], Setting(a.sampler, a.steps, a.guidance, a.eta)
         self.held, self.n = subset(pictures, rows), len(rows)
         self.x = self.held.batch(np.arange(self.n))
         self.prompts = [self.held.full_caption(i) for i in range(self.n)]
@@ -253,11 +264,12 @@ class Evaluation:
         have = self.drawn.get(setting, self.x[:0])
         if len(have) < n:  # picture i follows from (seed, i, prompt i) alone, so some may be drawn already
             batches = -(-(n - len(have)) // BATCH)
-            label = f"{setting.sampler}, {setting.steps} steps, guidance {setting.guidance:g}"
+            label = f"{setting.name}, {setting.steps} steps, guidance {setting.guidance:g}"
             with tqdm(total=setting.steps * batches, desc=label, leave=False, disable=None) as bar:
                 new = self.model.sample(
                     self.prompts[len(have) : n], setting.sampler, setting.steps, setting.guidance, self.a.seed,
-                    callback=lambda state: bar.update(), precision=self.precision, batch_size=BATCH, first=len(have),
+                    callback=lambda state: bar.update(), eta=setting.eta, precision=self.precision, batch_size=BATCH,
+                    first=len(have),
                 )  # fmt: skip
             self.drawn[setting] = torch.cat([have, new.cpu()])
         return self.drawn[setting][:n]
@@ -451,13 +463,13 @@ class Evaluation:
     def guidance_curve(self) -> list[dict]:
         r"""Adherence and Frechet distance over the guidance scale; same prompts, same noise."""
         points = [self.point(setting) for setting in guidance_settings(self.main, self.scope)]
-        self.files["guidance.png"] = lambda to: plot_points(to, points, "guidance", lambda p: self.main.sampler)
+        self.files["guidance.png"] = lambda to: plot_points(to, points, "guidance", lambda p: self.main.name)
         return points
 
     def steps_curve(self) -> list[dict]:
         r"""Adherence and Frechet distance over the number of steps of each sampler; same prompts, same noise."""
         points = [self.point(setting) for setting in steps_settings(self.main, self.scope, self.model)]
-        self.files["steps.png"] = lambda to: plot_points(to, points, "steps", lambda p: p["sampler"])
+        self.files["steps.png"] = lambda to: plot_points(to, points, "steps", name_of)
         return points
 
     def grid(self) -> Callable[[Path], None]:
@@ -484,7 +496,8 @@ def guidance_settings(main: Setting, scope: Scope) -> list[Setting]:
 
 def steps_settings(main: Setting, scope: Scope, model: TextToImage) -> list[Setting]:
     T = model.schedule.timesteps
-    settings = [Setting(s, n, main.guidance) for s in SAMPLERS for n in scope.steps if n <= T]
+    ways = [(sampler, 0.0) for sampler in SAMPLERS] + [("dpm++", 1.0)]
+    settings = [Setting(sampler, n, main.guidance, eta) for sampler, eta in ways for n in scope.steps if n <= T]
     return settings + [Setting("ddpm", T, main.guidance)] * scope.whole_chain
 
 
@@ -620,6 +633,8 @@ def check(a: argparse.Namespace):
         raise UserError(f"expected --steps of at least 1, got {a.steps}")
     if not math.isfinite(a.guidance):
         raise UserError(f"expected a finite --guidance, such as 3, got {a.guidance}")
+    if not 0 <= a.eta <= 1:
+        raise UserError(f"expected --eta in [0, 1], got {a.eta}")
     a.only = tuple(PARTS) if a.only is None else tuple(part.strip() for part in a.only.split(","))
     if unknown := [part for part in a.only if part not in PARTS]:
         raise UserError(f"expected --only with some of {','.join(PARTS)}, got {', '.join(map(repr, unknown))}")
@@ -681,8 +696,8 @@ def settings_of(e: Evaluation, config: Config, device: torch.device) -> dict:
     return {
         "run": str(a.run), "preset": config.preset, "data": t.data, "image_size": m.image_size,
         "crop": t.crop or "automatic", "split": a.split, "n": e.n, "extractor": a.extractor, "sampler": a.sampler,
-        "steps": a.steps, "guidance": a.guidance, "weights": a.weights, "text_weights": m.text_weights, "seed": a.seed,
-        "scope": a.scope, "precision": e.precision, "device": str(device), "ddpm": __version__,
+        "steps": a.steps, "guidance": a.guidance, "eta": a.eta, "weights": a.weights,
+        "text_weights": m.text_weights, "seed": a.seed, "scope": a.scope, "precision": e.precision, "device": str(device), "ddpm": __version__,
         "torch": torch.__version__, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "digests": {"vae": digest_of([e.model.vae.state_dict(), e.model.latent_scale]),
                     "unet": digest_of(e.model.unet.state_dict()), "data": key_of(e.pictures.key)},
@@ -724,7 +739,7 @@ def summary(result: dict) -> Iterator[str]:
     for part in ("guidance", "steps"):
         for p in result.get(part, []):
             told = ", ".join(f"{y} {p[y]:.3g}" for y in ("adherence", "frechet") if p.get(y) is not None)
-            yield f"{p['sampler']}, {p['steps']} steps, guidance {p['guidance']:g}, n {p['n']}: {told}"
+            yield f"{name_of(p)}, {p['steps']} steps, guidance {p['guidance']:g}, n {p['n']}: {told}"
 
 
 def write(out: Path, result: dict, files: dict[str, Callable[[Path], None]]):

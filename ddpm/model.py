@@ -74,6 +74,7 @@ class TextToImage(nn.Module):
             sampler: ddpm, ddim or dpm++; steps: 1..T.
             guidance_scale: 1 is the plain conditional model, 0 the unconditional one; 2 to 7 follow the prompt more.
             negative: what to lead away from, one prompt for all or one each; nothing: the empty prompt.
+            eta: noise of ddim and dpm++, 0 (none) to 1 (that of ddpm).
             callback: called with the `State` after every step, for films and progress bars.
             precision: fp32, bf16 or fp16 for all three networks.
             batch_size: pictures computed at once. first: the number i of the first picture.

@@ -91,22 +91,25 @@ def ddim_step(
 
 
 def dpmpp_2m_step(
-    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, previous: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    r"""One step of DPM-Solver++ 2M (Lu et al. 2022, algorithm 2).
+    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, previous: tuple[Tensor, Tensor] | None,
+    noise: Tensor, eta: float = 0.0,
+) -> Tensor:  # fmt: skip
+    r"""One step of DPM-Solver++ 2M: `ddim_step` with D, which looks ahead, for the network's x_0.
 
-    $$x_s = \frac{\sigma_s}{\sigma_t} x_t - a_s \left(e^{-h} - 1\right) D, \qquad
+    $$x_s = a_s D + \sqrt{\sigma_s^2 - \sigma^2}\, \frac{x_t - a_t D}{\sigma_t} + \sigma\, \epsilon', \qquad
     D = \hat x_0 + \frac{1}{2r}\left(\hat x_0 - \hat x_0^{\,\mathrm{prev}}\right), \quad
     h = \lambda_s - \lambda_t, \ r = \frac{h_{\mathrm{prev}}}{h}$$
 
-    with a = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(a / sigma).
+    with a_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t), lambda_t = log(a_t / sigma_t); sigma is DDIM's. For
+    eta = 0 this is algorithm 2 of Lu et al. 2022, $x_s = \frac{\sigma_s}{\sigma_t} x_t - a_s (e^{-h} - 1) D$, for eta = 1
+    their SDE-DPM-Solver++ 2M, $x_s = \frac{\sigma_s}{\sigma_t} e^{-h} x_t + a_s (1 - e^{-2h}) D
+    + \sigma_s \sqrt{1 - e^{-2h}}\, \epsilon'$.
 
     Args:
         previous: (time, x_0) of the step before; None makes this step first order, which is DDIM's. The last step, to
             the clean picture, is first order in any case: lambda is infinite there and x_s = x_0.
     """
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t, x_t), schedule.alpha_bar_at(s, x_t)
-    a_s, sigma_s, sigma_t = alpha_bar_s.sqrt(), (1 - alpha_bar_s).sqrt(), (1 - alpha_bar_t).sqrt()
     h = _log_snr(alpha_bar_s) - _log_snr(alpha_bar_t)
     D = x_0
     if previous is not None:
@@ -114,7 +117,8 @@ def dpmpp_2m_step(
         h_prev = _log_snr(alpha_bar_t) - _log_snr(schedule.alpha_bar_at(t_prev, x_t))
         of_difference = torch.where(alpha_bar_s < 1, h / (2 * h_prev), 0.0)
         D = x_0 + of_difference * (x_0 - x_0_prev)
-    return (sigma_s / sigma_t * x_t - a_s * torch.expm1(-h) * D).to(x_t.dtype)
+    D, eps = x_0_and_eps(schedule, x_t, t, D, "x_0")
+    return ddim_step(schedule, x_t, t, s, D, eps, noise, eta)
 
 
 def _log_snr(alpha_bar: Tensor) -> Tensor:
@@ -180,7 +184,7 @@ def sample_loop(
             channels where its variance is learned.
         x_T: (B, ...) standard normal.
         draw: returns fresh standard normal noise like x_T; called once a step by the samplers that add noise.
-        steps: 1..T.
+        steps: 1..T. eta: noise of ddim and dpm++, 0 (none, the same way every time) to 1 (that of ddpm).
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"expected a sampler out of {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -194,11 +198,12 @@ def sample_loop(
         t, s = (torch.full((len(x),), time, device=x.device) for time in (now, then))
         output, nu = split_output(denoise(x, t).to(x.dtype), x)
         x_0, eps = x_0_and_eps(schedule, x, t, output, prediction)
+        noise = draw() if eta or sampler == "ddpm" else torch.zeros_like(x)
         if sampler == "ddpm":
-            x = ddpm_step(schedule, x, t, s, x_0, draw(), variance, nu)
+            x = ddpm_step(schedule, x, t, s, x_0, noise, variance, nu)
         elif sampler == "ddim":
-            x = ddim_step(schedule, x, t, s, x_0, eps, draw() if eta else torch.zeros_like(x), eta)
+            x = ddim_step(schedule, x, t, s, x_0, eps, noise, eta)
         else:
-            x = dpmpp_2m_step(schedule, x, t, s, x_0, previous)
+            x = dpmpp_2m_step(schedule, x, t, s, x_0, previous, noise, eta)
             previous = (t, x_0)
         yield State(i, now, then, x, x_0)

@@ -349,12 +349,13 @@ CODE = (
         "dpm-solver-step",
         "DPM-Solver++ 2M",
         "sampling.dpmpp_2m_step",
-        "a_s sigma_s sigma_t h h_prev D",
-        formula=lambda x_t, x_0, x_0_prev, alpha_bar_t, alpha_bar_s, lambda_s, lambda_t, lambda_prev: (
-            sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * x_t
+        "h h_prev D noise eta",
+        formula=lambda x_t, x_0, x_0_prev, noise, alpha_bar_t, alpha_bar_s, lambda_s, lambda_t, lambda_prev: (
+            sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * exp(lambda_t - lambda_s) * x_t
             - sqrt(alpha_bar_s)
-            * expm1(lambda_t - lambda_s)
+            * expm1(2 * (lambda_t - lambda_s))
             * (x_0 + (lambda_s - lambda_t) / (lambda_t - lambda_prev) / 2 * (x_0 - x_0_prev))
+            + sqrt((alpha_bar_s - 1) * expm1(2 * (lambda_t - lambda_s))) * noise
         ),
     ),
     Row(

@@ -364,6 +364,12 @@ dpm-solver-step: sign of the difference
 dpm-solver-step: r upside down
 - h / (2 * h_prev)
 + h_prev / (2 * h)
+dpm-solver-step: the last picture's direction
+- D, eps = x_0_and_eps(schedule, x_t, t, D, "x_0")
++ _, eps = x_0_and_eps(schedule, x_t, t, x_0, "x_0")
+dpm-solver-step: without its noise
+- return ddim_step(schedule, x_t, t, s, D, eps, noise, eta)
++ return ddim_step(schedule, x_t, t, s, D, eps, 0 * noise, eta)
 dpm-solver-step: the whole of log SNR for half
 - return 0.5 * (alpha_bar.log()
 + return (alpha_bar.log()

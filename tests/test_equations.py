@@ -268,7 +268,9 @@ EXACT = {  # id -> what the code computes of the drawn numbers, one tensor of N 
     "entropy": lambda V: DiagonalGaussian(V.mu[:, None], V.logvar[:, None]).entropy(),
     "vae-loss": vae_losses,
     "ddim-step": lambda V: ddim_step(LINEAR, V.x_t, V.t, V.s, V.x_0, V.eps, V.noise, V.eta),
-    "dpm-solver-step": lambda V: dpmpp_2m_step(LINEAR, V.x_t, V.t, V.s, V.x_0, (V.t_prev, V.x_0_prev)),
+    "dpm-solver-step": lambda V: dpmpp_2m_step(
+        LINEAR, V.x_t, V.t, V.s, V.x_0, (V.t_prev, V.x_0_prev), V.noise, eta=1.0
+    ),
     "guidance": guided_answers,
     "psnr": lambda V: psnr(V.x[:, None], V.x_hat[:, None]),
     "laplace-bits": lambda V: laplace_bits(V.x, V.x_hat, V.width),

