@@ -696,9 +696,9 @@ def settings_of(e: Evaluation, config: Config, device: torch.device) -> dict:
     return {
         "run": str(a.run), "preset": config.preset, "data": t.data, "image_size": m.image_size,
         "crop": t.crop or "automatic", "split": a.split, "n": e.n, "extractor": a.extractor, "sampler": a.sampler,
-        "steps": a.steps, "guidance": a.guidance, "eta": a.eta, "weights": a.weights,
-        "text_weights": m.text_weights, "seed": a.seed, "scope": a.scope,
-        "precision": e.precision, "device": str(device), "ddpm": __version__, "torch": torch.__version__, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "steps": a.steps, "guidance": a.guidance, "eta": a.eta, "weights": a.weights, "text_weights": m.text_weights,
+        "seed": a.seed, "scope": a.scope, "precision": e.precision, "device": str(device), "ddpm": __version__,
+        "torch": torch.__version__, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "digests": {"vae": digest_of([e.model.vae.state_dict(), e.model.latent_scale]),
                     "unet": digest_of(e.model.unet.state_dict()), "data": key_of(e.pictures.key)},
     }  # fmt: skip
