@@ -28,6 +28,7 @@ from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.vae import KLVAE, DiagonalGaussian
 
 VERSION = 2  # of the files' layout, of the crop and of the drawing
+AT_ONCE = 64  # pictures encoded, and captions embedded, in one go
 PER_ROW = 4  # drawn faces that share one row of attributes, and so one caption
 Progress = Callable[[Iterable, int, str], Iterable]
 
@@ -234,8 +235,9 @@ class Latents:
 
 @torch.no_grad()
 def encode_latents(
-    folder: Path, vae: KLVAE, pictures: Pictures, precision: str = "fp32", progress: Progress = silent, batch: int = 64
-) -> Latents:
+    folder: Path, vae: KLVAE, pictures: Pictures, precision: str = "fp32", progress: Progress = silent,
+    batch: int = AT_ONCE,
+) -> Latents:  # fmt: skip
     r"""Encode all pictures, both ways round, once."""
     device = next(vae.parameters()).device
     digest = hashlib.sha256()
@@ -267,7 +269,7 @@ class Texts:
 
     def __init__(
         self, folder: Path, tower: TextTower, sentences: Iterable[str], precision: str = "fp32", limit_gb: float = 8.0,
-        progress: Progress = silent, batch: int = 64,
+        progress: Progress = silent, batch: int = AT_ONCE,
     ):  # fmt: skip
         self.tower, self.precision = tower, precision
         self.device = next(tower.parameters(), torch.empty(0)).device

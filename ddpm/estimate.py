@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ddpm.cache import AT_ONCE
 from ddpm.config import Config
 from ddpm.model import TextToImage, autocast
 from ddpm.text import TOKENS, WIDTH, TextTower
@@ -118,6 +119,11 @@ def estimate(config: Config, device: torch.device, precision: str, steps: int = 
             f"{need.gradients / MIB:.0f}, optimizer {need.optimizer / MIB:.0f}, {average}"
             f"kept for the backward pass {need.kept / MIB:.0f}; predicted peak {need.peak / MIB:.0f}"
         )
+    latents, captions = measure_caches(model, precision)
+    yield (
+        f"between the stages, MiB beside the weights: {latents / MIB:.0f} for the latents of {AT_ONCE} pictures, "
+        f"{captions / MIB:.0f} for {AT_ONCE} captions"
+    )
 
 
 def measure(stage: str, model: TextToImage, config: Config, precision: str, steps: int = 4) -> Need:
@@ -152,6 +158,19 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
         parameters, counter.get_total_flops(), min(seconds), weights, gradients, moments, average, kept,
         weights + moments + average + live.peak,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def measure_caches(model: TextToImage, precision: str) -> tuple[int, int]:
+    r"""The most bytes at once, weights not counted, while pictures become latents and captions states (cache.py)."""
+    x = torch.zeros(AT_ONCE, 3, *[model.config.image_size] * 2, device=model.device)
+    most = []
+    for work in (lambda: model.vae.encode(x.contiguous(memory_format=torch.channels_last)),
+                 lambda: model.text(["a man"] * AT_ONCE)):  # fmt: skip
+        with autocast(model.device, precision), LiveBytes() as live:
+            work()
+        most.append(live.peak)
+    return most[0], most[1]
 
 
 def _made_up_loss(stage: str, model: TextToImage, batch: int) -> Tensor:

@@ -11,8 +11,17 @@ import torch
 from torch import nn
 
 from ddpm.attention import attend
+from ddpm.cache import AT_ONCE
 from ddpm.config import Config
-from ddpm.estimate import ATTENTION_ON_CPU, MIB, FlopCounterMode, LiveBytes, bytes_kept, measure
+from ddpm.estimate import (
+    ATTENTION_ON_CPU,
+    MIB,
+    FlopCounterMode,
+    LiveBytes,
+    bytes_kept,
+    measure,
+    measure_caches,
+)
 from ddpm.model import TextToImage
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +89,18 @@ def test_the_specs_model_stays_below_what_a_card_of_4_gb_has(stage, tower):
     config = Config.from_preset("celeba64", text_weights="random")
     model = TextToImage(config.model, tower).to(memory_format=torch.channels_last)
     assert measure(stage, model, config, "fp32", 3).peak < 3.5e9
+
+
+def test_what_is_made_between_the_stages_is_counted_and_small(tower):
+    config = Config.from_preset("celeba64", text_weights="random")
+    model = TextToImage(config.model, tower).to(memory_format=torch.channels_last)
+    latents, captions = measure_caches(model, "fp32")
+    one_map = AT_ONCE * 64**2 * config.model.vae_channels[0] * 4
+    assert 2 * one_map <= latents < 6 * one_map  # what goes into a layer and what comes out, at the least
+    states = AT_ONCE * 77 * 512 * 4
+    assert 5 * states <= captions < 20 * states  # the feed-forward is four times as wide
+    lowvram = measure("unet", model, Config.from_preset("lowvram", text_weights="random"), "fp32", 3)
+    assert lowvram.weights + max(latents, captions) < 1.1 * lowvram.peak
 
 
 CHILD = r"""
