@@ -174,6 +174,16 @@ def test_the_second_order_sampler_is_closer_than_the_first_at_the_usual_20_steps
     assert errors["dpm++"] < errors["ddim"] / 2
 
 
+@pytest.mark.equation("dpm-solver-step")
+@pytest.mark.parametrize("name", NAMES)
+def test_with_noise_too_the_second_order_sampler_keeps_the_datas_spread_in_20_steps(name):
+    off = {}
+    for sampler, eta in (("ddpm", 0.0), ("ddim", 1.0), ("dpm++", 1.0)):
+        *_, (_, _, variance) = moments(Schedule.named(name), 0.6, 0.5, sampler, 20, eta=eta)
+        off[sampler] = abs(math.sqrt(variance) - 0.5)
+    assert off["dpm++"] < off["ddpm"] / 2 and off["ddim"] == pytest.approx(off["ddpm"])
+
+
 @pytest.mark.equation("predictions")
 @pytest.mark.parametrize("sampler, settings", ALL_SAMPLERS)
 def test_the_sample_does_not_depend_on_what_a_perfect_network_predicts(sampler, settings):
