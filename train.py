@@ -230,7 +230,8 @@ class Trainer:
 
         def validate(rows=valid[:256]) -> dict:
             model.vae.eval()
-            psnr, ssim = reconstruction_quality(model, self.pictures, rows, self.precision)
+            batch = at_once(t.vae_batch_size, t.accumulation)
+            psnr, ssim = reconstruction_quality(model, self.pictures, rows, self.precision, batch)
             say(f"vae step {opt.step}: held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f} on {len(rows)} pictures")
             return {"psnr": f"{psnr:.3f}", "ssim": f"{ssim:.4f}"}
 
@@ -277,7 +278,10 @@ class Trainer:
             model.unet.eval()
             save_weights(self.run.folder / "unet.safetensors", model.unet.state_dict())
             with opt.ema.applied(model.unet):
-                losses = loss_by_timestep(model, latents, texts, pictures, valid, self.precision, seed=t.seed)
+                losses = loss_by_timestep(
+                    model, latents, texts, pictures, valid, self.precision, seed=t.seed,
+                    batch=at_once(t.batch_size, t.accumulation),
+                )  # fmt: skip
                 save_weights(self.run.folder / "ema.safetensors", model.unet.state_dict())
                 self.draw_samples(opt.step, prompts)
             mean, tenths = sum(losses) / len(losses), " ".join(f"{loss:.3f}" for loss in losses)
@@ -296,9 +300,16 @@ class Trainer:
             if self.stop.signum and self.group.size == 1:  # several processes stop together, after a step
                 self.check_stop("unet", step)
 
-        x = self.model.sample(prompts, seed=self.config.training.seed, precision=self.precision, callback=leave)
+        t = self.config.training
+        half = max(1, at_once(t.batch_size, t.accumulation) // 2)  # guidance asks twice
+        x = self.model.sample(prompts, seed=t.seed, precision=self.precision, callback=leave, batch_size=half)
         settings = {"prompt": json.dumps(prompts), "settings": "dpm++, 20 steps, guidance 3, EMA", "step": str(step)}
         save_png(self.run.folder / "samples" / f"step_{step:06d}.png", labelled_grid(x, prompts, 8), settings)
+
+
+def at_once(batch: int, accumulation: int) -> int:
+    r"""Pictures that go through a network together where nothing is learned, and so nothing is kept."""
+    return min(64, 4 * batch // accumulation)
 
 
 def load_pictures(config: Config, table, cache: Path):
@@ -391,7 +402,7 @@ def train(run, a: argparse.Namespace, group, precision: str):
     together = f", {group.size} processes" if group.size > 1 else ""
     say(f"run {folder}, preset {config.preset}, {precision} on {group.device}{together}")
     say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
-    model.to(group.device, memory_format=torch.channels_last)
+    model.to(group.device)
     model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
     trainer = Trainer(run, model, pictures, table and table.files, cache, precision, a.stop_after, group)
     if not trainer.vae_is_trained(again=a.stage == "vae") and not trainer.train_vae():

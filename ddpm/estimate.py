@@ -101,7 +101,7 @@ def estimate(config: Config, device: torch.device, precision: str, steps: int = 
     r"""Lines of text: the model, and for each stage what `measure` finds."""
     m, t = config.model, config.training
     text = TextTower()  # no weights are read: none are needed to know what they take
-    model = TextToImage(m, text).to(device, memory_format=torch.channels_last)
+    model = TextToImage(m, text).to(device)
     model.unet.set_gradient_checkpointing(t.gradient_checkpointing)
     yield (
         f"preset {config.preset}: pictures {m.image_size} x {m.image_size} x 3, latents "

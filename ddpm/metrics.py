@@ -280,14 +280,14 @@ def balanced_interval(wanted: Tensor, seen: Tensor, weight: Tensor | None = None
 
     Args:
         weight: (N,) how much evidence a picture is; 1 / k where k share one prompt, for they are one piece of it
-            together. None: each is one.
+            together. None: each is one. A share is of pictures; the n of its interval is the sum of their weights.
     """
     weight = torch.ones(len(wanted)) if weight is None else weight
     below, above, p = 0.0, 0.0, balanced_accuracy(wanted, seen)
     for group in (wanted, ~wanted):
-        right, of = (weight.double() @ rows.double() for rows in (group & (wanted == seen), group))
-        low, high = wilson_interval(right, of)
-        below, above = below + (right / of - low) ** 2, above + (high - right / of) ** 2
+        share, n = (group & (wanted == seen)).sum(0) / group.double().sum(0), weight.double() @ group.double()
+        low, high = wilson_interval(share * n, n)
+        below, above = below + (share - low) ** 2, above + (high - share) ** 2
     return p - below.sqrt() / 2, p + above.sqrt() / 2
 
 

@@ -40,6 +40,7 @@ class TextToImage(nn.Module):
         self.own_text = text is not None
         self.text = text if text is not None else TextTower.named(config.text_weights, config.text_quick_gelu)
         self.latent_scale = 1.0
+        self.to(memory_format=torch.channels_last)  # as convolutions compute and attention reads tokens
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +73,7 @@ class TextToImage(nn.Module):
 
         Args:
             sampler: ddpm, ddim or dpm++; steps: 1..T.
-            guidance_scale: 1 is the plain conditional model, 0 the unconditional one; 2 to 7 follow the prompt more.
+            guidance_scale: 1 is the plain conditional model, 0 the unconditional one; 2 to 5 follow the prompt more.
             negative: what to lead away from, one prompt for all or one each; nothing: the empty prompt.
             eta: noise of ddim and dpm++, 0 (none) to 1 (that of ddpm).
             callback: called with the `State` after every step, for films and progress bars.

@@ -19,7 +19,8 @@ QUERIES_KEYS, EDGES = {"to_q", "to_k"}, {"conv_in", "conv_out", "quant_conv", "p
 def orthogonalized(G: Tensor, rounds: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     r"""About the nearest matrix to G with orthonormal rows or columns (Jordan et al. 2024, Newton-Schulz).
 
-    With G = U diag(s) V^T, about U V^T: the same directions, each with a singular value of 0.7 to 1.2. Each round is
+    With G = U diag(s) V^T, about U V^T: the same directions, each with a singular value of 0.7 to 1.2, or less where
+    it was below a thousandth of the norm of G. Each round is
 
     $$X \leftarrow a X + \left(b\, X X^\top + c\, (X X^\top)^2\right) X, \qquad X_0 = G / \lVert G \rVert_F$$
 

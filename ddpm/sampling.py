@@ -38,7 +38,7 @@ class State:
 def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list[int]:
     r"""The times at which the network is asked, falling, `steps` of 0..T-1 (Lin et al. 2024, table 2).
 
-    `trailing` starts at T - 1, where there is only noise; `leading` ends at 0; `linspace` does both.
+    `trailing` starts at T - 1, where there is hardly more than noise; `leading` ends at 0; `linspace` does both.
 
     >>> timesteps(Schedule.named("linear"), 4)
     [999, 749, 499, 249]
@@ -82,7 +82,7 @@ def ddim_step(
     + \sigma\, \epsilon', \qquad
     \sigma^2 = \eta^2\, \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} \left(1 - \frac{\bar\alpha_t}{\bar\alpha_s}\right)$$
 
-    eta = 0 is deterministic, eta = 1 has the variance of DDPM.
+    eta = 0 is deterministic, eta = 1 is a step of DDPM with the posterior's variance.
     """
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t, x_t), schedule.alpha_bar_at(s, x_t)
     sigma_2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
@@ -100,8 +100,8 @@ def dpmpp_2m_step(
     D = \hat x_0 + \frac{1}{2r}\left(\hat x_0 - \hat x_0^{\,\mathrm{prev}}\right), \quad
     h = \lambda_s - \lambda_t, \ r = \frac{h_{\mathrm{prev}}}{h}$$
 
-    with a_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t), lambda_t = log(a_t / sigma_t); sigma is DDIM's. With
-    eta = 0 it is algorithm 2 of Lu et al. 2022, $x_s = \frac{\sigma_s}{\sigma_t} x_t - a_s (e^{-h} - 1) D$, with 1
+    with a_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t), lambda_t = log(a_t / sigma_t); sigma is DDIM's. eta = 0
+    is algorithm 2 of DPM-Solver++ (Lu et al. 2022), $x_s = \frac{\sigma_s}{\sigma_t} x_t - a_s (e^{-h} - 1) D$; eta = 1 is
     their SDE-DPM-Solver++ 2M, $x_s = \frac{\sigma_s}{\sigma_t} e^{-h} x_t + a_s (1 - e^{-2h}) D
     + \sigma_s \sqrt{1 - e^{-2h}}\, \epsilon'$.
 

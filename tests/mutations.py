@@ -518,14 +518,14 @@ wilson-interval: an interval of 90 of 100
 - Z = 1.96
 + Z = 1.645
 balanced-interval: below and above swapped
-- below + (right / of - low) ** 2, above + (high - right / of) ** 2
-+ below + (high - right / of) ** 2, above + (right / of - low) ** 2
+- below + (share - low) ** 2, above + (high - share) ** 2
++ below + (high - share) ** 2, above + (share - low) ** 2
 balanced-interval: that of the sum, not of the mean
 - return p - below.sqrt() / 2, p + above.sqrt() / 2
 + return p - below.sqrt(), p + above.sqrt()
 balanced-interval: the widths added, not their squares
-- below + (right / of - low) ** 2, above + (high - right / of) ** 2
-+ below + (right / of - low), above + (high - right / of)
+- below + (share - low) ** 2, above + (high - share) ** 2
++ below + (share - low), above + (high - share)
 balanced-interval: of those that want the attribute alone
 - for group in (wanted, ~wanted):
 + for group in (wanted, wanted):

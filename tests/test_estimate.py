@@ -87,13 +87,13 @@ def test_a_need_adds_up(tower):
 @pytest.mark.parametrize("stage", ["vae", "unet"])
 def test_the_specs_model_stays_below_what_a_card_of_4_gb_has(stage, tower):
     config = Config.from_preset("celeba64", text_weights="random")
-    model = TextToImage(config.model, tower).to(memory_format=torch.channels_last)
+    model = TextToImage(config.model, tower)
     assert measure(stage, model, config, "fp32", 3).peak < 3.5e9
 
 
 def test_what_is_made_between_the_stages_is_counted_and_small(tower):
     config = Config.from_preset("celeba64", text_weights="random")
-    model = TextToImage(config.model, tower).to(memory_format=torch.channels_last)
+    model = TextToImage(config.model, tower)
     latents, captions = measure_caches(model, "fp32")
     one_map = AT_ONCE * 64**2 * config.model.vae_channels[0] * 4
     assert 2 * one_map <= latents < 6 * one_map  # what goes into a layer and what comes out, at the least
@@ -124,7 +124,7 @@ before = status("VmRSS")
 text = TextTower()
 for parameter in text.parameters():
     parameter.fill_(0.01)
-model = TextToImage(config.model, text).to(memory_format=torch.channels_last)
+model = TextToImage(config.model, text)
 model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
 latents = Latents(np.zeros((16, 2, 2, *model.latent_shape), np.float16))
 opt = Optimization(model.unet, config, 1e-4, Bound(3), True, "fp32")
@@ -137,7 +137,7 @@ print(status("VmHWM") - before)
 def predicted_and_taken(changes, tower, folder) -> tuple[float, float]:
     r"""MiB: the predicted peak, and what a process of its own has at most, less what it had before the model."""
     config = Config.from_preset("celeba64", text_weights="random", **changes)
-    model = TextToImage(config.model, tower).to(memory_format=torch.channels_last)
+    model = TextToImage(config.model, tower)
     model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
     predicted = measure("unet", model, config, "fp32", 3).peak
     command = [sys.executable, "-c", CHILD, json.dumps(changes), str(folder)]

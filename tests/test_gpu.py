@@ -32,8 +32,8 @@ def test_steps_in_every_precision_are_finite_and_move_the_weights(stage, precisi
     config = Config.from_preset("tiny", image_size=16, channels=(32, 32), drawn_images=32, muon_lr=0.005)
     torch.manual_seed(0)
     model = TextToImage(config.model, tower)
-    model.vae.to(CUDA, memory_format=torch.channels_last)
-    model.unet.to(CUDA, memory_format=torch.channels_last)
+    model.vae.to(CUDA)
+    model.unet.to(CUDA)
     pictures = drawn_pictures(tmp_path, 32, seed=0, size=16)
     network = model.vae if stage == "vae" else model.unet
     opt = Optimization(network, config, 1e-3, Bound(5), stage == "unet", precision)
@@ -65,7 +65,7 @@ def test_a_picture_is_the_same_as_on_the_cpu_give_or_take_a_level(tiny):
     expected = tiny.sample(["a bald man", "a woman"], steps=5)
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = tiny.to(CUDA, memory_format=torch.channels_last).sample(["a bald man", "a woman"], steps=5)
+            x = tiny.to(CUDA).sample(["a bald man", "a woman"], steps=5)
     finally:
         tiny.cpu()  # the tower is that of the whole session
     assert np.abs(to_uint8(x.cpu()).astype(int) - to_uint8(expected).astype(int)).max() <= 1

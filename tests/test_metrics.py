@@ -154,6 +154,18 @@ def test_the_interval_of_balanced_accuracy_holds_the_truth_in_95_of_100_trials()
     assert 0.005 < above < 0.04 and 0.005 < below < 0.04
 
 
+def test_an_interval_of_weighted_pictures_holds_the_accuracy_and_no_more_than_can_be():
+    r"""Of three prompts that want it one is drawn four times, always right; of two pictures drawn once one is."""
+    wanted = torch.tensor([True] * 6 + [False] * 6)[:, None]
+    seen = torch.tensor([True] * 4 + [True, False] + [False] * 6)[:, None]
+    weight = torch.tensor([0.25] * 4 + [1.0, 1.0] + [1.0] * 6)
+    accuracy = balanced_accuracy(wanted, seen).item()
+    low, high = (bound.item() for bound in balanced_interval(wanted, seen, weight))
+    assert accuracy == pytest.approx((5 / 6 + 1) / 2) and 0 < low < accuracy < high <= 1
+    wide = [bound.item() for bound in balanced_interval(wanted, seen)]
+    assert low < wide[0] and high > wide[1]  # 3 pieces of evidence say less than 6
+
+
 def test_the_interval_of_the_mean_holds_it_and_counts_prompts_not_pictures():
     wanted, seen = normal(60, 5, seed=1) > 0, normal(60, 5, seed=2) > -0.5
     mean, prompts = balanced_accuracy(wanted, seen).mean().item(), torch.arange(60)

@@ -55,7 +55,7 @@ def trial(name: str, seconds: float, cache: Path, precision: str, seed: int) -> 
     config = Config.from_preset("drawn64", seed=seed, **TRIALS[name])
     pictures = load_pictures(config, None, cache, cli.progress_bar)
     torch.manual_seed(seed)
-    model = TextToImage(config.model, TextTower.random()).to(memory_format=torch.channels_last)
+    model = TextToImage(config.model, TextTower.random())
     if name.startswith("vae"):
         opt = Optimization(model.vae, config, config.training.vae_lr, seconds_bound(seconds), False, precision)
         for _ in train_vae(model, pictures, config, opt, precision):

@@ -66,7 +66,7 @@ class Training:
 
         precision = choose_precision(config.training.precision, CPU)
         torch.manual_seed(0)
-        model = TextToImage(config.model, PlainTower()).to(memory_format=torch.channels_last)
+        model = TextToImage(config.model, PlainTower())
         nowhere_zero(model.unet)
         self.opt = Optimization(model.unet, config, config.training.lr, Bound(10**6), True, precision)
         pictures, latents, texts, self.captions = made_up(folder, config, count, captions)
