@@ -100,8 +100,8 @@ def dpmpp_2m_step(
     D = \hat x_0 + \frac{1}{2r}\left(\hat x_0 - \hat x_0^{\,\mathrm{prev}}\right), \quad
     h = \lambda_s - \lambda_t, \ r = \frac{h_{\mathrm{prev}}}{h}$$
 
-    with a_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t), lambda_t = log(a_t / sigma_t); sigma is DDIM's. eta = 0
-    is algorithm 2 of DPM-Solver++ (Lu et al. 2022), $x_s = \frac{\sigma_s}{\sigma_t} x_t - a_s (e^{-h} - 1) D$; eta = 1 is
+    with a_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t), lambda_t = log(a_t / sigma_t); sigma is DDIM's.
+    eta = 0 is algorithm 2 of Lu et al. 2022, $x_s = \frac{\sigma_s}{\sigma_t} x_t - a_s (e^{-h} - 1) D$, and eta = 1
     their SDE-DPM-Solver++ 2M, $x_s = \frac{\sigma_s}{\sigma_t} e^{-h} x_t + a_s (1 - e^{-2h}) D
     + \sigma_s \sqrt{1 - e^{-2h}}\, \epsilon'$.
 
