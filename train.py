@@ -309,7 +309,7 @@ class Trainer:
 
 def at_once(batch: int, accumulation: int) -> int:
     r"""Pictures that go through a network together where nothing is learned, and so nothing is kept."""
-    return min(64, 4 * batch // accumulation)
+    return min(64, 2 * batch // accumulation)
 
 
 def load_pictures(config: Config, table, cache: Path):

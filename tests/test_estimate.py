@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import Remembering
 from torch import nn
 
 from ddpm.attention import attend
-from ddpm.cache import AT_ONCE
+from ddpm.cache import AT_ONCE, Latents, drawn_pictures
 from ddpm.config import Config
 from ddpm.estimate import (
     ATTENTION_ON_CPU,
@@ -22,7 +24,10 @@ from ddpm.estimate import (
     measure,
     measure_caches,
 )
+from ddpm.metrics import loss_by_timestep
 from ddpm.model import TextToImage
+from ddpm.training import EMA
+from train import at_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +106,26 @@ def test_what_is_made_between_the_stages_is_counted_and_small(tower):
     assert 5 * states <= captions < 20 * states  # the feed-forward is four times as wide
     lowvram = measure("unet", model, Config.from_preset("lowvram", text_weights="random"), "fp32", 3)
     assert lowvram.weights + max(latents, captions) < 1.1 * lowvram.peak
+
+
+def test_validation_and_a_grid_take_no_more_than_a_step(tower, tmp_path):
+    r"""Of `lowvram`, whose step takes the least; the copy of the weights is in the gradients' place."""
+    config = Config.from_preset("lowvram", text_weights="random")
+    t, model = config.training, TextToImage(config.model, Remembering(tower))
+    model.unet.set_gradient_checkpointing(t.gradient_checkpointing)
+    model.text([""])  # remembered from now on
+    need = measure("unet", model, config, "fp32", 3)
+    step = need.peak - need.weights - need.optimizer - need.average
+    pictures, batch = drawn_pictures(tmp_path, 24, seed=0, size=64), at_once(t.batch_size, t.accumulation)
+    latents = Latents(np.zeros((24, 2, 2, *model.latent_shape), np.float16))
+    rows, ema = np.arange(24), EMA(model.unet, 0.99)
+    with LiveBytes() as live, ema.applied(model.unet):
+        loss_by_timestep(model, latents, model.text, pictures, rows, buckets=1, batch=batch)
+        model.sample([""] * 8, steps=1, batch_size=batch // 2)
+    assert batch == 4 and live.peak < step
+    with LiveBytes() as live, ema.applied(model.unet):
+        loss_by_timestep(model, latents, model.text, pictures, rows, buckets=1)
+    assert live.peak > 1.5 * step  # all of them at once
 
 
 CHILD = r"""
