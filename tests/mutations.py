@@ -370,9 +370,9 @@ dpm-solver-step: the last picture's direction
 dpm-solver-step: without its noise
 - return ddim_step(schedule, x_t, t, s, D, eps, noise, eta)
 + return ddim_step(schedule, x_t, t, s, D, eps, 0 * noise, eta)
-dpm-solver-step: the whole of log SNR for half
-- return 0.5 * (alpha_bar.log()
-+ return (alpha_bar.log()
+dpm-solver-step: signal times noise for signal over noise
+- (alpha_bar.log() - torch.log1p(-alpha_bar))
++ (alpha_bar.log() + torch.log1p(-alpha_bar))
 guidance: from the conditional
 - mean = uncond + scale
 + mean = cond + scale
