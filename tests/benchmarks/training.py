@@ -69,8 +69,8 @@ class Training:
         model = TextToImage(config.model, PlainTower())
         nowhere_zero(model.unet)
         self.opt = Optimization(model.unet, config, config.training.lr, Bound(10**6), True, precision)
-        pictures, latents, texts, self.captions = made_up(folder, config, count, captions)
-        self.reports = train_unet(model, latents, texts, pictures, config, self.opt, precision)
+        pictures, self.latents, texts, self.captions = made_up(folder, config, count, captions)
+        self.reports = train_unet(model, self.latents, texts, pictures, config, self.opt, precision)
         run = Run(folder / f"run{count}", config, False, time.monotonic())
         group = SimpleNamespace(largest=float, size=1)
         self.trainer = train.Trainer(run, model, None, None, folder, precision, None, group)
@@ -110,6 +110,7 @@ def overhead(quick: bool, **_) -> Iterator[Row]:
     shares, rests, wholes = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         training = Training(Path(folder), spec(), FEW)
+        training.latents.moments.max()  # read once, so that it is in memory, as is a file that was written just now
         training.steps(2)
         for _ in range(5 if quick else 15):
             with clocked(training.opt, "update") as update, clocked(training.opt.ema, "update") as ema:
