@@ -43,18 +43,11 @@ def parser() -> argparse.ArgumentParser:
 
 def check(a: argparse.Namespace):
     r"""Refuse what cannot be before anything slow is loaded."""
-    import math
-
     if not 1 <= a.num <= 10_000:
         raise UserError(f"expected --num from 1 to 10000, got {a.num}")
     if a.columns is not None and a.columns < 1:
         raise UserError(f"expected --columns of at least 1, got {a.columns}")
-    if a.steps < 1:
-        raise UserError(f"expected --steps of at least 1, got {a.steps}")
-    if not math.isfinite(a.guidance):
-        raise UserError(f"expected a finite --guidance, such as 3, got {a.guidance}")
-    if not 0 <= a.eta <= 1:
-        raise UserError(f"expected --eta in [0, 1], got {a.eta}")
+    cli.check_drawing(a)
     out = Path(a.out)
     if out.suffix.lower() != ".png" and out.is_file():
         raise UserError(f"expected a folder or a .png for --out, {out} is another file")

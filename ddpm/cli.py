@@ -3,6 +3,7 @@ r"""What the commands share: one line for what a person can mend, exit code 2, l
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -96,6 +97,16 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         print(str(stop) or "stopped", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
     return 2
+
+
+def check_drawing(a: argparse.Namespace):
+    r"""Refuse --steps, --guidance and --eta by which nothing can be drawn; UserError says what was expected."""
+    if a.steps < 1:
+        raise UserError(f"expected --steps of at least 1, got {a.steps}")
+    if not math.isfinite(a.guidance):
+        raise UserError(f"expected a finite --guidance, such as 3, got {a.guidance}")
+    if not 0 <= a.eta <= 1:
+        raise UserError(f"expected --eta in [0, 1], got {a.eta}")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -629,12 +629,7 @@ def plot_latents(path: Path, health: dict):
 
 def check(a: argparse.Namespace):
     r"""Refuse what cannot be before anything slow is loaded."""
-    if a.steps < 1:
-        raise UserError(f"expected --steps of at least 1, got {a.steps}")
-    if not math.isfinite(a.guidance):
-        raise UserError(f"expected a finite --guidance, such as 3, got {a.guidance}")
-    if not 0 <= a.eta <= 1:
-        raise UserError(f"expected --eta in [0, 1], got {a.eta}")
+    cli.check_drawing(a)
     a.only = tuple(PARTS) if a.only is None else tuple(part.strip() for part in a.only.split(","))
     if unknown := [part for part in a.only if part not in PARTS]:
         raise UserError(f"expected --only with some of {','.join(PARTS)}, got {', '.join(map(repr, unknown))}")
