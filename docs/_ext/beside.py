@@ -3,9 +3,10 @@ r"""The directive `beside`: every class and function of a file, its docstring on
     ```{beside} ddpm/diffusion.py
     ```
 
-Docstrings are read as this project writes them: paragraphs, `$$` equations, lists, doctests, sections such as `Args:`,
-and names in backticks, which become links where the project defines them. `write_pages` writes the page that holds the
-directive for every file of the house, so that a new file has its page without being asked.
+Docstrings are read as this project writes them: paragraphs, `$$` equations, `$` formulas within a line of text,
+lists, doctests, sections such as `Args:`, and names in backticks, which become links where the project defines them.
+`write_pages` writes the page that holds the directive for every file of the house, so that a new file has its page
+without being asked.
 """
 
 import re
@@ -144,10 +145,11 @@ class Beside(SphinxDirective):
         return nodes.paragraph("", "", *before, *self.inline(" ".join(text.split())))
 
     def inline(self, text: str) -> Iterator[nodes.Node]:
-        r"""Text in which `names` are literals, and links where the project knows the name."""
+        r"""Text with $formulas$, in which `names` are literals, and links where the project knows the name."""
         for i, part in enumerate(text.split("`")):
             if i % 2 == 0:
-                yield nodes.Text(part)
+                for j, piece in enumerate(part.split("$")):
+                    yield nodes.math("", piece) if j % 2 else nodes.Text(piece)
             elif (target := self.lookup(part)) is None:
                 yield nodes.literal(part, part)
             else:
