@@ -2,10 +2,11 @@ r"""Short trainings side by side, each in the same minutes: what docs/experiment
 
     python tests/trials.py                              # the names
     python tests/trials.py muon adamw --minutes 2.5     # on an idle machine; the first time makes the caches
+    python tests/trials.py muon --run runs/NAME         # the data, the preset and the VAE of a run
 
 A trial of the UNet trains on the latents of the VAE that ships and draws the full captions of held-out faces; its
-figure is the mean balanced accuracy with which the attribute classifier finds in the pictures what the captions say
-(0.5 is chance). A trial of the VAE is told by its PSNR on held-out faces.
+figures are the mean balanced accuracy with which the attribute classifier finds in the pictures what the captions say
+(0.5 is chance), and their Frechet distance from the held-out faces. A trial of the VAE is told by its PSNR on these.
 """
 
 import argparse
@@ -15,22 +16,29 @@ from pathlib import Path
 import torch
 
 from ddpm import cli
-from ddpm.cache import Texts, encode_latents, load_pictures
-from ddpm.classifier import attribute_classifier, truths
+from ddpm.cache import Texts, encode_latents, load_pictures, open_data
+from ddpm.classifier import EXTRACTORS, attribute_classifier, feature_extractor, truths
 from ddpm.config import Config
 from ddpm.data import TEST, TRAIN, VALID
-from ddpm.metrics import balanced_accuracy, measure_latent_scale, reconstruction_quality
+from ddpm.metrics import (
+    balanced_accuracy,
+    frechet_distance,
+    gaussian_of,
+    measure_latent_scale,
+    reconstruction_quality,
+)
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
 from ddpm.training import Bound, Optimization, train_unet, train_vae
 
 CPU = torch.device("cpu")
-TRIALS = {  # settings over those of drawn64; names that begin with vae train the VAE
+TRIALS = {  # settings over those of the preset, which is drawn64 without --run; names that begin with vae train the VAE
     "muon": {},
     "muon, lr 0.002": {"muon_lr": 0.002},
     "muon, lr 0.015": {"muon_lr": 0.015},
     "adamw": {"muon_lr": 0.0},
     "adamw, lr 0.003": {"muon_lr": 0.0, "lr": 0.003},
+    "muon, ema 0.995": {"ema_decay": 0.995},
     "batch 16": {"batch_size": 16},
     "batch 64": {"batch_size": 64},
     "eps, cosine": {"prediction": "eps"},
@@ -50,36 +58,48 @@ def seconds_bound(seconds: float) -> Bound:
     return Bound(10**9, time.monotonic, start, start + seconds)
 
 
-def trial(name: str, seconds: float, cache: Path, precision: str, seed: int) -> str:
+def base(run: Path | None) -> tuple[str, str, TextToImage]:
+    r"""Preset and data of the trials, and the model whose VAE they take: those of a run, or drawn faces."""
+    if run is None:
+        return "drawn64", "drawn", TextToImage.load()
+    config = Config.read(run / "config.json")
+    return config.preset, config.training.data, TextToImage.load(run)
+
+
+def trial(name: str, a: argparse.Namespace, precision: str) -> str:
     r"""Run one trial; its line for the table."""
-    config = Config.from_preset("drawn64", seed=seed, **TRIALS[name])
-    pictures = load_pictures(config, None, cache, cli.progress_bar)
-    torch.manual_seed(seed)
+    preset, data, trained = base(a.run)
+    config = Config.from_preset(preset, **{"data": data, "seed": a.seed} | TRIALS[name])
+    pictures = load_pictures(config, open_data(config), a.cache, cli.progress_bar)
+    torch.manual_seed(a.seed)
     model = TextToImage(config.model, TextTower.random())
     if name.startswith("vae"):
-        opt = Optimization(model.vae, config, config.training.vae_lr, seconds_bound(seconds), False, precision)
+        opt = Optimization(model.vae, config, config.training.vae_lr, seconds_bound(60 * a.minutes), False, precision)
         for _ in train_vae(model, pictures, config, opt, precision):
             pass
         model.vae.eval()
         psnr, ssim = reconstruction_quality(model, pictures, pictures.rows(VALID)[:256], precision)
         return f"{opt.step} steps, PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"
-    model.vae = TextToImage.load().vae
-    latents = encode_latents(cache, model.vae, pictures, precision, cli.progress_bar)
+    model.vae = trained.vae
+    latents = encode_latents(a.cache, model.vae, pictures, precision, cli.progress_bar)
     model.latent_scale = measure_latent_scale(latents, pictures.rows(TRAIN))
     held = pictures.rows(TEST)[:391]
     prompts = [pictures.full_caption(i) for i in held]
-    sentences = {pictures.caption(i, seed) for i in pictures.rows(TRAIN)} | set(prompts)
-    texts = Texts(cache, model.text, sentences, precision, progress=cli.progress_bar)
-    classifier = attribute_classifier(cache, pictures, CPU, precision, progress=cli.progress_bar)
-    opt = Optimization(model.unet, config, config.training.lr, seconds_bound(seconds), True, precision)
+    sentences = {pictures.caption(i, a.seed) for i in pictures.rows(TRAIN)} | set(prompts)
+    texts = Texts(a.cache, model.text, sentences, precision, progress=cli.progress_bar)
+    classifier = attribute_classifier(a.cache, pictures, CPU, precision, progress=cli.progress_bar)
+    opt = Optimization(model.unet, config, config.training.lr, seconds_bound(60 * a.minutes), True, precision)
     for _ in train_unet(model, latents, texts, pictures, config, opt, precision):
         pass
+    extract = classifier.features if a.extractor == "classifier" else feature_extractor(a.extractor, CPU)
     with opt.ema.applied(model.unet), torch.no_grad():
-        x = model.sample(prompts, seed=seed, precision=precision)
+        x = model.sample(prompts, seed=a.seed, precision=precision)
         seen = torch.cat([classifier(part) for part in x.split(64)]) > 0
+        of = [gaussian_of(torch.cat([extract(part) for part in y.split(64)])) for y in (x, pictures.batch(held))]
     accuracy = balanced_accuracy(truths(pictures, held)[:, classifier.columns], seen)
-    late = ", ".join(n for n, a in zip(classifier.names, accuracy.tolist(), strict=True) if a < 0.75)
-    return f"{opt.step} steps, adherence {accuracy.mean():.3f}; below 0.75: {late or 'none'}"
+    late = ", ".join(n for n, v in zip(classifier.names, accuracy.tolist(), strict=True) if v < 0.75)
+    distance = frechet_distance(*of[0], *of[1])
+    return f"{opt.step} steps, adherence {accuracy.mean():.3f}, distance {distance:.1f}; below 0.75: {late or 'none'}"
 
 
 def known(name: str) -> str:
@@ -93,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("trials", nargs="*", type=known, metavar="TRIAL", help=", ".join(TRIALS))
     p.add_argument("--minutes", type=float, default=2.5, help="of training [2.5]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
+    p.add_argument("--run", type=Path, help="a run whose data, preset and VAE they take; without, drawn faces")
+    p.add_argument("--extractor", choices=EXTRACTORS, default="classifier", help="of the distance [classifier]")
     p.add_argument("--cache", type=Path, default=Path("runs/cache"), help="[runs/cache]")
     return p
 
@@ -102,7 +124,7 @@ def main(argv: list[str] | None = None):
     cli.keep_freed_memory()
     precision = cli.choose_precision("auto", CPU)
     for name in a.trials:
-        print(f"{name}: {trial(name, 60 * a.minutes, a.cache, precision, a.seed)}", flush=True)
+        print(f"{name}: {trial(name, a, precision)}", flush=True)
     if not a.trials:
         print("\n".join(TRIALS))
 
