@@ -135,7 +135,7 @@ PRESETS = {
         "save_every": 200, "sample_every": 400,
     },
     "celeba64": {},
-    "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"max_minutes": 60.0, "vae_share": 0.25},
+    "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"max_minutes": 60.0, "vae_share": 0.25, "muon_lr": 4e-3},
     "lowvram": {
         "batch_size": 16, "accumulation": 8, "gradient_checkpointing": True, "steps_per_epoch": 100, "epochs": 3,
     },

@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
 TRIALS = {  # settings over those of the preset, which is drawn64 without --run; names that begin with vae train the VAE
     "muon": {},
     "muon, lr 0.002": {"muon_lr": 0.002},
+    "muon, lr 0.004": {"muon_lr": 0.004},
     "muon, lr 0.015": {"muon_lr": 0.015},
     "adamw": {"muon_lr": 0.0},
     "adamw, lr 0.003": {"muon_lr": 0.0, "lr": 0.003},
