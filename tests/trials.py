@@ -36,6 +36,7 @@ TRIALS = {  # settings over those of the preset, which is drawn64 without --run;
     "muon": {},
     "muon, lr 0.002": {"muon_lr": 0.002},
     "muon, lr 0.004": {"muon_lr": 0.004},
+    "muon, lr 0.007": {"muon_lr": 0.007},
     "muon, lr 0.015": {"muon_lr": 0.015},
     "adamw": {"muon_lr": 0.0},
     "adamw, lr 0.003": {"muon_lr": 0.0, "lr": 0.003},
