@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None):
     model.to(device)
     prompts = [p for p in a.prompts for _ in range(a.num)]
     frames = []
-    batches = -(-len(prompts) // 32)
-    with tqdm(total=a.steps * batches, desc="denoising", unit="step", disable=None) as bar:
+    batch_size = len(prompts) if a.film else 32  # a film has all pictures in each of its frames
+    with tqdm(total=a.steps * -(-len(prompts) // batch_size), desc="denoising", unit="step", disable=None) as bar:
 
         def watch(state):
             bar.update()
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None):
 
         x = model.sample(
             prompts, a.sampler, a.steps, a.guidance, a.seed, a.negative, watch, a.eta,
-            cli.choose_precision(a.precision, device), batch_size=len(prompts) if a.film else 32, variance=a.variance,
+            cli.choose_precision(a.precision, device), batch_size=batch_size, variance=a.variance,
         )  # fmt: skip
     settings = {
         "model": str(a.model or "shipped"), "sampler": a.sampler, "steps": str(a.steps), "guidance": str(a.guidance),

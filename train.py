@@ -185,6 +185,8 @@ class Trainer:
 
         Args: again: the first stage is to go on if it was the last.
         """
+        from ddpm.files import digest_of
+
         path, state = self.run.folder / "vae.safetensors", self.run.state
         if state and state["stage"] == "unet":
             self.load_vae_of_state(path, state)
@@ -198,7 +200,8 @@ class Trainer:
                 raise
             warnings.warn(f"{error}; it is made again from the checkpoint of the first stage", stacklevel=2)
             return False
-        return True
+        with self.run.fitting():  # a stage that goes on beyond its first bound leaves the file of that bound behind
+            return not state or digest_of(state["vae"]["network"]) == digest_of(self.model.vae.state_dict())
 
     def load_vae_of_state(self, path: Path, state: dict):
         r"""The VAE that the UNet was trained with so far; its file is written again where it holds another."""
@@ -315,8 +318,15 @@ def at_once(batch: int, accumulation: int) -> int:
 def load_pictures(config: Config, table, cache: Path):
     r"""The decoded data set; skipped pictures are told."""
     from ddpm.cache import load_pictures
+    from ddpm.data import TRAIN, VALID
 
     pictures = load_pictures(config, table, cache, progress_bar)
+    counts = [len(pictures.rows(split)) for split in (TRAIN, VALID)]
+    if not all(counts):
+        raise UserError(
+            f"expected pictures to train on and others to validate, got {counts[0]} and {counts[1]}; "
+            "give more, or see the split or partition file"
+        )
     if pictures.bad:
         few = ", ".join(f"{name} ({reason})" for name, reason in pictures.bad[:3])
         say(f"skipped {len(pictures.bad)} unreadable pictures: {few}")
@@ -377,7 +387,7 @@ def train(run, a: argparse.Namespace, group, precision: str):
     from ddpm.files import remove_leftovers
     from ddpm.model import TextToImage
     from ddpm.text import TextTower
-    from ddpm.training import check_batches
+    from ddpm.training import check_batches, perceptual_loss
 
     folder, config = run.folder, run.config
     check_batches(config, group)
@@ -386,18 +396,26 @@ def train(run, a: argparse.Namespace, group, precision: str):
             download(config.training.data)
         table = open_data(config)
     own_text, own_vae = folder / "text.safetensors", folder / "vae.safetensors"
-    if a.stage == "unet" and not own_vae.is_file() and not (run.state and run.state["stage"] == "unet"):
+    has_text = a.resume is not None and own_text.is_file()  # in a new folder it is what a killed command left
+    second = run.state is not None and run.state["stage"] == "unet"
+    if a.stage == "unet" and not own_vae.is_file() and not second:
         raise UserError(f"expected {own_vae} for the second stage; train it with --stage vae first, then --resume")
+    if a.stage == "vae" and second:
+        raise UserError(
+            f"expected a run whose first stage goes on, in {folder} the second has begun; choose a new --out"
+        )
     torch.manual_seed(config.training.seed)
     if group.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
-    model = TextToImage(config.model, TextTower.from_file(own_text) if own_text.is_file() else None)
+    model = TextToImage(config.model, TextTower.from_file(own_text) if has_text else None)
     cache = Path(a.cache or folder.parent / "cache")
     with group.first_alone():
         remove_leftovers(cache)
         pictures = load_pictures(config, table, cache)
+        if config.training.perceptual_weight and not second and a.stage != "unet":
+            perceptual_loss(group.device)  # fetches its weights, or refuses, while there is no folder yet
 
-    keeps_text = not own_text.is_file() and not is_name(config.model.text_weights)
+    keeps_text = not has_text and not is_name(config.model.text_weights)
     run.create(model.text.save if keeps_text else None)  # the run stays whole when the file goes
     together = f", {group.size} processes" if group.size > 1 else ""
     say(f"run {folder}, preset {config.preset}, {precision} on {group.device}{together}")

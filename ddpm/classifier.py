@@ -20,10 +20,10 @@ from ddpm.cache import Pictures, Progress, key_of, silent
 from ddpm.captions import ATTRIBUTES, consistent
 from ddpm.config import UserError
 from ddpm.data import TRAIN
-from ddpm.model import autocast, load_weights, save_weights
+from ddpm.model import autocast, load_weights, save_weights, wait_for
 from ddpm.seeding import generator
 
-VERSION = 1  # of the network and of its training; another one is another file
+VERSION = 2  # of the network and of its training; another one is another file
 SIDE = 64  # larger pictures are averaged down to it
 WIDTHS = (64, 128, 192)
 STEPS, BATCH, LR, WEIGHT_DECAY = 1_500, 64, 3e-3, 0.05
@@ -140,7 +140,7 @@ def degrade(x: Tensor, g: torch.Generator) -> Tensor:
     grid = F.affine_grid(affine, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     sigma = uniform(-1.2, 1.2).clamp(min=0.05) * x.shape[-1] / SIDE  # half of them stay sharp
-    x = gaussian_blur(x, sigma)
+    x = gaussian_blur(x, sigma, reach=max(2, 2 * x.shape[-1] // SIDE))
     gray = x.mean(dim=1, keepdim=True)
     x = gray + uniform(0.5, 1.3) * (x - gray)
     return x + uniform(0, 0.04) * torch.randn(x.shape, generator=g)
@@ -227,6 +227,7 @@ def training_seconds(network: AttributeClassifier, x: Tensor, precision: str) ->
         with autocast(device, precision):
             loss = network(degrade(x, generator()).to(device)).float().square().mean()
         loss.backward()
+        wait_for(device)
     return STEPS * (time.monotonic() - started)
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ddpm.cache import AT_ONCE
 from ddpm.config import Config
-from ddpm.model import TextToImage, autocast
+from ddpm.model import TextToImage, autocast, wait_for
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.training import Bound, Optimization
 
@@ -140,7 +140,8 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
     def step() -> float:
         start = time.monotonic()
         opt.update(stage, (loss() for _ in range(t.accumulation)))
-        return time.monotonic() - start  # update has asked for the loss, so no device is still at work
+        wait_for(device)
+        return time.monotonic() - start
 
     kept = bytes_kept(loss, network)
     seconds = [step()]  # the optimizers' moments are there from now on

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ from ddpm.metrics import (
     psnr,
     ssim,
 )
-from ddpm.model import SHIPPED, TextToImage, autocast
+from ddpm.model import SHIPPED, TextToImage, autocast, wait_for
 from ddpm.pictures import labelled_grid, save_png
 from ddpm.seeding import generator
 
@@ -225,6 +225,7 @@ class Evaluation:
 
     def __init__(self, model: TextToImage, pictures: Pictures, rows: np.ndarray, cache: Path, a, precision: str):
         self.model, self.pictures, self.cache, self.a, self.precision = model, pictures, cache, a, precision
+        self.judging = "fp32" if precision == "fp16" else precision  # the classifier's training scales no loss
         self.scope, self.main = SCOPES[a.scope], Setting(a.sampler, a.steps, a.guidance, a.eta)
         self.held, self.n = subset(pictures, rows), len(rows)
         self.x = self.held.batch(np.arange(self.n))
@@ -241,7 +242,7 @@ class Evaluation:
         if self.needs_classifier(parts):
             with suppress(NothingToLearn):
                 self.classifier = attribute_classifier(
-                    self.cache, self.pictures, self.model.device, self.precision, progress=progress_bar
+                    self.cache, self.pictures, self.model.device, self.judging, progress=progress_bar
                 )
                 self.extract = self.extract or self.classifier.features
         if parts - {"vae", "latents"}:
@@ -352,11 +353,12 @@ class Evaluation:
 
     def frechet(self) -> dict:
         r"""Distance, precision and recall against the held-out pictures, beside baselines of as many pictures."""
+        S = self.x.shape[-1]
         sets = {
             "generated": self.draw(self.main, self.n),
             "train pictures": self.others,
             "train pictures through the VAE": self.decoded(self.others),
-            "train pictures, blurred by 2 pixels of 64": gaussian_blur(self.others, self.x.shape[-1] / 32, reach=6),
+            "train pictures, blurred by 2 pixels of 64": gaussian_blur(self.others, S / 32, reach=max(6, 6 * S // 64)),
             "their mean": self.others.mean(dim=0, keepdim=True),
         }
         result = {}
@@ -514,11 +516,13 @@ READING = {"adherence", "neighbours", "guidance", "steps"}  # parts that ask the
 
 
 @torch.no_grad()
-def seconds_each(work: Callable[[], object]) -> float:
-    r"""Seconds that `work` takes once it has warmed up."""
+def seconds_each(work: Callable[[], object], device: torch.device) -> float:
+    r"""Seconds that `work` takes on the device once it has warmed up."""
     work()
+    wait_for(device)
     started = time.monotonic()
     work()
+    wait_for(device)
     return time.monotonic() - started
 
 
@@ -528,11 +532,12 @@ def estimate(e: Evaluation, parts: Iterable[str]) -> float:
     A classifier that is in the cache already is free.
     """
     model, parts, b = e.model, set(parts), min(BATCH, e.n)
+    each = partial(seconds_each, device=model.device)
     z, t = torch.randn(b, *model.latent_shape, device=model.device), torch.zeros(b, dtype=torch.long)
     context, x = torch.zeros(b, 77, 512, device=model.device), e.x[:b].to(model.device)
     with autocast(model.device, e.precision):
-        call = seconds_each(lambda: model.unet(z, t.to(model.device), context)) / b
-        code = seconds_each(lambda: model.vae.decode(model.vae.encode(x).mode())) / b
+        call = each(lambda: model.unet(z, t.to(model.device), context)) / b
+        code = each(lambda: model.vae.decode(model.vae.encode(x).mode())) / b
     drawings = {e.main: e.n} if parts & DRAWING else {}
     curves = guidance_settings(e.main, e.scope) * ("guidance" in parts)
     curves += steps_settings(e.main, e.scope, model) * ("steps" in parts)
@@ -543,15 +548,15 @@ def estimate(e: Evaluation, parts: Iterable[str]) -> float:
 
     names = learnable_names(e.pictures)
     network = AttributeClassifier(names).to(model.device) if names else None
-    read = seconds_each(lambda: network(x)) / b if names else 0.0
-    if names and e.needs_classifier(parts) and not classifier_path(e.cache, e.pictures, e.precision).exists():
-        seconds += training_seconds(network, e.x, e.precision)
-    extract = read if e.extract is None else seconds_each(lambda: e.extract(x)) / b
+    read = each(lambda: network(x)) / b if names else 0.0
+    if names and e.needs_classifier(parts) and not classifier_path(e.cache, e.pictures, e.judging).exists():
+        seconds += training_seconds(network, e.x, e.judging)
+    extract = read if e.extract is None else each(lambda: e.extract(x)) / b
     seconds += (4 * e.n * ("frechet" in parts) + e.curve_n * len(curves) + e.n) * extract
     seconds += 2 * len(e.pictures.rows(TRAIN)) * read * ("neighbours" in parts)
     told = e.prompts[:8]
     if parts - {"vae", "latents"}:
-        seconds += len(set(e.prompts)) * seconds_each(lambda: model.text(told)) / len(told)
+        seconds += len(set(e.prompts)) * each(lambda: model.text(told)) / len(told)
     return seconds
 
 

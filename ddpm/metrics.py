@@ -66,7 +66,8 @@ def reconstruction_quality(
         x = pictures.batch(rows[begin : begin + batch]).to(model.device)
         with autocast(model.device, precision):
             x_hat = model.vae.decode(model.vae.encode(x.contiguous(memory_format=torch.channels_last)).mode())
-        scores.append(torch.stack([psnr(x, x_hat.float()), ssim(x, x_hat.float())]).cpu())
+        x, x_hat = x.cpu(), x_hat.float().cpu()  # ssim takes float64, which not every device has
+        scores.append(torch.stack([psnr(x, x_hat), ssim(x, x_hat)]))
     mean_psnr, mean_ssim = torch.cat(scores, dim=1).mean(dim=1).tolist()
     return mean_psnr, mean_ssim
 
@@ -99,7 +100,7 @@ def loss_by_timestep(
     context = texts([pictures.full_caption(i) for i in rows])
     losses = []
     for bucket in range(buckets):
-        t = (bucket + torch.rand(len(rows), generator=g)) / buckets * T
+        t = ((bucket + torch.rand(len(rows), generator=g)) / buckets * T).clamp(max=T - 1)  # it may be rounded up to T
         eps, total = torch.randn(z_0.shape, generator=g), 0.0
         for part in zip(*(v.split(batch) for v in (z_0, t.long(), eps, context)), strict=True):
             z, at, noise, c = (v.to(model.device) for v in part)
@@ -160,7 +161,7 @@ def bits_per_dimension(
                 output, nu = split_output(model.unet(z_at, at, c).float(), z_at)
             for form in forms:
                 term = variational_term(model.schedule, z, z_at, at, output, model.config.prediction, form, nu)
-                terms[form][k, part] = term.double().cpu()
+                terms[form][k, part] = term.cpu().double()
     widths = torch.tensor([end - first for first, end in slices], dtype=torch.float64)
     prior = prior_term(model.schedule, z_0).double()
     latent = {form: _summed(term, widths, prior) for form, term in terms.items()}

@@ -218,6 +218,12 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, kinds[precision])
 
 
+def wait_for(device: torch.device):
+    r"""Return once the device has done what it was asked for; a GPU is asked without waiting, so clocks need this."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None):
     r"""Write tensors as safetensors, atomically; the digest of tensors and metadata is kept as `sha256` among these."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ddpm.config import MOVABLE, Config, UserError
-from ddpm.files import CannotWrite, check_not_packed, digest_of, flock, remove_leftovers, write_atomically
+from ddpm.files import CANNOT, CannotWrite, check_not_packed, digest_of, flock, remove_leftovers, write_atomically
 
 STAGES = ("vae", "unet")
 COLUMNS = ("stage", "step", "seconds", "loss", "lr", "grad_norm", "images_per_second", "psnr", "ssim", "val_loss")
@@ -252,6 +252,10 @@ def read_state(path: Path) -> dict:
         STAGES.index(state["stage"]), int(state["step"]), float(state["elapsed"]), state["config"].items()
     except (UserError, MemoryError):
         raise
+    except OSError as error:
+        if error.errno in CANNOT:  # it may be whole
+            raise
+        raise Damaged(str(error)) from None
     except Exception as error:  # a cut or foreign file fails in many ways
         foreign = isinstance(error, pickle.UnpicklingError)  # whose text is advice to load it without care
         raise Damaged("it cannot be read" if foreign else " ".join(str(error).split())[:100]) from None

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.cache import Latents, Pictures, Texts
+from ddpm.classifier import IMAGENET_DEVIATION, IMAGENET_MEAN
 from ddpm.config import Config, UserError
 from ddpm.data import TRAIN
 from ddpm.diffusion import diffusion_loss
@@ -85,7 +86,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, n: int):
-        r"""Take in the parameters after update number n, from 1."""
+        r"""Take in the parameters after step number n, from 1; steps that were skipped count."""
         d = min(self.decay, (1 + n) / (10 + n))
         parameters = [p.detach() for p in network.parameters()]
         torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - d)
@@ -351,8 +352,8 @@ def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         raise UserError(f"could not get VGG16's weights ({error}); leave --perceptual-weight at 0") from None
     features = features.to(device).eval().requires_grad_(False)
     groups = [features[:4], features[4:9], features[9:16]]
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
+    mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
+    std = torch.tensor(IMAGENET_DEVIATION, device=device)[:, None, None]
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         x, y = (((picture + 1) / 2 - mean) / std for picture in (x, y))

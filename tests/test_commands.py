@@ -205,6 +205,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
         (["--download"], "--data"),
         (["--text-weights", "no_such_tag"], "no_such_tag"),
         (["--device", "tpu"], "tpu"),
+        (["--drawn-images", "1"], "to train on and others to validate, got 0 and 1"),
     ],
 )
 def test_a_wrong_train_command_is_told_in_one_line_and_makes_nothing(arguments, told, tmp_path, monkeypatch, capsys):

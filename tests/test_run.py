@@ -19,7 +19,7 @@ import ddpm.cache
 import ddpm.run
 import ddpm.training
 from ddpm.cli import SIGNALS
-from ddpm.config import Config
+from ddpm.config import Config, UserError
 from ddpm.faces import write_celeba
 from ddpm.files import digest_of
 from ddpm.run import Damaged, Run, read_state, save_state
@@ -260,6 +260,53 @@ def test_a_damaged_vae_is_written_again_from_the_checkpoint(change, steps, begun
     assert resume(folder, whole) == 0
     assert "vae.safetensors" in capsys.readouterr().err
     assert_same_run(folder, whole)
+
+
+def test_a_first_stage_that_goes_on_beyond_its_bound_is_not_taken_for_done(whole, tmp_path):
+    folder = tmp_path / "run"
+    assert start(folder, whole, "--stage", "vae", "--max-steps", 3) == 0
+    assert resume(folder, whole, "--stage", "vae", "--max-steps", 6, "--stop-after", 1) == 0
+    assert resume(folder, whole, "--stop-after", 1) == 0
+    assert (read_state(folder / "state.pt")["stage"], read_state(folder / "state.pt")["step"]) == ("vae", 5)
+    assert resume(folder, whole) == 0
+    assert [step for stage, step, *_ in metrics(folder) if stage == "vae"] == [*"123456"]
+
+
+def test_a_first_stage_cannot_go_on_once_the_second_has_begun(begun, whole, capsys):
+    folder = begun(8)
+    before = (folder / "config.json").read_bytes()
+    assert resume(folder, whole, "--stage", "vae", "--vae-steps", 9) == 2
+    assert "the second has begun" in one_error(capsys)
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_state_that_may_not_be_read_is_not_called_damaged(begun, whole, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    folder = begun(5)
+    monkeypatch.setattr(ddpm.run, "check_not_packed", refuse)
+    assert resume(folder, whole) == 2
+    told = one_error(capsys)
+    assert "Permission denied" in told and "damaged" not in told
+
+
+def test_weights_that_the_loss_cannot_get_are_told_before_there_is_a_folder(tmp_path, whole, monkeypatch, capsys):
+    def refuse(device):
+        raise UserError("could not get VGG16's weights")
+
+    monkeypatch.setattr(ddpm.training, "perceptual_loss", refuse)
+    assert start(tmp_path / "run", whole, "--perceptual-weight", 0.1) == 2
+    assert "VGG16" in one_error(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_run_does_not_take_the_text_tower_that_a_killed_one_left(tmp_path, whole):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / "text.safetensors").write_bytes(b"of another tower")
+    assert start(folder, whole, "--stop-after", 1) == 0
 
 
 def test_a_state_of_a_newer_version_says_so(begun, whole, capsys):

@@ -332,6 +332,13 @@ def test_validation_loss_is_the_same_each_time_and_one_for_a_network_that_says_n
     assert np.mean(losses) == pytest.approx(1.0, abs=0.1)  # conv_out starts at zero and v has mean square one
 
 
+def test_the_last_time_of_validation_is_one_of_the_chain_however_it_is_rounded(small, pictures, tmp_path, monkeypatch):
+    config, model = small
+    latents, texts = prepared_unet(tmp_path, config, model, pictures)
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))
+    assert len(loss_by_timestep(model, latents, texts, pictures, pictures.rows(TRAIN))) == 10
+
+
 @pytest.mark.equation("psnr")
 def test_psnr_of_a_known_error():
     x = torch.zeros(2, 3, 8, 8)
