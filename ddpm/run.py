@@ -307,5 +307,5 @@ def plot_losses(path: Path, rows: list[dict]):
             other = axis.twinx() if held_out == "psnr" else axis
             other.plot(*zip(*valid, strict=True), "o-", ms=3, color="#cc6677", label="held out")
             other.set_ylabel("PSNR in dB, held out" if held_out == "psnr" else "loss")
-            other.legend(loc="upper right")
+            other.legend(loc="center right")
     figure.savefig(path, format="png", dpi=110)
