@@ -166,7 +166,7 @@ def test_commands_and_flags_in_prose_are_taken_too(page, tmp_path, monkeypatch):
             with contextlib.suppress(SystemExit) if command.endswith("--help") else contextlib.nullcontext():
                 check_command(shlex.split(command.replace("--preset NAME", "--preset tiny")))
     known = " ".join([train.parser().format_help(), sample.parser().format_help(), inspect.getsource(export.main)])
-    known += evaluation.parser().format_help()
+    known += evaluation.parser().format_help() + trials.parser().format_help()
     for flag in re.findall(r"`(--[a-z][a-z-]+)", prose):
         assert re.search(rf"{flag}\b", known), flag
 
