@@ -252,11 +252,9 @@ def read_state(path: Path) -> dict:
         STAGES.index(state["stage"]), int(state["step"]), float(state["elapsed"]), state["config"].items()
     except (UserError, MemoryError):
         raise
-    except OSError as error:
-        if error.errno in CANNOT:  # it may be whole
-            raise
-        raise Damaged(str(error)) from None
     except Exception as error:  # a cut or foreign file fails in many ways
+        if isinstance(error, OSError) and error.errno in CANNOT:  # it may be whole
+            raise
         foreign = isinstance(error, pickle.UnpicklingError)  # whose text is advice to load it without care
         raise Damaged("it cannot be read" if foreign else " ".join(str(error).split())[:100]) from None
     return state
