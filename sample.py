@@ -9,8 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-from ddpm import cli
-from ddpm.config import UserError, printable
+from ddpm.tools import command as cli
+from ddpm.tools import devices
+from ddpm.tools.errors import UserError, printable
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 VARIANCES = ("posterior", "beta", "learned")
@@ -23,7 +24,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
     p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
     p.add_argument(
-        "--guidance", type=float, default=3.0, help="how strongly to follow the prompt; 1 plain, 0 ignores it [3]"
+        "--guidance",
+        type=float,
+        default=3.0,
+        help="how strongly to follow the prompt; 1 plain, 0 ignores it [3]",
     )
     p.add_argument("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
     p.add_argument("--variance", choices=VARIANCES, help="ddpm's Sigma [as the model was trained]")
@@ -32,10 +36,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="[0]")
     p.add_argument("--num", type=int, default=1, help="pictures a prompt [1]")
     p.add_argument(
-        "--out", default="samples.png", help="a PNG for one labelled grid, or a folder for single PNGs [samples.png]"
+        "--out",
+        default="samples.png",
+        help="a PNG for one labelled grid, or a folder for single PNGs [samples.png]",
     )
     p.add_argument("--film", metavar="FILE", help="the denoising steps: .gif for a film, .png for a strip")
-    p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
+    p.add_argument(
+        "--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]"
+    )
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="[fp32]")
     p.add_argument("--device", choices=cli.DEVICES, default="auto", help="[auto]")
     return p
@@ -68,19 +76,23 @@ def main(argv: list[str] | None = None):
     from tqdm import tqdm
 
     from ddpm.model import TextToImage
-    from ddpm.pictures import labelled_grid, save_gif, save_png, strip, to_uint8
+    from ddpm.tools.grids import labelled_grid, save_gif, save_png, strip, to_uint8
 
     model = TextToImage.load(a.model, a.weights)
     if a.steps > model.schedule.timesteps:
-        raise UserError(f"expected --steps from 1 to {model.schedule.timesteps}, the model's chain, got {a.steps}")
+        raise UserError(
+            f"expected --steps from 1 to {model.schedule.timesteps}, the model's chain, got {a.steps}"
+        )
     if a.variance == "learned" != model.config.variance:
         raise UserError("expected --variance posterior or beta, got learned: this model learned none")
-    device = cli.choose_device(a.device)
+    device = devices.choose_device(a.device)
     model.to(device)
     prompts = [p for p in a.prompts for _ in range(a.num)]
     frames = []
     batch_size = len(prompts) if a.film else 32  # a film has all pictures in each of its frames
-    with tqdm(total=a.steps * -(-len(prompts) // batch_size), desc="denoising", unit="step", disable=None) as bar:
+    with tqdm(
+        total=a.steps * -(-len(prompts) // batch_size), desc="denoising", unit="step", disable=None
+    ) as bar:
 
         def watch(state):
             bar.update()
@@ -88,14 +100,29 @@ def main(argv: list[str] | None = None):
                 frames.append(model.decode(state.x_0).float().clamp(-1, 1).cpu())
 
         x = model.sample(
-            prompts, a.sampler, a.steps, a.guidance, a.seed, a.negative, watch, a.eta,
-            cli.choose_precision(a.precision, device), batch_size=batch_size, variance=a.variance,
-        )  # fmt: skip
+            prompts,
+            a.sampler,
+            a.steps,
+            a.guidance,
+            a.seed,
+            a.negative,
+            watch,
+            a.eta,
+            devices.choose_precision(a.precision, device),
+            batch_size=batch_size,
+            variance=a.variance,
+        )
     settings = {
-        "model": str(a.model or "shipped"), "sampler": a.sampler, "steps": str(a.steps), "guidance": str(a.guidance),
-        "seed": str(a.seed), "negative": a.negative or "", "eta": str(a.eta), "weights": a.weights,
+        "model": str(a.model or "shipped"),
+        "sampler": a.sampler,
+        "steps": str(a.steps),
+        "guidance": str(a.guidance),
+        "seed": str(a.seed),
+        "negative": a.negative or "",
+        "eta": str(a.eta),
+        "weights": a.weights,
         "variance": a.variance or model.config.variance,
-    }  # fmt: skip
+    }
     out, columns = Path(a.out), a.columns or (a.num if a.num > 1 else None)
     if out.suffix.lower() == ".png":
         save_png(out, labelled_grid(x, prompts, columns), {"prompt": json.dumps(prompts), **settings})
@@ -104,7 +131,11 @@ def main(argv: list[str] | None = None):
 
         out.mkdir(parents=True, exist_ok=True)
         for i, (picture, prompt) in enumerate(zip(to_uint8(x), prompts, strict=True)):
-            save_png(out / f"{i:04d}.png", Image.fromarray(picture), {"prompt": prompt, **settings, "index": str(i)})
+            save_png(
+                out / f"{i:04d}.png",
+                Image.fromarray(picture),
+                {"prompt": prompt, **settings, "index": str(i)},
+            )
     print(printable(f"{len(prompts)} picture{'s' * (len(prompts) > 1)} in {out}"))
     if a.film:
         film = Path(a.film)

@@ -14,28 +14,38 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ddpm import cli
-from ddpm.cli import Stopped, StopRequest, on_signals, progress_bar, say
-from ddpm.config import MOVABLE, PRESETS, Config, UserError, add_flags, given_flags, is_name
+from ddpm.config import MOVABLE, PRESETS, Config, add_flags, given_flags, is_name
+from ddpm.tools import command as cli
+from ddpm.tools import devices, text_weights
+from ddpm.tools.command import Stopped, StopRequest, on_signals, progress_bar, say
+from ddpm.tools.errors import UserError
 
 ENOUGH_PSNR = 20  # decibels on held-out pictures; below, the second stage learns to draw blur
 
 
 def parser() -> argparse.ArgumentParser:
     p = cli.Parser(__doc__)
-    p.add_argument("--preset", choices=PRESETS, help="named settings [drawn64; with --data celeba64, the spec]")
+    p.add_argument(
+        "--preset", choices=PRESETS, help="named settings [drawn64; with --data celeba64, the spec]"
+    )
     p.add_argument("--out", help="run folder to make [runs/PRESET]")
     p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    p.add_argument("--stage", choices=("vae", "unet", "all"), default="all", help="which stage to train [all]")
+    p.add_argument(
+        "--stage", choices=("vae", "unet", "all"), default="all", help="which stage to train [all]"
+    )
     p.add_argument(
         "--max-steps", type=int, metavar="N", help="bound each stage to N steps; moves a resumed run's bound"
     )
-    p.add_argument("--stop-after", type=int, metavar="N", help="end this command after N steps, saved; resume goes on")
+    p.add_argument(
+        "--stop-after", type=int, metavar="N", help="end this command after N steps, saved; resume goes on"
+    )
     p.add_argument("--device", choices=cli.DEVICES, default="auto", help="where to compute [auto]")
     p.add_argument(
         "--cache", metavar="DIR", help="folder of decoded pictures, latents, captions [cache, beside the run]"
     )
-    p.add_argument("--download", action="store_true", help="try to download CelebA into the folder --data first")
+    p.add_argument(
+        "--download", action="store_true", help="try to download CelebA into the folder --data first"
+    )
     p.add_argument(
         "--dry-run", action="store_true", help="print shapes, parameters, memory, time a step; write nothing"
     )
@@ -50,23 +60,31 @@ def configuration(a: argparse.Namespace) -> Config:
         if value is not None and value < 1:
             raise UserError(f"expected {name} of at least 1, got {value}")
     if a.max_steps is not None:
-        flags = {"max_minutes": 0.0} | flags | {"vae_steps": a.max_steps, "unet_steps": a.max_steps, "epochs": 0}
+        flags = (
+            {"max_minutes": 0.0} | flags | {"vae_steps": a.max_steps, "unet_steps": a.max_steps, "epochs": 0}
+        )
     if a.resume is None:
         preset = a.preset or ("celeba64" if flags.get("data", "drawn") != "drawn" else "drawn64")
         return Config.from_preset(preset, **flags)
     if a.out is not None or a.preset is not None:
         raise UserError("expected --resume without --out and --preset, got both; a resumed run keeps them")
     if not Path(a.resume).is_dir():
-        raise UserError(f"expected the folder of a run after --resume, {a.resume} is none; start one with --out")
+        raise UserError(
+            f"expected the folder of a run after --resume, {a.resume} is none; start one with --out"
+        )
     return resumed_configuration(Config.read(Path(a.resume) / "config.json"), flags)
 
 
 def resumed_configuration(config: Config, flags: dict) -> Config:
     r"""The stored configuration with its bounds moved; anything else that differs is refused by name."""
     stored = {**vars(config.model), **vars(config.training)}
-    differing = [f"{n} (is {stored[n]}, asked {v})" for n, v in flags.items() if n not in MOVABLE and v != stored[n]]
+    differing = [
+        f"{n} (is {stored[n]}, asked {v})" for n, v in flags.items() if n not in MOVABLE and v != stored[n]
+    ]
     if differing:
-        raise UserError(f"a resumed run keeps its settings, got others: {', '.join(differing)}; leave them out")
+        raise UserError(
+            f"a resumed run keeps its settings, got others: {', '.join(differing)}; leave them out"
+        )
     return config.with_training(**{n: v for n, v in flags.items() if n in MOVABLE})
 
 
@@ -77,22 +95,32 @@ class Trainer:
     """
 
     def __init__(
-        self, run, model, pictures, names: Sequence[str] | None, cache: Path, precision: str, stop_after: int | None,
+        self,
+        run,
+        model,
+        pictures,
+        names: Sequence[str] | None,
+        cache: Path,
+        precision: str,
+        stop_after: int | None,
         group,
-    ):  # fmt: skip
+    ):
         self.group = group
-        self.run, self.model, self.pictures, self.names, self.cache = run, model, pictures, names, cache
+        self.run, self.model, self.pictures, self.names, self.cache = (run, model, pictures, names, cache)
         self.config, self.precision, self.left = run.config, precision, stop_after
         self.stop = StopRequest()
 
     def optimization(self, stage: str, network, lr: float, ema: bool):
         r"""The stage's optimizers and bound, from the checkpoint where it stopped in this stage."""
-        from ddpm.training import Bound, Optimization, stage_steps
+        from ddpm.training.batches import stage_steps
+        from ddpm.training.optimization import Bound, Optimization
 
         t, until = self.config.training, None
         if t.max_minutes:
             whole = 60 * t.max_minutes
-            until = whole * t.vae_share if stage == "vae" else whole - max(10, 0.02 * whole)  # to save and draw
+            until = (
+                whole * t.vae_share if stage == "vae" else whole - max(10, 0.02 * whole)
+            )  # to save and draw
 
         def clock() -> float:
             return self.group.of_first(self.run.clock())
@@ -102,35 +130,45 @@ class Trainer:
         self.run.restore(stage, opt)
         return opt
 
-    def train(self, opt, reports: Iterator, batch: int, validate: Callable[[], dict], stage: str, **more) -> bool:
+    def train(
+        self, opt, reports: Iterator, batch: int, validate: Callable[[], dict], stage: str, **more
+    ) -> bool:
         r"""Take steps until the stage's bound, and save; False when --stop-after came first.
 
         Args: more: what the checkpoint holds beside the optimization.
 
         Raises: Stopped after a signal, NotFinite after too many skipped steps; both when the last step is saved.
         """
-        from ddpm.parallel import is_lost
-        from ddpm.training import NotFinite
+        from ddpm.training.optimization import NotFinite
+        from ddpm.training.parallel import is_lost
 
         self.stop = StopRequest()
         with on_signals(self.stop):
             try:
-                whole = self.take_steps(opt, reports, batch, validate, stage, lambda: self.run.save(stage, opt, **more))
+                whole = self.take_steps(
+                    opt, reports, batch, validate, stage, lambda: self.run.save(stage, opt, **more)
+                )
             except (Stopped, NotFinite):
                 self.run.save(stage, opt, **more)
                 raise
             except RuntimeError as error:
                 if not is_lost(error):
                     raise
-                self.run.save(stage, opt, **more)  # processes speak with each other before a step changes anything
-                raise LostGroup(f"lost the other processes at {stage} step {opt.step} ({first_line(error)})") from None
+                self.run.save(
+                    stage, opt, **more
+                )  # processes speak with each other before a step changes anything
+                raise LostGroup(
+                    f"lost the other processes at {stage} step {opt.step} ({first_line(error)})"
+                ) from None
             self.run.save(stage, opt, **more)
         self.check_stop(stage, opt.step)
         if not whole:
             say(f"stopped at {stage} step {opt.step}; {self.run.advice()}")
         return whole
 
-    def take_steps(self, opt, reports: Iterator, batch: int, validate: Callable, stage: str, save: Callable) -> bool:
+    def take_steps(
+        self, opt, reports: Iterator, batch: int, validate: Callable, stage: str, save: Callable
+    ) -> bool:
         r"""The loop of `train`; it ends after a whole step or within a validation, which the resumed run repeats."""
         t = self.config.training
         if opt.step and opt.step % t.sample_every == 0:
@@ -176,16 +214,21 @@ class Trainer:
 
     def log(self, report, rate: float):
         self.run.log(
-            stage=report.stage, step=report.step, seconds=f"{self.run.clock():.1f}", loss=f"{report.loss:.6g}",
-            lr=f"{report.lr:.4g}", grad_norm=f"{report.grad_norm:.4g}", images_per_second=f"{rate:.1f}",
-        )  # fmt: skip
+            stage=report.stage,
+            step=report.step,
+            seconds=f"{self.run.clock():.1f}",
+            loss=f"{report.loss:.6g}",
+            lr=f"{report.lr:.4g}",
+            grad_norm=f"{report.grad_norm:.4g}",
+            images_per_second=f"{rate:.1f}",
+        )
 
     def vae_is_trained(self, again: bool) -> bool:
         r"""Load the VAE where its stage is over: from the checkpoint of the second stage, else from its file.
 
         Args: again: the first stage is to go on if it was the last.
         """
-        from ddpm.files import digest_of
+        from ddpm.tools.files import digest_of
 
         path, state = self.run.folder / "vae.safetensors", self.run.state
         if state and state["stage"] == "unet":
@@ -200,12 +243,14 @@ class Trainer:
                 raise
             warnings.warn(f"{error}; it is made again from the checkpoint of the first stage", stacklevel=2)
             return False
-        with self.run.fitting():  # a stage that goes on beyond its first bound leaves the file of that bound behind
+        with (
+            self.run.fitting()
+        ):  # a stage that goes on beyond its first bound leaves the file of that bound behind
             return not state or digest_of(state["vae"]["network"]) == digest_of(self.model.vae.state_dict())
 
     def load_vae_of_state(self, path: Path, state: dict):
         r"""The VAE that the UNet was trained with so far; its file is written again where it holds another."""
-        from ddpm.files import digest_of
+        from ddpm.tools.files import digest_of
 
         def digest() -> str:
             return digest_of([self.model.vae.state_dict(), self.model.latent_scale])
@@ -224,9 +269,9 @@ class Trainer:
 
     def train_vae(self) -> bool:
         r"""First stage; False when it was stopped before its end."""
-        from ddpm.data import TRAIN, VALID
-        from ddpm.metrics import measure_latent_scale, reconstruction_quality
-        from ddpm.training import train_vae
+        from ddpm.celeba.lists import TRAIN, VALID
+        from ddpm.training.loops import train_vae
+        from ddpm.training.validation import measure_latent_scale, reconstruction_quality
 
         t, model, valid = self.config.training, self.model, self.pictures.rows(VALID)
         opt = self.optimization("vae", model.vae, t.vae_lr, ema=False)
@@ -242,7 +287,9 @@ class Trainer:
         if not self.train(opt, reports, t.vae_batch_size, validate, "vae"):
             return False
         if self.run.writes and float(validate(valid)["psnr"]) < ENOUGH_PSNR:
-            say(f"warning: below {ENOUGH_PSNR} dB the VAE blurs what the UNet draws; give the first stage more time")
+            say(
+                f"warning: below {ENOUGH_PSNR} dB the VAE blurs what the UNet draws; give the first stage more time"
+            )
         latents = self.encode()
         model.latent_scale = measure_latent_scale(latents, self.pictures.rows(TRAIN))
         if self.run.writes:
@@ -252,7 +299,7 @@ class Trainer:
 
     def encode(self):
         r"""All latents."""
-        from ddpm.cache import encode_latents
+        from ddpm.training.caches import encode_latents
 
         self.model.vae.eval()
         with self.group.first_alone():
@@ -260,18 +307,20 @@ class Trainer:
 
     def train_unet(self) -> bool:
         r"""Second stage; False when it was stopped before its end."""
-        from ddpm.cache import Texts
-        from ddpm.data import TRAIN, VALID
-        from ddpm.metrics import loss_by_timestep
-        from ddpm.model import save_weights
-        from ddpm.training import train_unet
+        from ddpm.celeba.lists import TRAIN, VALID
+        from ddpm.tools.weights import save_weights
+        from ddpm.training.caches import Texts
+        from ddpm.training.loops import train_unet
+        from ddpm.training.validation import loss_by_timestep
 
         t, model, pictures = self.config.training, self.model, self.pictures
         latents, train, valid = self.encode(), pictures.rows(TRAIN), pictures.rows(VALID)[:64]
         sentences = {pictures.caption(i, t.seed, v) for i in train for v in range(t.caption_variants)}
         told = {pictures.full_caption(i) for i in valid}
         with self.group.first_alone():
-            texts = Texts(self.cache, model.text, sentences | told, self.precision, t.text_cache_gb, progress_bar)
+            texts = Texts(
+                self.cache, model.text, sentences | told, self.precision, t.text_cache_gb, progress_bar
+            )
         if not texts.cached:
             say("the captions need more than --text-cache-gb: they go through the text tower at every step")
         prompts = sorted(told)[:: max(1, len(told) // 16)][:16]
@@ -282,9 +331,15 @@ class Trainer:
             save_weights(self.run.folder / "unet.safetensors", model.unet.state_dict())
             with opt.ema.applied(model.unet):
                 losses = loss_by_timestep(
-                    model, latents, texts, pictures, valid, self.precision, seed=t.seed,
+                    model,
+                    latents,
+                    texts,
+                    pictures,
+                    valid,
+                    self.precision,
+                    seed=t.seed,
                     batch=at_once(t.batch_size, t.accumulation),
-                )  # fmt: skip
+                )
                 save_weights(self.run.folder / "ema.safetensors", model.unet.state_dict())
                 self.draw_samples(opt.step, prompts)
             mean, tenths = sum(losses) / len(losses), " ".join(f"{loss:.3f}" for loss in losses)
@@ -297,7 +352,7 @@ class Trainer:
 
     def draw_samples(self, step: int, prompts: list[str]):
         r"""A grid of the averaged weights' pictures, always from the same noise and prompts."""
-        from ddpm.pictures import labelled_grid, save_png
+        from ddpm.tools.grids import labelled_grid, save_png
 
         def leave(_):
             if self.stop.signum and self.group.size == 1:  # several processes stop together, after a step
@@ -306,7 +361,11 @@ class Trainer:
         t = self.config.training
         half = max(1, at_once(t.batch_size, t.accumulation) // 2)  # guidance asks twice
         x = self.model.sample(prompts, seed=t.seed, precision=self.precision, callback=leave, batch_size=half)
-        settings = {"prompt": json.dumps(prompts), "settings": "dpm++, 20 steps, guidance 3, EMA", "step": str(step)}
+        settings = {
+            "prompt": json.dumps(prompts),
+            "settings": "dpm++, 20 steps, guidance 3, EMA",
+            "step": str(step),
+        }
         save_png(self.run.folder / "samples" / f"step_{step:06d}.png", labelled_grid(x, prompts, 8), settings)
 
 
@@ -317,8 +376,8 @@ def at_once(batch: int, accumulation: int) -> int:
 
 def load_pictures(config: Config, table, cache: Path):
     r"""The decoded data set; skipped pictures are told."""
-    from ddpm.cache import load_pictures
-    from ddpm.data import TRAIN, VALID
+    from ddpm.celeba.dataset import load_pictures
+    from ddpm.celeba.lists import TRAIN, VALID
 
     pictures = load_pictures(config, table, cache, progress_bar)
     counts = [len(pictures.rows(split)) for split in (TRAIN, VALID)]
@@ -335,7 +394,7 @@ def load_pictures(config: Config, table, cache: Path):
 
 def download(folder: str):
     r"""CelebA into the data folder."""
-    from ddpm.data import download_celeba
+    from ddpm.celeba.download import download_celeba
 
     if folder == "drawn":
         raise UserError("expected --data FOLDER to download CelebA into, got none")
@@ -368,7 +427,9 @@ class Progress:
     def show(self, report, seconds: float):
         if report.finite:
             self.mean = report.loss if self.mean is None else 0.98 * self.mean + 0.02 * report.loss
-        status = f"loss {math.nan if self.mean is None else self.mean:.4f}, {self.batch / seconds:.0f} images/s"
+        status = (
+            f"loss {math.nan if self.mean is None else self.mean:.4f}, {self.batch / seconds:.0f} images/s"
+        )
         if self.until is not None:
             status += f", {max(0.0, self.until - self.clock()) / 60:.1f} min left"
         self.bar.set_postfix_str(status, refresh=False)
@@ -382,12 +443,12 @@ def train(run, a: argparse.Namespace, group, precision: str):
     r"""Both stages, or those that are asked for, in an opened run."""
     import torch
 
-    from ddpm.cache import open_data
-    from ddpm.data import TRAIN, VALID
-    from ddpm.files import remove_leftovers
+    from ddpm.celeba.dataset import open_data
+    from ddpm.celeba.lists import TRAIN, VALID
     from ddpm.model import TextToImage
-    from ddpm.text import TextTower
-    from ddpm.training import check_batches, perceptual_loss
+    from ddpm.tools.files import remove_leftovers
+    from ddpm.training.optimization import check_batches
+    from ddpm.training.perceptual import perceptual_loss
 
     folder, config = run.folder, run.config
     check_batches(config, group)
@@ -399,7 +460,9 @@ def train(run, a: argparse.Namespace, group, precision: str):
     has_text = a.resume is not None and own_text.is_file()  # in a new folder it is what a killed command left
     second = run.state is not None and run.state["stage"] == "unet"
     if a.stage == "unet" and not own_vae.is_file() and not second:
-        raise UserError(f"expected {own_vae} for the second stage; train it with --stage vae first, then --resume")
+        raise UserError(
+            f"expected {own_vae} for the second stage; train it with --stage vae first, then --resume"
+        )
     if a.stage == "vae" and second:
         raise UserError(
             f"expected a run whose first stage goes on, in {folder} the second has begun; choose a new --out"
@@ -407,7 +470,7 @@ def train(run, a: argparse.Namespace, group, precision: str):
     torch.manual_seed(config.training.seed)
     if group.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
-    model = TextToImage(config.model, TextTower.from_file(own_text) if has_text else None)
+    model = TextToImage(config.model, text_weights.tower_from_file(own_text) if has_text else None)
     cache = Path(a.cache or folder.parent / "cache")
     with group.first_alone():
         remove_leftovers(cache)
@@ -416,7 +479,9 @@ def train(run, a: argparse.Namespace, group, precision: str):
             perceptual_loss(group.device)  # fetches its weights, or refuses, while there is no folder yet
 
     keeps_text = not has_text and not is_name(config.model.text_weights)
-    run.create(model.text.save if keeps_text else None)  # the run stays whole when the file goes
+    run.create(
+        (lambda to: text_weights.save_tower(model.text, to)) if keeps_text else None
+    )  # the run stays whole when the file goes
     together = f", {group.size} processes" if group.size > 1 else ""
     say(f"run {folder}, preset {config.preset}, {precision} on {group.device}{together}")
     say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
@@ -451,20 +516,23 @@ def main(argv: list[str] | None = None):
     a = parser().parse_args(argv)
     config = configuration(a)
     folder = Path(a.resume or a.out or Path("runs") / config.preset)
-    device = cli.choose_device(a.device)
-    precision = cli.choose_precision(config.training.precision, device)
+    device = devices.choose_device(a.device)
+    precision = devices.choose_precision(config.training.precision, device)
     if a.dry_run:
-        from ddpm.estimate import estimate
+        from ddpm.training.dry_run import estimate
 
         for line in estimate(config, device, precision):
             print(line)
         return
-    from ddpm.files import CannotWrite
-    from ddpm.parallel import Group, is_lost
-    from ddpm.run import Run
-    from ddpm.training import NotFinite
+    from ddpm.tools.files import CannotWrite
+    from ddpm.training.optimization import NotFinite
+    from ddpm.training.parallel import Group, is_lost
+    from ddpm.training.run import Run
 
-    with Group.joined(device) as group, open_run(Run, group, folder, config, a.resume is not None, started) as run:
+    with (
+        Group.joined(device) as group,
+        open_run(Run, group, folder, config, a.resume is not None, started) as run,
+    ):
         try:
             train(run, a, group, precision)
         except (CannotWrite, NotFinite, LostGroup) as error:

@@ -29,10 +29,14 @@ class Attention(nn.Module):
     `keys_values` made of it, by layer, which many calls then share.
     """
 
-    def __init__(self, width: int, context_width: int | None = None, head_width: int = 32, qkv_bias: bool = False):
+    def __init__(
+        self, width: int, context_width: int | None = None, head_width: int = 32, qkv_bias: bool = False
+    ):
         super().__init__()
         if width % head_width:
-            raise ValueError(f"expected a head width that divides the layer's width {width}, got {head_width}")
+            raise ValueError(
+                f"expected a head width that divides the layer's width {width}, got {head_width}"
+            )
         self.heads = width // head_width
         self.to_q = nn.Linear(width, width, bias=qkv_bias)
         self.to_k = nn.Linear(context_width or width, width, bias=qkv_bias)
@@ -40,7 +44,11 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        k, v = context[self] if isinstance(context, dict) else self.keys_values(x if context is None else context)
+        k, v = (
+            context[self]
+            if isinstance(context, dict)
+            else self.keys_values(x if context is None else context)
+        )
         h = attend(self.by_head(self.to_q(x)), k, v)
         return self.to_out(rearrange(h, "b n l d -> b l (n d)"))
 

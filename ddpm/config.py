@@ -1,43 +1,18 @@
 r"""Every number that shapes a run: dataclass field -> flag of the same name -> config.json -> rebuilt model.
 
 `ModelConfig` is what a checkpoint needs to be built again; `TrainConfig` is how it is trained. `PRESETS` is the
-table of named settings. This file imports neither torch nor the rest of the package, so `--help` answers at once.
-"""
+table of named settings. This file imports neither torch nor the rest of the package, so `--help` answers at once."""
 
 import argparse
 import dataclasses
 import json
 import math
-import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-def printable(text: str, length: int = 2000) -> str:
-    r"""`text` as one line for a terminal: what is not printable is escaped, the middle of a long one left out.
-
-    What came may be a stranger's: a file name or a setting can hold the escape codes that rewrite a screen.
-
-    >>> printable("no\n such   file: \x1b[2J")
-    'no such file: \\x1b[2J'
-    """
-    text = " ".join(text.split())
-    if len(text) > length:
-        text = f"{text[: length // 2]} ... {text[-length // 2 :]}"
-    return escaped(text)
-
-
-def escaped(text: str) -> str:
-    r"""`text` with all but spaces, line ends and what is printable escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
-class UserError(ValueError):
-    r"""What a person can mend: one printable line that says what was expected, what came and what to do next."""
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
+from ddpm.tools.errors import UserError, is_name
+from ddpm.tools.strict_json import _fits, read_json
 
 
 def option(default, help: str, choices: tuple = ()):
@@ -68,7 +43,9 @@ class ModelConfig:
     text_weights: str = option(
         "laion2b_s34b_b79k", "text tower: an OpenCLIP ViT-B-32 tag, `random`, or a file of weights, ./FILE"
     )
-    text_quick_gelu: bool = option(False, "for a file of text weights: it was trained with quick GELU (OpenAI's were)")
+    text_quick_gelu: bool = option(
+        False, "for a file of text weights: it was trained with quick GELU (OpenAI's were)"
+    )
     caption_drop: float = option(0.1, "share of captions replaced by the empty one, which guidance needs")
 
     @property
@@ -81,9 +58,13 @@ class ModelConfig:
 class TrainConfig:
     r"""The training: data, budgets, optimizer."""
 
-    data: str = option("drawn", "`drawn` for drawn faces, or a folder: CelebA in any layout, or images with a csv")
+    data: str = option(
+        "drawn", "`drawn` for drawn faces, or a folder: CelebA in any layout, or images with a csv"
+    )
     drawn_images: int = option(8_000, "how many faces to draw for --data drawn")
-    crop: int = option(0, "side of the centre crop in pixels; 0: 148 for aligned CelebA, else the largest square")
+    crop: int = option(
+        0, "side of the centre crop in pixels; 0: 148 for aligned CelebA, else the largest square"
+    )
     seed: int = option(0, "names every random number of the run")
     batch_size: int = option(16, "pictures a step of the UNet")
     vae_batch_size: int = option(16, "pictures a step of the VAE")
@@ -101,7 +82,8 @@ class TrainConfig:
     vae_lr: float = option(1e-3, "peak learning rate of what is under AdamW in the VAE")
     lr: float = option(3e-4, "peak learning rate of what is under AdamW in the UNet")
     muon_lr: float = option(
-        0.0, "peak learning rate of both networks' inner matrices and convolutions, under Muon; 0: all is under AdamW"
+        0.0,
+        "peak learning rate of both networks' inner matrices and convolutions, under Muon; 0: all is under AdamW",
     )
     warmup: int = option(200, "steps in which the learning rate rises")
     weight_decay: float = option(0.01, "weight decay")
@@ -110,57 +92,125 @@ class TrainConfig:
     vlb_weight: float = option(0.001, "weight of the variational bound that teaches --variance learned")
     reconstruction: str = option("l1", "the VAE's reconstruction norm", ("l1", "l2"))
     kl_weight: float = option(1e-5, "weight of the VAE's KL term")
-    perceptual_weight: float = option(0.0, "weight of a VGG16 feature loss; above 0 downloads torchvision's weights")
+    perceptual_weight: float = option(
+        0.0, "weight of a VGG16 feature loss; above 0 downloads torchvision's weights"
+    )
     precision: str = option(
-        "auto", "arithmetic of the networks; auto: bf16 where the device has it", ("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "arithmetic of the networks; auto: bf16 where the device has it",
+        ("auto", "fp32", "bf16", "fp16"),
     )
     gradient_checkpointing: bool = option(False, "compute activations twice, keep fewer")
     caption_variants: int = option(1, "wordings a picture's attributes are told in")
     text_cache_gb: float = option(8.0, "embed captions once up to this size on disk; beyond, at every step")
-    max_bad_images: float = option(0.01, "share of unreadable pictures that are skipped before the run refuses")
+    max_bad_images: float = option(
+        0.01, "share of unreadable pictures that are skipped before the run refuses"
+    )
     save_every: int = option(500, "steps between checkpoints")
     sample_every: int = option(1000, "steps between validation and sample grids")
 
 
 LAPTOP = {
-    "text_weights": "random", "prediction": "v", "schedule": "cosine", "vae_channels": (32, 64, 64), "vae_layers": 1,
-    "latent_channels": 8, "channels": (64, 128, 192), "attention_levels": (1, 2), "res_blocks": 1, "batch_size": 32,
-    "lr": 1e-3, "ema_decay": 0.998, "vae_lr": 2e-3, "muon_lr": 7e-3,
-}  # fmt: skip
+    "text_weights": "random",
+    "prediction": "v",
+    "schedule": "cosine",
+    "vae_channels": (32, 64, 64),
+    "vae_layers": 1,
+    "latent_channels": 8,
+    "channels": (64, 128, 192),
+    "attention_levels": (1, 2),
+    "res_blocks": 1,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "ema_decay": 0.998,
+    "vae_lr": 2e-3,
+    "muon_lr": 7e-3,
+}
 LAPTOP_STEPS = {"vae_steps": 1_000_000, "unet_steps": 1_000_000}  # the minutes end it first
 
 PRESETS = {
-    "drawn64": LAPTOP | LAPTOP_STEPS | {
-        "channels": (64, 128), "attention_levels": (1,), "max_minutes": 10.0, "vae_share": 0.28,
-        "save_every": 200, "sample_every": 400,
+    "drawn64": LAPTOP
+    | LAPTOP_STEPS
+    | {
+        "channels": (64, 128),
+        "attention_levels": (1,),
+        "max_minutes": 10.0,
+        "vae_share": 0.28,
+        "save_every": 200,
+        "sample_every": 400,
     },
     "celeba64": {},
     "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"max_minutes": 60.0, "vae_share": 0.25, "muon_lr": 4e-3},
     "lowvram": {
-        "batch_size": 16, "accumulation": 8, "gradient_checkpointing": True, "steps_per_epoch": 100, "epochs": 3,
+        "batch_size": 16,
+        "accumulation": 8,
+        "gradient_checkpointing": True,
+        "steps_per_epoch": 100,
+        "epochs": 3,
     },
     "tiny": {
-        "text_weights": "random", "prediction": "v", "schedule": "cosine", "image_size": 32,
-        "vae_channels": (32, 32), "vae_layers": 1, "channels": (32, 64), "attention_levels": (1,), "res_blocks": 1,
-        "batch_size": 8, "vae_batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128, "warmup": 5,
-        "save_every": 10, "sample_every": 20,
+        "text_weights": "random",
+        "prediction": "v",
+        "schedule": "cosine",
+        "image_size": 32,
+        "vae_channels": (32, 32),
+        "vae_layers": 1,
+        "channels": (32, 64),
+        "attention_levels": (1,),
+        "res_blocks": 1,
+        "batch_size": 8,
+        "vae_batch_size": 8,
+        "vae_steps": 20,
+        "unet_steps": 20,
+        "drawn_images": 128,
+        "warmup": 5,
+        "save_every": 10,
+        "sample_every": 20,
     },
-}  # fmt: skip
+}
 
 
 TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
 MOST_WIDTH, MOST_PARAMETERS = 4096, 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
-MOST_JSON = 2**20  # bytes of a file of settings
 AT_MOST = {"drawn_images": 10**7, "batch_size": 2**16, "vae_batch_size": 2**16, "caption_variants": 1000}
 AT_LEAST_ONE = (
-    "batch_size", "vae_batch_size", "accumulation", "vae_steps", "unet_steps", "drawn_images", "caption_variants",
-    "save_every", "sample_every",
-)  # fmt: skip
+    "batch_size",
+    "vae_batch_size",
+    "accumulation",
+    "vae_steps",
+    "unet_steps",
+    "drawn_images",
+    "caption_variants",
+    "save_every",
+    "sample_every",
+)
 NOT_NEGATIVE = (
-    "crop", "seed", "steps_per_epoch", "epochs", "max_minutes", "vae_lr", "lr", "muon_lr", "warmup", "weight_decay",
-    "clip", "vlb_weight", "kl_weight", "perceptual_weight", "text_cache_gb", "max_bad_images",
-)  # fmt: skip
-MOVABLE = {"max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every", "precision"}  # by --resume
+    "crop",
+    "seed",
+    "steps_per_epoch",
+    "epochs",
+    "max_minutes",
+    "vae_lr",
+    "lr",
+    "muon_lr",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "vlb_weight",
+    "kl_weight",
+    "perceptual_weight",
+    "text_cache_gb",
+    "max_bad_images",
+)
+MOVABLE = {
+    "max_minutes",
+    "vae_steps",
+    "unet_steps",
+    "epochs",
+    "save_every",
+    "sample_every",
+    "precision",
+}  # by --resume
 
 
 @dataclass(frozen=True)
@@ -179,7 +229,9 @@ class Config:
         values = PRESETS[preset] | changes
         unknown = set(values) - set(fields_of(ModelConfig)) - set(fields_of(TrainConfig))
         if unknown:
-            raise UserError(f"expected names of settings, got {', '.join(sorted(unknown))}; see train.py --help")
+            raise UserError(
+                f"expected names of settings, got {', '.join(sorted(unknown))}; see train.py --help"
+            )
         return cls(_build(ModelConfig, values), _build(TrainConfig, values), preset).checked()
 
     def checked(self) -> "Config":
@@ -189,26 +241,38 @@ class Config:
         m, t = self.model, self.training
         halvings = len(m.vae_channels) + len(m.channels) - 2
         _require(
-            1 <= len(m.vae_channels) <= 6 and 1 <= len(m.channels) <= 6, "1 to 6 widths in vae_channels and channels"
+            1 <= len(m.vae_channels) <= 6 and 1 <= len(m.channels) <= 6,
+            "1 to 6 widths in vae_channels and channels",
         )
         widths = m.vae_channels + m.channels
-        _require(all(0 < c <= MOST_WIDTH and c % 32 == 0 for c in widths),
-                 f"widths up to {MOST_WIDTH} that 32 divides", widths)  # fmt: skip
+        _require(
+            all(0 < c <= MOST_WIDTH and c % 32 == 0 for c in widths),
+            f"widths up to {MOST_WIDTH} that 32 divides",
+            widths,
+        )
         _require(
             m.image_size > 0 and m.image_size % 2**halvings == 0,
             f"an image_size that {2**halvings} divides",
             m.image_size,
         )
         _require(m.image_size <= 1024, "an image_size of at most 1024", m.image_size)
-        _require(m.head_width > 0 and all(c % m.head_width == 0 for c in m.channels),
-                 f"a head_width that divides the UNet's widths {m.channels}", m.head_width)  # fmt: skip
-        _require(set(m.attention_levels) <= set(range(len(m.channels))),
-                 f"attention_levels out of 0..{len(m.channels) - 1}", m.attention_levels)  # fmt: skip
+        _require(
+            m.head_width > 0 and all(c % m.head_width == 0 for c in m.channels),
+            f"a head_width that divides the UNet's widths {m.channels}",
+            m.head_width,
+        )
+        _require(
+            set(m.attention_levels) <= set(range(len(m.channels))),
+            f"attention_levels out of 0..{len(m.channels) - 1}",
+            m.attention_levels,
+        )
         _require(30 <= m.timesteps <= 100_000, "timesteps from 30 to 100000", m.timesteps)
         for name in ("vae_layers", "latent_channels", "res_blocks"):
             _require(1 <= getattr(m, name) <= 64, f"{name} from 1 to 64", getattr(m, name))
         size = parameters(m)
-        _require(size <= MOST_PARAMETERS, f"a model of at most {MOST_PARAMETERS:,} parameters", f"about {size:,}")
+        _require(
+            size <= MOST_PARAMETERS, f"a model of at most {MOST_PARAMETERS:,} parameters", f"about {size:,}"
+        )
         _require(0 <= m.caption_drop < 1, "caption_drop in [0, 1)", m.caption_drop)
         for name in AT_LEAST_ONE:
             _require(getattr(t, name) >= 1, f"{name} of at least 1", getattr(t, name))
@@ -217,7 +281,11 @@ class Config:
         for name in NOT_NEGATIVE:
             _require(getattr(t, name) >= 0, f"{name} not below 0", getattr(t, name))
         for batch in (t.batch_size, t.vae_batch_size):
-            _require(batch % t.accumulation == 0, f"an accumulation that divides the batch of {batch}", t.accumulation)
+            _require(
+                batch % t.accumulation == 0,
+                f"an accumulation that divides the batch of {batch}",
+                t.accumulation,
+            )
         _require(0 <= t.ema_decay < 1, "ema_decay in [0, 1)", t.ema_decay)
         _require(0 < t.vae_share < 1, "vae_share in (0, 1)", t.vae_share)
         return self
@@ -240,9 +308,15 @@ class Config:
         try:
             values = read_json(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"expected the config.json of a run at {path}, could not read it: {error}") from None
-        if not isinstance(values, dict) or not all(isinstance(values.get(k), dict) for k in ("model", "training")):
-            raise UserError(f"expected config.json with the sections model and training, got something else in {path}")
+            raise UserError(
+                f"expected the config.json of a run at {path}, could not read it: {error}"
+            ) from None
+        if not isinstance(values, dict) or not all(
+            isinstance(values.get(k), dict) for k in ("model", "training")
+        ):
+            raise UserError(
+                f"expected config.json with the sections model and training, got something else in {path}"
+            )
         if values.get("format") != 1:
             raise UserError(
                 f"expected config.json of format 1, got {values.get('format')!r} in {path}; another version made it"
@@ -251,7 +325,9 @@ class Config:
         for name, section in (("model", ModelConfig), ("training", TrainConfig)):
             unknown = set(values[name]) - set(fields_of(section))
             if unknown:
-                raise UserError(f"unknown settings in {path}: {', '.join(sorted(unknown))}; another version made it")
+                raise UserError(
+                    f"unknown settings in {path}: {', '.join(sorted(unknown))}; another version made it"
+                )
             sections[name] = _build(section, values[name])
         preset = values.get("preset", "")
         _require(preset == "" or isinstance(preset, str) and is_name(preset), "preset as a name", preset)
@@ -265,11 +341,6 @@ class Config:
         return config
 
 
-def is_name(weights: str) -> bool:
-    r"""Whether text weights are told by a name, `random` or a tag, and not by a path."""
-    return re.fullmatch(r"[A-Za-z0-9_-]+", weights) is not None
-
-
 def parameters(m: ModelConfig) -> int:
     r"""About how many numbers the VAE and the UNet hold, within a factor of two.
 
@@ -277,54 +348,11 @@ def parameters(m: ModelConfig) -> int:
     read a skip as well); attention to the caption has about 22 c^2.
     """
     vae = sum((2 * m.vae_layers + 1) * 20 * c**2 for c in m.vae_channels) + 80 * m.vae_channels[-1] ** 2
-    levels = ((2 * m.res_blocks + 1) * (26 + 22 * (k in m.attention_levels)) * c**2 for k, c in enumerate(m.channels))
+    levels = (
+        (2 * m.res_blocks + 1) * (26 + 22 * (k in m.attention_levels)) * c**2
+        for k, c in enumerate(m.channels)
+    )
     return vae + sum(levels) + 60 * m.channels[-1] ** 2
-
-
-def read_json(path: Path, constants: bool = False):
-    r"""What a small JSON file holds, by `parse_json`; raises OSError or ValueError."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError("it is no file")
-    with open(path, "rb") as file:
-        data = file.read(MOST_JSON + 1)
-    if len(data) > MOST_JSON:
-        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
-    return parse_json(data.decode("utf-8-sig"), constants)
-
-
-def parse_json(text: str, constants: bool = False):
-    r"""JSON without what Python lets pass: ValueError for a name given twice, NaN, infinities and 1e999, whole numbers
-    beyond 64 bits, and brackets nested too deep.
-
-    Args: constants: NaN, Infinity and -Infinity pass, which others' files have.
-    """
-
-    def once(pairs: list) -> dict:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
-        return values
-
-    def whole(digits: str) -> int:
-        if len(digits) > 20 or not _fits(int(digits)):
-            raise ValueError(f"{digits[:25]} is beyond 64 bits")
-        return int(digits)
-
-    def finite(digits: str) -> float:
-        if not math.isfinite(float(digits)):
-            raise ValueError(f"{digits[:25]} is not finite")
-        return float(digits)
-
-    try:
-        constant = float if constants else finite
-        return json.loads(text, object_pairs_hook=once, parse_int=whole, parse_float=finite, parse_constant=constant)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def _fits(value: int) -> bool:
-    return -(2**63) <= value < 2**63
 
 
 def fields_of(section) -> dict:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddpm import cli
+from ddpm.tools import command as cli
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,8 +29,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("target", metavar="DIR", help="the folder to write; with --reverse a run folder")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--reverse", action="store_true", help="from diffusers to a run")
-    how.add_argument("--half", action="store_true", help="a run of weights in float16 alone, to hand on, not to resume")
-    p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
+    how.add_argument(
+        "--half", action="store_true", help="a run of weights in float16 alone, to hand on, not to resume"
+    )
+    p.add_argument(
+        "--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]"
+    )
     return p
 
 
@@ -41,11 +45,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig, UserError, printable, read_json
-from ddpm.files import write_atomically
-from ddpm.model import TextToImage, networks, save_weights
+from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig
+from ddpm.model import TextToImage, networks
 from ddpm.schedule import Schedule
 from ddpm.text import TOKENS, WIDTH, TextTower
+from ddpm.tools.errors import UserError, printable
+from ddpm.tools.files import write_atomically
+from ddpm.tools.strict_json import read_json
+from ddpm.tools.weights import save_weights
 from ddpm.unet import UNet
 
 RENAMES = (  # UNet and VAE: ours, diffusers'
@@ -70,39 +77,82 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x_0": "sample"}
 
 # What our networks always are, in diffusers' words. Each value is also the default there, so a folder may leave it out.
 UNET_ALWAYS = {
-    "flip_sin_to_cos": True, "freq_shift": 0, "time_embedding_type": "positional", "timestep_post_act": None,
-    "time_embedding_act_fn": None, "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0, "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5,
-    "downsample_padding": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
-    "center_input_sample": False, "transformer_layers_per_block": 1, "use_linear_projection": False,
-    "only_cross_attention": False, "dual_cross_attention": False, "cross_attention_norm": None,
-    "class_embed_type": None, "addition_embed_type": None, "encoder_hid_dim_type": None,
-}  # fmt: skip
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "time_embedding_act_fn": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "downsample_padding": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "mid_block_scale_factor": 1,
+    "center_input_sample": False,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": False,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "cross_attention_norm": None,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "encoder_hid_dim_type": None,
+}
 VAE_ALWAYS = {
-    "in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_num_groups": 32, "shift_factor": None,
-    "latents_mean": None, "latents_std": None, "use_quant_conv": True, "use_post_quant_conv": True,
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
     "mid_block_add_attention": True,
-}  # fmt: skip
+}
 TEXT_ALWAYS = {
-    "vocab_size": 49408, "max_position_embeddings": TOKENS, "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH,
-    "num_hidden_layers": 12, "num_attention_heads": 8, "layer_norm_eps": 1e-5,
-}  # fmt: skip
+    "vocab_size": 49408,
+    "max_position_embeddings": TOKENS,
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "layer_norm_eps": 1e-5,
+}
 SCHEDULE_ALWAYS = {"trained_betas": None, "rescale_betas_zero_snr": False}
 SAMPLER = {  # our dpm++; clip_sample and set_alpha_to_one are for who changes to DDIM or DDPM
-    "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True,
-    "euler_at_final": False, "final_sigmas_type": "zero", "timestep_spacing": "trailing", "steps_offset": 1,
-    "thresholding": False, "clip_sample": False, "set_alpha_to_one": True,
-}  # fmt: skip
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "final_sigmas_type": "zero",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "thresholding": False,
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+}
 
-VERSION = {"_diffusers_version": "0.42.1"}  # the version tests/compat ran with; below 0.9.0 sample_size is overwritten
+VERSION = {
+    "_diffusers_version": "0.42.1"
+}  # the version tests/compat ran with; below 0.9.0 sample_size is overwritten
 INDEX = {
-    "_class_name": "StableDiffusionPipeline", **VERSION,
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    "_class_name": "StableDiffusionPipeline",
+    **VERSION,
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
     "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
     "requires_safety_checker": False,
-}  # fmt: skip
+}
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREFIX = "text_model."  # of the text tower's tensors; transformers 5 reads them with and without
@@ -144,11 +194,15 @@ def schedule_config(c: ModelConfig) -> dict:
     r"""The settings that make a diffusers scheduler's beta and prediction ours."""
     beta = Schedule.named(c.schedule, c.timesteps).beta
     ends = {} if c.schedule == "cosine" else {"beta_start": beta[0].item(), "beta_end": beta[-1].item()}
-    return SCHEDULE_ALWAYS | ends | {
-        "num_train_timesteps": c.timesteps,
-        "beta_schedule": SCHEDULES[c.schedule],
-        "prediction_type": PREDICTIONS[c.prediction],
-    }  # fmt: skip
+    return (
+        SCHEDULE_ALWAYS
+        | ends
+        | {
+            "num_train_timesteps": c.timesteps,
+            "beta_schedule": SCHEDULES[c.schedule],
+            "prediction_type": PREDICTIONS[c.prediction],
+        }
+    )
 
 
 def export(model: TextToImage, folder: str | Path):
@@ -159,17 +213,27 @@ def export(model: TextToImage, folder: str | Path):
     c = model.config
     vae = {"sample_size": c.image_size, "scaling_factor": model.latent_scale}
     bos, eos = model.text.tokenizer.all_special_ids
-    text = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "projection_dim": WIDTH,
-            "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": 0}  # fmt: skip
+    text = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "projection_dim": WIDTH,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": 0,
+    }
     with new_folder(folder) as to:
         for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer"):
             (to / part).mkdir()
         _write_json(to / "model_index.json", INDEX)
         _write_json(to / "unet/config.json", {"_class_name": INDEX["unet"][1], **VERSION, **unet_config(c)})
-        _write_json(to / "vae/config.json", {"_class_name": INDEX["vae"][1], **VERSION, **vae_config(c), **vae})
+        _write_json(
+            to / "vae/config.json", {"_class_name": INDEX["vae"][1], **VERSION, **vae_config(c), **vae}
+        )
         _write_json(to / "text_encoder/config.json", text | text_config(model.text.quick_gelu))
-        _write_json(to / "scheduler/scheduler_config.json",
-                    {"_class_name": INDEX["scheduler"][1], **VERSION, **schedule_config(c), **SAMPLER})  # fmt: skip
+        _write_json(
+            to / "scheduler/scheduler_config.json",
+            {"_class_name": INDEX["scheduler"][1], **VERSION, **schedule_config(c), **SAMPLER},
+        )
         write_tokenizer(to / "tokenizer", model.text)
         write_weights(to / "unet" / WEIGHTS, without_variance(model.unet), RENAMES)
         write_weights(to / "vae" / WEIGHTS, model.vae, RENAMES)
@@ -200,7 +264,9 @@ def write_tokenizer(folder: Path, text: TextTower):
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True}
     merges = [" ".join(pair) for pair in text.tokenizer.bpe_ranks]
     _write_json(folder / "vocab.json", vocabulary, indent=None)
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8", newline="\n")
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8", newline="\n"
+    )
     _write_json(folder / "tokenizer_config.json", settings | special)
     _write_json(folder / "special_tokens_map.json", special)
 
@@ -233,7 +299,9 @@ def read_weights(path: Path, module: nn.Module, renames: tuple):
         with safe_open(path, "pt") as file:
             tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"expected the weights of a diffusers folder at {path}, could not read them: {error}") from None
+        raise UserError(
+            f"expected the weights of a diffusers folder at {path}, could not read them: {error}"
+        ) from None
     tensors.pop("embeddings.position_ids", None)  # 0..76, which transformers kept before 4.31
     for name, ours in module.state_dict().items():
         theirs = their_names(name, renames)
@@ -271,7 +339,9 @@ class Settings(dict):
         r"""Whole numbers above 0, one to six."""
         values = self.get(key) if isinstance(self.get(key), list) else [self.get(key)]
         if not 1 <= len(values) <= 6 or not all(type(v) is int and v > 0 for v in values):
-            raise UserError(f"expected {key} as one to six whole numbers above 0 in {self.path}, got {self.get(key)!r}")
+            raise UserError(
+                f"expected {key} as one to six whole numbers above 0 in {self.path}, got {self.get(key)!r}"
+            )
         return tuple(values)
 
     def ours(self, key: str, names: dict[str, str]) -> str:
@@ -279,7 +349,9 @@ class Settings(dict):
         for mine, theirs in names.items():
             if self.get(key) == theirs:
                 return mine
-        raise UserError(f"expected {key} out of {', '.join(names.values())} in {self.path}, got {self.get(key)!r}")
+        raise UserError(
+            f"expected {key} out of {', '.join(names.values())} in {self.path}, got {self.get(key)!r}"
+        )
 
     def check(self, expected: dict, defaults: dict):
         r"""Raise UserError at the first setting that is not as expected."""
@@ -289,7 +361,9 @@ class Settings(dict):
             if isinstance(mine, float) and type(theirs) in (int, float):
                 same = math.isclose(theirs, mine, rel_tol=1e-6)
             if not same:
-                raise UserError(f"expected {key} {mine!r} in {self.path}, as our networks have it, got {theirs!r}")
+                raise UserError(
+                    f"expected {key} {mine!r} in {self.path}, as our networks have it, got {theirs!r}"
+                )
 
 
 def import_diffusers(folder: str | Path) -> TextToImage:
@@ -346,11 +420,15 @@ def _check_padding(tokenizer: Settings):
     pad = tokenizer.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
     if pad not in (PAD, "!"):
-        raise UserError(f"expected padding with id 0, {PAD} or !, as OpenCLIP's, in {tokenizer.path}, got {pad!r}")
+        raise UserError(
+            f"expected padding with id 0, {PAD} or !, as OpenCLIP's, in {tokenizer.path}, got {pad!r}"
+        )
 
 
 def _write_json(path: Path, values: dict, indent: int | None = 2):
-    path.write_text(json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    path.write_text(
+        json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 @contextlib.contextmanager
@@ -358,7 +436,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     r"""A temporary folder beside `folder` to write to; it takes that name in the end, or goes if anything fails."""
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"expected a new or an empty folder to write to, {folder} is there already; choose another")
+        raise UserError(
+            f"expected a new or an empty folder to write to, {folder} is there already; choose another"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()

@@ -111,7 +111,9 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        channels_last = not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        channels_last = (
+            not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        )
         large = channels_last and x.shape[2] * x.shape[3] >= 256
         if x.device.type == "cpu" and ((channels_last and is_half(x)) or (large and x.requires_grad)):
             return ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
@@ -135,7 +137,9 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float) -> Tensor:
         B, C, H, W = x.shape
-        small = H * W < 1024  # where torch's kernel for single precision is four to six times as fast as that for half
+        small = (
+            H * W < 1024
+        )  # where torch's kernel for single precision is four to six times as fast as that for half
         wide = (v.float() for v in (x, gamma, beta)) if small and is_half(x) else (x, gamma, beta)
         y, mu, inverse_sigma = torch.native_group_norm(*wide, B, C, H * W, groups, eps)
         ctx.save_for_backward(x, gamma, mu, inverse_sigma)
@@ -150,7 +154,9 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)  # sums are taken in single precision at least
         mu, inverse_sigma = (v.to(wide).repeat_interleave(C // groups, dim=1) for v in (mu, inverse_sigma))
 
-        def group_mean(v: Tensor) -> Tensor:  # (B, C) sums over the map -> mean over the group, for each channel
+        def group_mean(
+            v: Tensor,
+        ) -> Tensor:  # (B, C) sums over the map -> mean over the group, for each channel
             total = v.view(B, groups, -1).sum(dim=2) / (C // groups * H * W)
             return total.repeat_interleave(C // groups, dim=1)
 
@@ -167,7 +173,9 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
 def group_norm(channels: int, eps: float) -> GroupNorm:
     r"""Group normalisation with 32 groups; `channels` must be a multiple of 32."""
     if channels % 32:
-        raise ValueError(f"expected a number of channels that 32 divides (32 groups of normalisation), got {channels}")
+        raise ValueError(
+            f"expected a number of channels that 32 divides (32 groups of normalisation), got {channels}"
+        )
     return GroupNorm(32, channels, eps=eps)
 
 
@@ -183,5 +191,7 @@ def check_type(weight: Tensor, **inputs: Tensor):
     for name, x in inputs.items():
         half = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         if x.dtype != weight.dtype and not (half and torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(f"expected {name} in the network's own {weight.dtype}, got {x.dtype}; convert it, or call "
-                             "the network under torch.autocast for half precision")  # fmt: skip
+            raise ValueError(
+                f"expected {name} in the network's own {weight.dtype}, got {x.dtype}; convert it, or call "
+                "the network under torch.autocast for half precision"
+            )

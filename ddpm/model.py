@@ -1,22 +1,23 @@
 r"""TextToImage: the VAE, the text tower, the UNet and the schedule together; prompts in, pictures out."""
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig, UserError, is_name
-from ddpm.files import digest_of, write_atomically
+from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig, is_name
 from ddpm.sampling import State, guided, sample_loop
 from ddpm.schedule import Schedule
-from ddpm.seeding import generator
 from ddpm.text import WIDTH, TextTower, list_of_strings
+from ddpm.tools import text_weights
+from ddpm.tools.devices import autocast
+from ddpm.tools.errors import UserError
+from ddpm.tools.files import write_atomically
+from ddpm.tools.seeding import generator
+from ddpm.tools.weights import check_shapes, load_weights, save_weights
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
 
@@ -38,7 +39,11 @@ class TextToImage(nn.Module):
         self.schedule = Schedule.named(config.schedule, config.timesteps)
         self.vae, self.unet = networks(config)
         self.own_text = text is not None
-        self.text = text if text is not None else TextTower.named(config.text_weights, config.text_quick_gelu)
+        self.text = (
+            text
+            if text is not None
+            else text_weights.named_tower(config.text_weights, config.text_quick_gelu)
+        )
         self.latent_scale = 1.0
         self.to(memory_format=torch.channels_last)  # as convolutions compute and attention reads tokens
 
@@ -90,7 +95,9 @@ class TextToImage(nn.Module):
         if batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
         if guidance_scale not in (0, 1) and not self.config.caption_drop:
-            warnings.warn("guidance has no unconditional model to lead away from: caption_drop was 0", stacklevel=2)
+            warnings.warn(
+                "guidance has no unconditional model to lead away from: caption_drop was 0", stacklevel=2
+            )
         self.eval()
         pictures = []
         for begin in range(0, len(prompts), batch_size):
@@ -98,18 +105,33 @@ class TextToImage(nn.Module):
             streams = [generator(seed, first + i) for i in range(len(prompts))[part]]
 
             def draw(streams=streams) -> Tensor:
-                return torch.stack([torch.randn(self.latent_shape, generator=g) for g in streams]).to(self.device)
+                return torch.stack([torch.randn(self.latent_shape, generator=g) for g in streams]).to(
+                    self.device
+                )
 
             with autocast(self.device, precision):
                 context, uncond = self.embed(prompts[part]), self.embed(negative[part])
                 denoise = guided(self.unet, context, uncond, guidance_scale, self.unet.keys_values)
-                for state in sample_loop(self.schedule, denoise, draw(), draw, sampler, steps,
-                                         self.config.prediction, eta, variance or self.config.variance):  # fmt: skip
+                for state in sample_loop(
+                    self.schedule,
+                    denoise,
+                    draw(),
+                    draw,
+                    sampler,
+                    steps,
+                    self.config.prediction,
+                    eta,
+                    variance or self.config.variance,
+                ):
                     if callback is not None:
                         callback(state)
                 x = self.decode(state.x)
             pictures.append(x.float().clamp(-1, 1))
-        return torch.cat(pictures) if pictures else torch.zeros(0, 3, self.config.image_size, self.config.image_size)
+        return (
+            torch.cat(pictures)
+            if pictures
+            else torch.zeros(0, 3, self.config.image_size, self.config.image_size)
+        )
 
     def embed(self, prompts: list[str]) -> Tensor:
         r"""`text(prompts)` with each distinct prompt embedded once."""
@@ -123,7 +145,9 @@ class TextToImage(nn.Module):
 
     def save_vae(self, folder: Path):
         r"""Write vae.safetensors, with the latent scale in its metadata."""
-        save_weights(folder / "vae.safetensors", self.vae.state_dict(), {"latent_scale": repr(self.latent_scale)})
+        save_weights(
+            folder / "vae.safetensors", self.vae.state_dict(), {"latent_scale": repr(self.latent_scale)}
+        )
 
     def load_vae(self, folder: Path):
         r"""Read vae.safetensors and the latent scale."""
@@ -145,10 +169,12 @@ class TextToImage(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", Config(self.config, TrainConfig(), preset).to_json().encode())
+        write_atomically(
+            folder / "config.json", Config(self.config, TrainConfig(), preset).to_json().encode()
+        )
         self.save_vae(folder)
         if not is_name(self.config.text_weights) or (self.own_text and self.config.text_weights != "random"):
-            write_atomically(folder / TEXT_FILE, self.text.save)
+            write_atomically(folder / TEXT_FILE, lambda to: text_weights.save_tower(self.text, to))
         save_weights(folder / "ema.safetensors", self.unet.state_dict())
 
     @classmethod
@@ -193,7 +219,7 @@ class TextToImage(nn.Module):
         check_shapes(folder / "vae.safetensors", vae)
         check_shapes(folder / f"{weights}.safetensors", unet)
         own_text = folder / TEXT_FILE
-        text = TextTower.from_file(own_text) if own_text.is_file() else None
+        text = text_weights.tower_from_file(own_text) if own_text.is_file() else None
         model = cls(config, text)
         model.load_vae(folder)
         load_weights(folder / f"{weights}.safetensors", model.unet)
@@ -206,71 +232,3 @@ def networks(c: ModelConfig) -> tuple[KLVAE, UNet]:
     return KLVAE(c.vae_channels, c.vae_layers, c.latent_channels), UNet(
         c.latent_channels, outputs, c.channels, c.attention_levels, c.res_blocks, WIDTH, c.head_width
     )
-
-
-def autocast(device: torch.device, precision: str):
-    r"""The context in which networks compute in `precision`: fp32, bf16 or fp16."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in kinds:
-        raise ValueError(f"expected a precision out of fp32, bf16, fp16, got {precision!r}")
-    return torch.autocast(device.type, kinds[precision])
-
-
-def wait_for(device: torch.device):
-    r"""Return once the device has done what it was asked for; a GPU is asked without waiting, so clocks need this."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-
-
-def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None):
-    r"""Write tensors as safetensors, atomically; the digest of tensors and metadata is kept as `sha256` among these."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    metadata = {"format": "pt", **(metadata or {})}
-    write_atomically(path, save(tensors, {**metadata, "sha256": digest_of([tensors, metadata])}))
-
-
-def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
-    r"""Read safetensors into `module`, strictly: every name and shape must fit, and the checksum where there is one.
-
-    Returns: the file's metadata.
-    """
-    check_shapes(path, module)
-    with _reading(path) as file:
-        state, metadata = {name: file.get_tensor(name) for name in module.state_dict()}, file.metadata() or {}
-    stored = metadata.pop("sha256", None)  # other programs' files have none
-    if stored is not None and stored != digest_of([state, metadata]):
-        raise UserError(f"{path} is damaged: its checksum does not fit; train again or fetch it again")
-    module.load_state_dict(state)
-    return metadata
-
-
-def check_shapes(path: Path, module: nn.Module):
-    r"""Raise UserError unless the safetensors hold just the names and shapes of `module`, which may be on `meta`.
-
-    Reads the header alone, which has been held against the length of the file by then.
-    """
-    wanted = module.state_dict()
-    with _reading(path) as file:
-        names = set(file.keys())
-        for name in sorted(names ^ set(wanted)):
-            raise UserError(
-                f"expected the weights of this configuration in {path}; "
-                f"{name} is {'too much' if name in names else 'missing'}"
-            )
-        for name in names:
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != tuple(wanted[name].shape):
-                raise UserError(f"expected {name} of shape {tuple(wanted[name].shape)} in {path}, got {shape}")
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"could not read the weights in {path}: {error}; if it is damaged, train again or fetch it again"
-        ) from None

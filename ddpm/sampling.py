@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.diffusion import VARIANCES, q_posterior, reverse_variance, split_output, x_0_and_eps
+from ddpm.diffusion import VARIANCES, q_posterior, reverse_variance, x_0_and_eps
+from ddpm.losses import split_output
 from ddpm.schedule import Schedule
 
 SPACINGS = ("trailing", "leading", "linspace")
@@ -56,9 +57,15 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list
 
 
 def ddpm_step(
-    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, noise: Tensor,
-    variance: str = "posterior", nu: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    schedule: Schedule,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    x_0: Tensor,
+    noise: Tensor,
+    variance: str = "posterior",
+    nu: Tensor | None = None,
+) -> Tensor:
     r"""Ancestral sampling (DDPM, algorithm 2), also over skipped steps.
 
     $$p_\theta(x_s \mid x_t, c) = \mathcal N\left(x_s;\ \mu_\theta(x_t, t, c),\ \Sigma_\theta(x_t, t, c)\right), \qquad
@@ -74,7 +81,14 @@ def ddpm_step(
 
 
 def ddim_step(
-    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, eps: Tensor, noise: Tensor, eta: float = 0.0
+    schedule: Schedule,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    x_0: Tensor,
+    eps: Tensor,
+    noise: Tensor,
+    eta: float = 0.0,
 ) -> Tensor:
     r"""One step of DDIM (equation 12; its alpha is our alpha_bar).
 
@@ -86,14 +100,24 @@ def ddim_step(
     """
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t, x_t), schedule.alpha_bar_at(s, x_t)
     sigma_2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
-    x_s = alpha_bar_s.sqrt() * x_0 + (1 - alpha_bar_s - sigma_2).clamp(min=0).sqrt() * eps + sigma_2.sqrt() * noise
+    x_s = (
+        alpha_bar_s.sqrt() * x_0
+        + (1 - alpha_bar_s - sigma_2).clamp(min=0).sqrt() * eps
+        + sigma_2.sqrt() * noise
+    )
     return x_s.to(x_t.dtype)
 
 
 def dpmpp_2m_step(
-    schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor, x_0: Tensor, previous: tuple[Tensor, Tensor] | None,
-    noise: Tensor, eta: float = 0.0,
-) -> Tensor:  # fmt: skip
+    schedule: Schedule,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    x_0: Tensor,
+    previous: tuple[Tensor, Tensor] | None,
+    noise: Tensor,
+    eta: float = 0.0,
+) -> Tensor:
     r"""One step of DPM-Solver++ 2M: `ddim_step` with D, which looks ahead, for the network's x_0.
 
     $$x_s = a_s D + \sqrt{\sigma_s^2 - \sigma^2}\, \frac{x_t - a_t D}{\sigma_t} + \sigma\, \epsilon', \qquad
@@ -127,7 +151,11 @@ def _log_snr(alpha_bar: Tensor) -> Tensor:
 
 
 def guided(
-    network: Callable, context: Tensor, negative: Tensor, scale: float, read: Callable = lambda context: context
+    network: Callable,
+    context: Tensor,
+    negative: Tensor,
+    scale: float,
+    read: Callable = lambda context: context,
 ) -> Callable:
     r"""Classifier-free guidance (Ho and Salimans 2022, equation 6, in the form with scale = 1 + w).
 

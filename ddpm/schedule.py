@@ -110,7 +110,9 @@ class Schedule:
             came = str(t.dtype) if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"expected t as a tensor of integers in {first}..{last}, got {came}")
         if like.ndim < 1 or t.shape != like.shape[:1]:
-            expected = f"t of shape {tuple(like.shape[:1])}, one time a batch element" if like.ndim else "a batch"
+            expected = (
+                f"t of shape {tuple(like.shape[:1])}, one time a batch element" if like.ndim else "a batch"
+            )
             raise ValueError(f"expected {expected}, got {tuple(t.shape)}")
         t = t.detach().cpu().long()
         if len(t) and not (first <= int(t.min()) and int(t.max()) <= last):

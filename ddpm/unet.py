@@ -114,7 +114,9 @@ class UNet(nn.Module):
         self.factor = 2 ** (len(channels) - 1)
         time_width = 4 * channels[0]
         attention = {"context_width": context_width, "head_width": head_width}
-        levels = [(width, attention if k in attention_levels else None, k) for k, width in enumerate(channels)]
+        levels = [
+            (width, attention if k in attention_levels else None, k) for k, width in enumerate(channels)
+        ]
 
         self.time_embedding = TimeEmbedding(channels[0], time_width)
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
@@ -180,7 +182,12 @@ class UNet(nn.Module):
                 f"expected z_t of shape (B, {self.in_channels}, h, w) with h and w multiples of {self.factor}, "
                 f"got {tuple(z_t.shape)}"
             )
-        if not isinstance(t, Tensor) or t.shape != z_t.shape[:1] or t.is_floating_point() or t.dtype == torch.bool:
+        if (
+            not isinstance(t, Tensor)
+            or t.shape != z_t.shape[:1]
+            or t.is_floating_point()
+            or t.dtype == torch.bool
+        ):
             came = f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"expected t as ({len(z_t)},) integers, got {came}")
         if t.device.type == "cpu" and len(t) and t.min() < 0:  # elsewhere the look would make the device wait
@@ -193,5 +200,7 @@ class UNet(nn.Module):
 
     def _check_context(self, context: Tensor, B: int | str = "B"):
         if context.ndim != 3 or B not in ("B", len(context)) or context.shape[2] != self.context_width:
-            raise ValueError(f"expected context of shape ({B}, M, {self.context_width}), got {tuple(context.shape)}")
+            raise ValueError(
+                f"expected context of shape ({B}, M, {self.context_width}), got {tuple(context.shape)}"
+            )
         check_type(self.conv_in.weight, context=context)

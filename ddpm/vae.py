@@ -72,7 +72,9 @@ class DownLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, layers: int, last: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList([ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)])
+        self.resnets = nn.ModuleList(
+            [ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)]
+        )
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels, asymmetric=True)])
 
     def forward(self, h: Tensor) -> Tensor:
@@ -87,7 +89,9 @@ class UpLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, layers: int, last: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList([ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)])
+        self.resnets = nn.ModuleList(
+            [ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)]
+        )
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
     def forward(self, h: Tensor) -> Tensor:
@@ -178,7 +182,9 @@ class KLVAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         r"""Pictures (B, 3, H, W), about in [-1, 1] and not clipped, of latents z (B, c, h, w)."""
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
-            raise ValueError(f"expected latents of shape (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
+            raise ValueError(
+                f"expected latents of shape (B, {self.latent_channels}, h, w), got {tuple(z.shape)}"
+            )
         check_type(self.quant_conv.weight, z=z)
         return self.decoder(self.post_quant_conv(z))
 

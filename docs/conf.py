@@ -9,7 +9,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 
 project = "ddpm"
-release = re.search(r'__version__ = "(.+)"', (HERE.parent / "ddpm/__init__.py").read_text(encoding="utf-8"))[1]
+release = re.search(r'__version__ = "(.+)"', (HERE.parent / "ddpm/__init__.py").read_text(encoding="utf-8"))[
+    1
+]
 html_title = f"ddpm {release}"
 
 extensions = ["myst_nb", "sphinxcontrib.katex", "beside"]
@@ -27,7 +29,9 @@ html_show_sourcelink = False
 html_show_copyright = False
 smartquotes = False  # an ellipsis in a docstring is three dots of Python
 html_theme_options = {
-    "light_css_variables": {"font-stack--monospace": "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace"},
+    "light_css_variables": {
+        "font-stack--monospace": "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace"
+    }
 }
 highlight_language = "sh"  # of blocks without a language: commands
 pygments_style, pygments_dark_style = "github-light", "github-dark"  # both pass WCAG AA

@@ -183,7 +183,9 @@ CODE = (
         "schedule.cosine_beta",
         "f offset largest",
         formula=lambda t: min(
-            1 - cos(((t + 1) / 1000 + 0.008) / 1.008 * pi / 2) ** 2 / cos((t / 1000 + 0.008) / 1.008 * pi / 2) ** 2,
+            1
+            - cos(((t + 1) / 1000 + 0.008) / 1.008 * pi / 2) ** 2
+            / cos((t / 1000 + 0.008) / 1.008 * pi / 2) ** 2,
             0.999,
         ),
     ),
@@ -286,7 +288,9 @@ CODE = (
         "Attention: softmax of the scores, over the values",
         "attention.Attention attention.attend",
         "q k v",
-        formula=lambda q, k_0, k_1, v_0, v_1: (exp(q * k_0) * v_0 + exp(q * k_1) * v_1) / (exp(q * k_0) + exp(q * k_1)),
+        formula=lambda q, k_0, k_1, v_0, v_1: (
+            (exp(q * k_0) * v_0 + exp(q * k_1) * v_1) / (exp(q * k_0) + exp(q * k_1))
+        ),
     ),
     Row("feed-forward", "The gated layer after it", "attention.FeedForward", "value gate"),
     Row(
@@ -340,7 +344,11 @@ CODE = (
         "alpha_bar_t alpha_bar_s sigma_2 eta x_s",
         formula=lambda x_0, eps, noise, alpha_bar_t, alpha_bar_s, eta: (
             sqrt(alpha_bar_s) * x_0
-            + sqrt(1 - alpha_bar_s - eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
+            + sqrt(
+                1
+                - alpha_bar_s
+                - eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+            )
             * eps
             + eta * sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * sqrt(1 - alpha_bar_t / alpha_bar_s) * noise
         ),
@@ -414,7 +422,9 @@ CODE = (
         "Balanced accuracy: do pictures have what their prompts want, and lack what they do not",
         "metrics.balanced_accuracy",
         "wanted seen right rows",
-        formula=lambda n_wanted, n_both, n_unwanted, n_neither: (n_both / n_wanted + n_neither / n_unwanted) / 2,
+        formula=lambda n_wanted, n_both, n_unwanted, n_neither: (
+            (n_both / n_wanted + n_neither / n_unwanted) / 2
+        ),
     ),
     Row(
         "wilson-interval",
@@ -531,14 +541,18 @@ def tagged_cells(folder: Path = ROOT / "notebooks") -> dict[str, list[str]]:
 
 
 def faults(
-    rows: Iterable[Row] = ROWS, held: dict[str, list[str]] | None = None, shown: dict[str, list[str]] | None = None
+    rows: Iterable[Row] = ROWS,
+    held: dict[str, list[str]] | None = None,
+    shown: dict[str, list[str]] | None = None,
 ) -> list[str]:
     r"""What is wrong with the tables, one line each."""
     held = marked_tests() if held is None else held
     shown = tagged_cells() if shown is None else shown
     ids = [row.id for row in rows]
     named = {name for row in rows for name in row.code.split()}
-    found = [f"two rows are called {id!r}; rename one" for id in sorted({id for id in ids if ids.count(id) > 1})]
+    found = [
+        f"two rows are called {id!r}; rename one" for id in sorted({id for id in ids if ids.count(id) > 1})
+    ]
     for id in sorted(set(held) - set(ids)):
         found.append(f"expected the id of a row in docs/equations.py, got {id!r} on {held[id][0]}")
     for id in sorted(set(shown) - set(ids)):
@@ -601,7 +615,9 @@ COLUMNS = f"| {' | '.join(NAMES)} |\n|{' --- |' * len(NAMES)}\n"
 def page() -> str:
     r"""The text of equations.md."""
     held, shown = marked_tests(), tagged_cells()
-    lines = [_line(number, row, held.get(row.id, []), shown.get(row.id, [])) for number, row in enumerate(ROWS, 1)]
+    lines = [
+        _line(number, row, held.get(row.id, []), shown.get(row.id, [])) for number, row in enumerate(ROWS, 1)
+    ]
     spec, code = "".join(lines[: len(SPEC)]), "".join(lines[len(SPEC) :])
     return f"{HEAD}\n## The specification\n\n{COLUMNS}{spec}\n## What the code adds\n\n{COLUMNS}{code}"
 
@@ -650,7 +666,9 @@ def main(arguments: list[str]) -> int:
     if not found and not arguments:
         PAGE.write_text(page(), encoding="utf-8")
     elif not found and (not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page()):
-        found = [f"{PAGE.name} is not what the code and the tests say; run python docs/equations.py and commit it"]
+        found = [
+            f"{PAGE.name} is not what the code and the tests say; run python docs/equations.py and commit it"
+        ]
     print(*found, sep="\n", end="\n" if found else "", file=sys.stderr)
     return 1 if found else 0
 

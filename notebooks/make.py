@@ -30,7 +30,10 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-KEPT = ("mystnb", "tags")  # of a cell's metadata: what its picture shows, in words, and the equations it is about
+KEPT = (
+    "mystnb",
+    "tags",
+)  # of a cell's metadata: what its picture shows, in words, and the equations it is about
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -51,16 +54,23 @@ def execute(notebook: NotebookNode, celeba: bool):
     r"""Run all cells in a fresh kernel, which leaves their outputs in the notebook; `celeba`: with DDPM_CELEBA."""
     environment = {name: value for name, value in os.environ.items() if celeba or name != "DDPM_CELEBA"}
     environment |= {
-        "PYTHONPATH": str(FOLDER.parent), "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(FOLDER.parent),
+        "PYTHONHASHSEED": "0",
+        "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore:IProgress",  # tqdm's, where ipywidgets is missing
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    }  # fmt: skip
+    }
     begun = []
     client = NotebookClient(
-        notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}},
-        coalesce_streams=True, record_timing=False, extra_arguments=["--log-level=ERROR"],
+        notebook,
+        timeout=SECONDS,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(FOLDER)}},
+        coalesce_streams=True,
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
         on_cell_start=lambda cell, cell_index: begun.append(cell_index),
-    )  # fmt: skip
+    )
     try:
         client.execute(env=environment)
     except CellExecutionError as error:
@@ -85,7 +95,9 @@ def tidy(notebook: NotebookNode, number: str):
 
 def _tidy_output(output: NotebookNode, cell: int):
     if output.output_type == "stream" and output.name == "stderr":
-        told = re.sub(r"^\S+:\d+: ", "", output.text.strip()).splitlines()[0]  # of a warning without its place
+        told = re.sub(r"^\S+:\d+: ", "", output.text.strip()).splitlines()[
+            0
+        ]  # of a warning without its place
         raise Fault(f"cell {cell}: expected nothing on stderr, got {told!r}")
     if output.output_type == "stream":
         output.text = _plain(output.text, cell)
@@ -126,7 +138,9 @@ def content_of(notebook: NotebookNode) -> bytes:
     r"""The notebook as its file has it; Fault where that is too large."""
     content = (nbformat.writes(notebook) + "\n").encode()
     if len(content) > LARGEST:
-        raise Fault(f"expected at most {LARGEST // 1000} KB, got {len(content) / 1000:.0f}; make its pictures smaller")
+        raise Fault(
+            f"expected at most {LARGEST // 1000} KB, got {len(content) / 1000:.0f}; make its pictures smaller"
+        )
     return content
 
 
@@ -151,7 +165,9 @@ def make(path: Path, check: bool) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Execute the notebooks and write their outputs into them.")
     parser.add_argument("numbers", nargs="*", metavar="NN", help="which, such as 05; all when there is none")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 unless all run and have outputs")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 unless all run and have outputs"
+    )
     options = parser.parse_args(arguments)
     failed = 0
     try:

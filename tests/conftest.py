@@ -4,15 +4,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm.config import ModelConfig, UserError
+from ddpm.config import ModelConfig
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
+from ddpm.tools import text_weights
+from ddpm.tools.errors import UserError
 
 collect_ignore = ["benchmarks"]  # they are run by hand
 TINY = ModelConfig(
-    image_size=16, vae_channels=(32, 32), vae_layers=1, channels=(32, 64), attention_levels=(1,), res_blocks=1,
+    image_size=16,
+    vae_channels=(32, 32),
+    vae_layers=1,
+    channels=(32, 64),
+    attention_levels=(1,),
+    res_blocks=1,
     text_weights="random",
-)  # fmt: skip
+)
 
 
 def without_zeros(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
@@ -21,7 +28,9 @@ def without_zeros(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Modu
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim > 1 and not parameter.any():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std
+                )
     return module
 
 
@@ -37,7 +46,7 @@ def refusal_of(action, *arguments) -> str:
 @pytest.fixture(scope="session")
 def tower() -> TextTower:
     r"""The random text tower; drawing its 63 million weights takes a second. Tests only read it."""
-    return TextTower.random()
+    return text_weights.random_tower()
 
 
 class Remembering(nn.Module):

@@ -46,7 +46,9 @@ def read(table: str) -> list[Mutation]:
     found = []
     for block in re.split(r"^(?=ddpm/)", table, flags=re.MULTILINE)[1:]:
         file, _, rest = block.partition("\n")
-        for equation, name, *parts in re.findall(r"^([\w-]+): (.+)\n((?:- .*\n)+)((?:\+ .*\n)+)", rest, re.MULTILINE):
+        for equation, name, *parts in re.findall(
+            r"^([\w-]+): (.+)\n((?:- .*\n)+)((?:\+ .*\n)+)", rest, re.MULTILINE
+        ):
             old, new = ("\n".join(line[2:] for line in part.splitlines()) for part in parts)
             found.append(Mutation(equation, name, file, old, new))
     return found
@@ -613,7 +615,9 @@ def outcome(job: tuple[Mutation | None, list[str]]) -> tuple[int, str, float]:
         if mutation:
             path = Path(folder, mutation.file)
             path.unlink()  # the link, not the file
-            path.write_text((ROOT / mutation.file).read_text("utf-8").replace(mutation.old, mutation.new), "utf-8")
+            path.write_text(
+                (ROOT / mutation.file).read_text("utf-8").replace(mutation.old, mutation.new), "utf-8"
+            )
         os.chdir(folder)
         options = ["-x", "-q", "--assert=plain", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts="]
         with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
@@ -646,7 +650,9 @@ def main(wanted: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not wanted or m.equation in wanted]
     stale = [m for m in chosen if (ROOT / m.file).read_text(encoding="utf-8").count(m.old) != 1]
     for m in stale:
-        print(f"{m.equation}, {m.name}: expected {m.old!r} once in {m.file}; correct it in tests/mutations.py")
+        print(
+            f"{m.equation}, {m.name}: expected {m.old!r} once in {m.file}; correct it in tests/mutations.py"
+        )
     if stale:
         return 1
     held = {id: [t for t in tests if "/compat/" not in t] for id, tests in marked_tests().items()}

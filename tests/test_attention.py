@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from conftest import without_zeros
 
-from ddpm.attention import Attention, CrossAttentionBlock, FeedForward, PixelAttention, TransformerBlock, attend
+from ddpm.attention import (
+    Attention,
+    CrossAttentionBlock,
+    FeedForward,
+    PixelAttention,
+    TransformerBlock,
+    attend,
+)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -45,7 +52,9 @@ def test_both_branches_of_attend_have_the_values_and_gradients_of_torchs_kernel(
     assert len(calls) == (0 if tokens == 256 else 1)
     theirs = kernel(*inputs)
     assert (ours - theirs).abs().max().item() < 1e-12
-    for one, other in zip(torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(theirs, inputs, dy), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(theirs, inputs, dy), strict=True
+    ):
         assert (one - other).abs().max().item() < 1e-12
 
 
@@ -116,7 +125,8 @@ def test_the_number_of_heads_is_width_over_head_width_and_must_be_whole():
 def test_only_the_vae_has_biases_on_queries_keys_and_values():
     assert Attention(64).to_q.bias is None
     assert all(
-        layer.bias is not None for layer in (PixelAttention(64).to_q, PixelAttention(64).to_k, PixelAttention(64).to_v)
+        layer.bias is not None
+        for layer in (PixelAttention(64).to_q, PixelAttention(64).to_k, PixelAttention(64).to_v)
     )
     assert PixelAttention(64).heads == 1
 

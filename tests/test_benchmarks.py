@@ -13,18 +13,25 @@ from benchmarks import __main__ as command
 from benchmarks import measure
 from benchmarks.measure import Row, alternate, as_json, compared, digits, table
 
-from ddpm.cli import keep_freed_memory
+from ddpm.tools.devices import keep_freed_memory
 
 
 def row(value: float, goal: float | None, at_least: bool = True) -> Row:
-    return Row("train", "a step", "14 images/s", "5 images/s", value, value - 0.5, value + 0.5, goal, at_least)
+    return Row(
+        "train", "a step", "14 images/s", "5 images/s", value, value - 0.5, value + 0.5, goal, at_least
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "goal", "at_least", "met"),
-    [(3.0, 3.0, True, True), (2.99, 3.0, True, False), (1.35, 1.35, False, True), (1.36, 1.35, False, False),
-     (2.0, None, True, None)],
-)  # fmt: skip
+    [
+        (3.0, 3.0, True, True),
+        (2.99, 3.0, True, False),
+        (1.35, 1.35, False, True),
+        (1.36, 1.35, False, False),
+        (2.0, None, True, None),
+    ],
+)
 def test_a_goal_is_a_floor_or_a_ceiling_and_includes_itself(value, goal, at_least, met):
     assert row(value, goal, at_least).met is met
 
@@ -44,7 +51,9 @@ def test_figures_have_three_digits_and_no_exponent():
 
 def test_rounds_are_compared_in_pairs():
     r"""The median of the ratios, not the ratio of the medians, which here is 2."""
-    found = compared("train", "a step", [1.0, 2.0, 4.0], [3.0, 8.0, 4.0], amount=16, unit="images/s", goal=3.0)
+    found = compared(
+        "train", "a step", [1.0, 2.0, 4.0], [3.0, 8.0, 4.0], amount=16, unit="images/s", goal=3.0
+    )
     assert (found.value, found.low, found.high) == (3.0, 1.0, 4.0)
     assert (found.ours, found.other) == ("8 images/s", "4 images/s")
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 from conftest import TINY
 
-from ddpm.cache import Latents, drawn_pictures
+from ddpm.celeba.dataset import drawn_pictures
+from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.config import ModelConfig
-from ddpm.data import TRAIN, VALID
-from ddpm.diffusion import prior_term, q_sample, variational_term
-from ddpm.metrics import bits_per_dimension, laplace_bits
+from ddpm.diffusion import q_sample
+from ddpm.evaluation.metrics import bits_per_dimension, laplace_bits
+from ddpm.losses import prior_term, variational_term
 from ddpm.model import TextToImage
 from ddpm.schedule import Schedule
+from ddpm.training.caches import Latents
 
 
 def eight_bits(*values):
@@ -30,13 +32,19 @@ def test_the_probabilities_of_all_256_values_add_up_to_one():
 
 @pytest.mark.equation("laplace-bits")
 def test_bits_are_those_of_torchs_laplace_distribution_and_stay_finite_far_away():
-    x, x_hat, width = eight_bits(0, 3, 100, 128, 255), torch.tensor([-0.9, 0.1, -0.25, 0.5, 0.8]).double(), 0.1
+    x, x_hat, width = (
+        eight_bits(0, 3, 100, 128, 255),
+        torch.tensor([-0.9, 0.1, -0.25, 0.5, 0.8]).double(),
+        0.1,
+    )
     F = torch.distributions.Laplace(x_hat, width).cdf
     low = torch.where(x > -1, F(x - 1 / 255), torch.zeros_like(x))
     high = torch.where(x < 1, F(x + 1 / 255), torch.ones_like(x))
     assert (laplace_bits(x, x_hat, width) + (high - low).log2()).abs().max() < 1e-9
     far = laplace_bits(eight_bits(0.0, 255.0), torch.tensor([1.0, -1.0]), 0.01).double()
-    assert (far - (200 + math.log(0.5) / -1) / math.log(2)).abs().max() < 0.7  # exp(-2 / width) / 2, but for half a bin
+    assert (
+        far - (200 + math.log(0.5) / -1) / math.log(2)
+    ).abs().max() < 0.7  # exp(-2 / width) / 2, but for half a bin
 
 
 class Perfect(torch.nn.Module):
@@ -49,7 +57,9 @@ class Perfect(torch.nn.Module):
 
     def forward(self, z_t, t, context):
         ab = self.schedule.alpha_bar_at(t, z_t)
-        return (self.m + ab.sqrt() * self.s**2 * (z_t - ab.sqrt() * self.m) / (ab * self.s**2 + 1 - ab)).float()
+        return (
+            self.m + ab.sqrt() * self.s**2 * (z_t - ab.sqrt() * self.m) / (ab * self.s**2 + 1 - ab)
+        ).float()
 
 
 @pytest.fixture
@@ -90,11 +100,15 @@ def test_the_bound_of_the_latents_is_the_one_computed_without_drawing_a_number(k
     for form in ("posterior", "beta"):
         bound = found["latent"][form]
         # the prior is 1e-8 bits here
-        assert bound["total"] == pytest.approx(bound["prior"] + bound["steps"] + bound["last"], rel=0, abs=1e-12)
+        assert bound["total"] == pytest.approx(
+            bound["prior"] + bound["steps"] + bound["last"], rel=0, abs=1e-12
+        )
         assert 0 < bound["standard_error"] < 0.02
         exact = expected_bound(model, 0.6, 0.5, form)
         assert entropy < exact
-        assert abs(bound["total"] - exact) < 4 * bound["standard_error"] + 0.002  # latents are kept in half precision
+        assert (
+            abs(bound["total"] - exact) < 4 * bound["standard_error"] + 0.002
+        )  # latents are kept in half precision
     first, last = [row[0] for row in found["by_time"]], [row[1] for row in found["by_time"]]
     assert (first[0], last[0], last[-1]) == (0, 0, 199)
     assert all(b == a + 1 for a, b in zip(last, first[1:], strict=False))
@@ -106,7 +120,9 @@ def test_the_bound_of_the_latents_is_the_one_computed_without_drawing_a_number(k
 
 
 @pytest.mark.equation("bits-per-dimension")
-def test_the_same_seed_gives_the_same_bits_and_a_learned_variance_is_reported_beside_the_fixed(tiny, tmp_path):
+def test_the_same_seed_gives_the_same_bits_and_a_learned_variance_is_reported_beside_the_fixed(
+    tiny, tmp_path
+):
     pictures = drawn_pictures(tmp_path, 80, seed=0, size=16)
     moments = np.random.default_rng(0).standard_normal((80, 2, 2, 4, 8, 8)).astype(np.float16)
     latents, rows = Latents(moments), pictures.rows(VALID)
@@ -119,7 +135,9 @@ def test_the_same_seed_gives_the_same_bits_and_a_learned_variance_is_reported_be
     found = bits_per_dimension(learned, latents, learned.text, pictures, rows, 0.1)
     assert set(found["latent"]) == {"posterior", "beta", "learned"}
     assert (
-        found["latent"]["beta"]["total"] < found["latent"]["learned"]["total"] < found["latent"]["posterior"]["total"]
+        found["latent"]["beta"]["total"]
+        < found["latent"]["learned"]["total"]
+        < found["latent"]["posterior"]["total"]
     )
 
 
@@ -131,8 +149,10 @@ def test_the_standard_error_knows_that_a_hard_picture_is_hard_at_all_times(known
     moments[::2, :, 0] = (moments[::2, :, 0] - 0.6 / 1.25) * 6 + 0.6 / 1.25
     rows = pictures.rows(TRAIN)[:64]
     found = bits_per_dimension(model, Latents(moments), model.text, pictures, rows, 0.1, seed=1)
-    halves = [bits_per_dimension(model, Latents(moments), model.text, pictures, rows[k::2], 0.1, seed=1)
-              for k in (0, 1)]  # fmt: skip
+    halves = [
+        bits_per_dimension(model, Latents(moments), model.text, pictures, rows[k::2], 0.1, seed=1)
+        for k in (0, 1)
+    ]
     wide, usual = (half["latent"]["posterior"]["total"] for half in halves)
     apart = (wide - usual) / 2  # a standard deviation, if the halves themselves had none
     assert apart > 1

@@ -5,11 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import cache
-from ddpm.cache import PER_ROW, Latents, Pictures, Texts, cached_array, drawn_pictures, encode_latents, photographs
-from ddpm.config import UserError
-from ddpm.data import TEST, TRAIN, VALID, open_table
-from ddpm.faces import write_celeba
+from ddpm.celeba import dataset as cache
+from ddpm.celeba.dataset import PER_ROW, Pictures, drawn_pictures, photographs
+from ddpm.celeba.faces import write_celeba
+from ddpm.celeba.lists import TEST, TRAIN, VALID, open_table
+from ddpm.tools.arrays import cached_array
+from ddpm.tools.errors import UserError
+from ddpm.training.caches import Latents, Texts, encode_latents
 from ddpm.vae import KLVAE
 
 
@@ -42,7 +44,9 @@ def test_an_array_whose_filling_fails_leaves_nothing_behind(tmp_path):
 
 
 def drawn_blank(folder, count, monkeypatch):
-    monkeypatch.setattr(cache, "draw_many", lambda rows, seed, size: (np.zeros((size, size, 3)) for _ in rows))
+    monkeypatch.setattr(
+        cache, "draw_many", lambda rows, seed, size: (np.zeros((size, size, 3)) for _ in rows)
+    )
     return drawn_pictures(folder, count, seed=0, size=1)
 
 
@@ -59,7 +63,9 @@ def test_equal_rows_of_attributes_fall_into_two_splits_by_chance(tmp_path, monke
         {row.tobytes() for row in pictures.attributes[pictures.rows(s)]} for s in (TRAIN, VALID, TEST)
     )
     assert train & valid and train & test
-    assert len(train & (valid | test)) < 0.15 * len(valid | test)  # or the held-out splits would hold little back
+    assert len(train & (valid | test)) < 0.15 * len(
+        valid | test
+    )  # or the held-out splits would hold little back
 
 
 def test_of_few_drawn_pictures_the_last_tenth_is_valid(tmp_path, monkeypatch):
@@ -150,7 +156,9 @@ def test_captions_are_embedded_once_and_come_back_as_the_tower_gives_them(tmp_pa
 
 def test_captions_may_be_embedded_in_bf16_and_are_kept_apart(tmp_path, tower):
     sentences = ["a smiling young man with black hair", "an older woman wearing a hat", "a bald man"]
-    exact, rounded = (Texts(tmp_path, tower, sentences, precision)(sentences) for precision in ("fp32", "bf16"))
+    exact, rounded = (
+        Texts(tmp_path, tower, sentences, precision)(sentences) for precision in ("fp32", "bf16")
+    )
     apart = (exact - exact.mean(0)).norm()
     assert 1e-4 * apart < (rounded - exact).norm() < 0.03 * apart
     assert len(list(tmp_path.glob("texts-*.npy"))) == 2

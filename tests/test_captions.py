@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm.captions import ATTRIBUTES, EXCLUDES, FACIAL_HAIR, PHRASES, consistent, describe, parse
+from ddpm.celeba.captions import ATTRIBUTES, EXCLUDES, FACIAL_HAIR, PHRASES, consistent, describe, parse
 
 CELEBA = Path(os.environ.get("DDPM_CELEBA", Path(__file__).resolve().parents[2] / "shared" / "celeba"))
 CLIP_TOKENS = 75  # of 77, two are start and end
@@ -186,7 +186,9 @@ def test_two_hundred_seeds_give_many_sentences_short_and_long():
 
 def test_gender_is_kept_in_ninety_percent_and_the_rest_in_three_of_four():
     row = {"Male": 1, "Young": 1, "Goatee": 1, "Wearing_Hat": 1}
-    stated = Counter(name for seed in range(2000) for name, value in parse(describe(row, seed)).items() if value)
+    stated = Counter(
+        name for seed in range(2000) for name, value in parse(describe(row, seed)).items() if value
+    )
     assert stated["Male"] == pytest.approx(1800, abs=60)
     for name in ("Young", "Goatee", "Wearing_Hat"):
         assert stated[name] == pytest.approx(1550, abs=100)
@@ -341,7 +343,11 @@ def test_an_attributes_own_name_is_understood(name):
 
 def test_random_text_breaks_nothing():
     rng = np.random.default_rng(0)
-    pieces = [name.replace("_", " ") for name in ATTRIBUTES] + list(",.;'’-_ ") + ["no", "or", "and", "without", "hair"]
+    pieces = (
+        [name.replace("_", " ") for name in ATTRIBUTES]
+        + list(",.;'’-_ ")
+        + ["no", "or", "and", "without", "hair"]
+    )
     for _ in range(300):
         unicode = "".join(chr(code) for code in rng.integers(0, 0x11000, 60))
         words = " ".join(rng.choice(pieces, 30))
@@ -349,7 +355,9 @@ def test_random_text_breaks_nothing():
             assert all(name in ATTRIBUTES and type(value) is bool for name, value in parse(text).items())
 
 
-@pytest.mark.parametrize("piece", ["black, ", "no hat, ", "or ", "without hat and ", "'", "o'", "x", "no ", "\u0301"])
+@pytest.mark.parametrize(
+    "piece", ["black, ", "no hat, ", "or ", "without hat and ", "'", "o'", "x", "no ", "\u0301"]
+)
 def test_ten_thousand_characters_take_no_time(piece):
     start = time.perf_counter()
     parse((piece * 10000)[:10000])

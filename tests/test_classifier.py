@@ -8,25 +8,25 @@ import pytest
 import torch
 from conftest import refusal_of
 
-from ddpm import classifier as module
-from ddpm.cache import Pictures, drawn_pictures
-from ddpm.captions import ATTRIBUTES, describe, parse
-from ddpm.classifier import (
+from ddpm.celeba.captions import ATTRIBUTES, describe, parse
+from ddpm.celeba.dataset import Pictures, drawn_pictures
+from ddpm.celeba.faces import VISIBLE
+from ddpm.celeba.lists import TEST, TRAIN, VALID
+from ddpm.evaluation import classifier as module
+from ddpm.evaluation.classifier import (
     AttributeClassifier,
     NothingToLearn,
     attribute_classifier,
     balanced_loss,
     degrade,
-    feature_extractor,
     gaussian_blur,
     learnable_names,
     train_classifier,
     truths,
 )
-from ddpm.data import TEST, TRAIN, VALID
-from ddpm.faces import VISIBLE
-from ddpm.metrics import balanced_accuracy
-from ddpm.seeding import generator
+from ddpm.evaluation.features import feature_extractor
+from ddpm.evaluation.metrics import balanced_accuracy
+from ddpm.tools.seeding import generator
 
 CPU = torch.device("cpu")
 
@@ -41,10 +41,14 @@ def test_it_learns_to_read_drawn_faces(faces, monkeypatch):
     network = train_classifier(faces, learnable_names(faces), CPU)
     rows = np.concatenate([faces.rows(VALID), faces.rows(TEST)])
     with torch.no_grad():
-        seen, features = network(faces.batch(rows)) > 0, network.features(faces.batch(faces.rows(TRAIN)))
+        seen, features = (network(faces.batch(rows)) > 0, network.features(faces.batch(faces.rows(TRAIN))))
     assert not network.training and (features.std(dim=0) - 1).abs().median() < 0.05
     found = dict(
-        zip(network.names, balanced_accuracy(truths(faces, rows)[:, network.columns], seen).tolist(), strict=True)
+        zip(
+            network.names,
+            balanced_accuracy(truths(faces, rows)[:, network.columns], seen).tolist(),
+            strict=True,
+        )
     )
     assert all(found[name] > 0.9 for name in ("Bald", "Black_Hair", "Blond_Hair", "Wearing_Hat")), found
     assert np.nanmean(list(found.values())) > 0.7, found
@@ -53,7 +57,9 @@ def test_it_learns_to_read_drawn_faces(faces, monkeypatch):
 def test_the_same_seed_gives_the_same_weights_and_nothing_global_is_drawn(faces, monkeypatch):
     monkeypatch.setattr(module, "STEPS", 2)
     before = torch.get_rng_state()
-    first, second, other = (train_classifier(faces, ("Male", "Bald"), CPU, seed=s).state_dict() for s in (0, 0, 1))
+    first, second, other = (
+        train_classifier(faces, ("Male", "Bald"), CPU, seed=s).state_dict() for s in (0, 0, 1)
+    )
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
     built = torch.get_rng_state()
@@ -107,7 +113,7 @@ def test_both_values_weigh_the_same_in_the_loss():
 
 @pytest.mark.equation("classifier-loss")
 def test_the_loss_at_a_share_of_one_half_is_plain_cross_entropy():
-    logits, truth = torch.tensor([[2.0, -1.0], [0.5, 3.0]]), torch.tensor([[True, False], [False, True]])
+    logits, truth = (torch.tensor([[2.0, -1.0], [0.5, 3.0]]), torch.tensor([[True, False], [False, True]]))
     loss = balanced_loss(logits, truth, torch.tensor([0.5, 0.5]))
     right = torch.tensor([2.0, 1.0, -0.5, 3.0]).sigmoid()
     assert loss.item() == pytest.approx(-right.log().mean().item(), rel=1e-6)

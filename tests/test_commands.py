@@ -13,19 +13,33 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from ddpm import classifier, cli, diffusion, evaluation, sampling
+from ddpm import diffusion, sampling
+from ddpm.celeba.faces import write_celeba
 from ddpm.config import PRESETS
-from ddpm.faces import write_celeba
-from ddpm.text import TextTower
+from ddpm.evaluation import classifier
+from ddpm.evaluation import parts as evaluation
+from ddpm.tools import command as cli
+from ddpm.tools import text_weights
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "40", "--device", "cpu"]
+QUICK = [
+    "--preset",
+    "tiny",
+    "--image-size",
+    "16",
+    "--channels",
+    "32,32",
+    "--drawn-images",
+    "40",
+    "--device",
+    "cpu",
+]
 QUICK += ["--sample-every", "4", "--save-every", "2", "--warmup", "2", "--precision", "fp32"]
 
 
 @pytest.fixture(autouse=True)
 def one_tower(tower, monkeypatch):
-    monkeypatch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+    monkeypatch.setattr(text_weights, "random_tower", (lambda: tower))
 
 
 def run_train(*arguments) -> int:
@@ -57,7 +71,7 @@ def refused(capsys, call, *arguments) -> str:
 def trained(tmp_path_factory, tower):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+        patch.setattr(text_weights, "random_tower", (lambda: tower))
         assert run_train(*QUICK, "--max-steps", 6, "--out", folder) == 0
     return folder
 
@@ -65,9 +79,17 @@ def trained(tmp_path_factory, tower):
 def test_a_run_folder_holds_what_the_contract_says(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
-        "config.json", "vae.safetensors", "unet.safetensors", "ema.safetensors", "state.pt", "state.previous.pt",
-        "metrics.csv", "loss.png", "samples", ".lock",
-    }  # fmt: skip
+        "config.json",
+        "vae.safetensors",
+        "unet.safetensors",
+        "ema.safetensors",
+        "state.pt",
+        "state.previous.pt",
+        "metrics.csv",
+        "loss.png",
+        "samples",
+        ".lock",
+    }
     assert [p.name for p in sorted((trained / "samples").iterdir())] == ["step_000004.png", "step_000006.png"]
 
 
@@ -84,15 +106,29 @@ def test_a_learned_variance_is_trained_resumed_and_sampled_with(tmp_path, capsys
     pictures = {}
     for variance in ([], ["--variance", "learned"], ["--variance", "beta"]):
         out = tmp_path / f"{len(pictures)}.png"
-        assert run_sample("a man", "--model", whole, "--sampler", "ddpm", "--steps", 5, "--out", out, *variance) == 0
+        assert (
+            run_sample("a man", "--model", whole, "--sampler", "ddpm", "--steps", 5, "--out", out, *variance)
+            == 0
+        )
         pictures[tuple(variance)] = Image.open(out).tobytes()
     own, learned, beta = pictures.values()
     assert own == learned != beta
 
 
 def test_a_variance_that_the_model_never_learned_is_refused(trained, tmp_path, capsys):
-    error = refused(capsys, run_sample, "a man", "--model", trained, "--sampler", "ddpm", "--variance", "learned",
-                    "--out", tmp_path / "x.png")  # fmt: skip
+    error = refused(
+        capsys,
+        run_sample,
+        "a man",
+        "--model",
+        trained,
+        "--sampler",
+        "ddpm",
+        "--variance",
+        "learned",
+        "--out",
+        tmp_path / "x.png",
+    )
     assert "--variance posterior or beta" in error
 
 
@@ -208,7 +244,9 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
         (["--drawn-images", "1"], "to train on and others to validate, got 0 and 1"),
     ],
 )
-def test_a_wrong_train_command_is_told_in_one_line_and_makes_nothing(arguments, told, tmp_path, monkeypatch, capsys):
+def test_a_wrong_train_command_is_told_in_one_line_and_makes_nothing(
+    arguments, told, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     preset = [] if {"--preset", "--resume"} & set(arguments) else QUICK
     assert told in refused(capsys, run_train, *preset, "--cache", "cache", *arguments)
@@ -226,12 +264,15 @@ def test_an_output_folder_that_is_taken_a_file_or_not_writable_is_refused(traine
 
 
 def test_a_run_keeps_the_text_weights_that_came_from_a_file(tower, tmp_path):
-    tower.save(tmp_path / "mine.safetensors")
+    text_weights.save_tower(tower, tmp_path / "mine.safetensors")
     folder = tmp_path / "runs" / "own_text"
     arguments = [*QUICK, "--text-weights", tmp_path / "mine.safetensors", "--max-steps", 2]
     assert run_train(*arguments, "--out", folder) == 0
     (tmp_path / "mine.safetensors").unlink()
-    assert run_sample("a man", "--model", folder, "--steps", 1, "--device", "cpu", "--out", tmp_path / "s.png") == 0
+    assert (
+        run_sample("a man", "--model", folder, "--steps", 1, "--device", "cpu", "--out", tmp_path / "s.png")
+        == 0
+    )
 
 
 def test_a_resumed_run_names_the_settings_that_differ(trained, capsys):
@@ -275,7 +316,9 @@ def test_half_a_run_says_how_to_go_on(trained, tmp_path, capsys):
 
 def test_help_comes_without_torch_and_lists_every_preset():
     code = "import sys, train\ntry: train.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for preset in PRESETS:
         assert preset in printed
 
@@ -297,19 +340,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks to glibc")
 def test_memory_that_a_command_frees_is_not_taken_from_the_system_again():
     def page_faults(how: str) -> int:
-        done = subprocess.run([sys.executable, "-c", TAKES_AND_FREES, how], capture_output=True, check=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-c", TAKES_AND_FREES, how], capture_output=True, check=True, cwd=ROOT
+        )
         return int(done.stdout)
 
     assert page_faults("kept") < page_faults("left alone") / 10
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["sample.py"], ["-m", "ddpm.evaluation"], ["-m", "ddpm.export"]])
+@pytest.mark.parametrize(
+    "command", [["train.py"], ["sample.py"], ["-m", "ddpm.evaluation"], ["-m", "ddpm.export"]]
+)
 def test_help_and_a_mistyped_flag_are_answered_where_torch_cannot_be_had(command, tmp_path):
     for module in ("torch", "numpy"):
         (tmp_path / f"{module}.py").write_text("raise ImportError('loaded')\n")
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     for flag, code, told in (("--help", 0, "usage: "), ("--hlep", 2, "error: ")):
-        done = subprocess.run([sys.executable, *command, flag], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *command, flag], cwd=ROOT, env=env, capture_output=True, text=True
+        )
         assert (done.returncode, told in done.stdout + done.stderr) == (code, True), done.stderr
 
 

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from ddpm.config import PRESETS, Config, ModelConfig, TrainConfig, UserError, add_flags, fields_of, given_flags
+from ddpm.config import PRESETS, Config, ModelConfig, TrainConfig, add_flags, fields_of, given_flags
+from ddpm.tools.errors import UserError
 
 
 def parse(*arguments):

@@ -13,19 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ddpm.captions import ATTRIBUTES
-from ddpm.data import (
-    TEST,
-    TRAIN,
-    VALID,
-    BadImage,
-    DataError,
-    _split_by_name,
-    crop_and_resize,
-    download_celeba,
-    open_table,
-    read_image,
-)
+from ddpm.celeba.captions import ATTRIBUTES
+from ddpm.celeba.download import download_celeba
+from ddpm.celeba.images import BadImage, crop_and_resize, read_image
+from ddpm.celeba.lists import TEST, TRAIN, VALID, _split_by_name, open_table
+from ddpm.celeba.refusals import DataError
 
 N = 12
 FILES = tuple(f"{i:06}.jpg" for i in range(1, N + 1))
@@ -173,7 +165,9 @@ def test_the_table_keeps_the_rows_whose_picture_is_there(tmp_path):
 def test_a_table_is_opened_without_a_look_at_each_picture(tmp_path, monkeypatch):
     make_official(tmp_path)
     seen, stat = [], os.stat
-    monkeypatch.setattr(os, "stat", lambda path, *rest, **more: seen.append(str(path)) or stat(path, *rest, **more))
+    monkeypatch.setattr(
+        os, "stat", lambda path, *rest, **more: seen.append(str(path)) or stat(path, *rest, **more)
+    )
     open_table(tmp_path)
     assert not [path for path in seen if path.endswith(".jpg")]
 
@@ -251,7 +245,9 @@ def test_a_few_pictures_still_have_some_to_train_on_and_some_to_validate(count):
 @pytest.mark.parametrize("parts", [[0] * 12, [0] * 2 + [2] * 10, [0] + [2] * 11, [2] * 12])
 def test_a_partition_without_valid_gives_up_some_of_its_train_and_none_of_its_test(tmp_path, parts):
     make_official(tmp_path)
-    put(tmp_path / "list_eval_partition.txt", "".join(f"{f} {p}\n" for f, p in zip(FILES, parts, strict=True)))
+    put(
+        tmp_path / "list_eval_partition.txt", "".join(f"{f} {p}\n" for f, p in zip(FILES, parts, strict=True))
+    )
     split = open_table(tmp_path).split
     np.testing.assert_array_equal(split == TEST, np.array(parts) == TEST)
     assert (split == VALID).any() == (parts.count(0) > 1)
@@ -407,7 +403,9 @@ def test_a_broken_csv_of_ones_own_is_named_in_one_line(tmp_path, case):
         assert part in message
 
 
-@pytest.mark.parametrize("text", ['{"file_name": "a.png"', '["a.png"]', "3", '{"file_name": "a.png", "text": ""}'])
+@pytest.mark.parametrize(
+    "text", ['{"file_name": "a.png"', '["a.png"]', "3", '{"file_name": "a.png", "text": ""}']
+)
 def test_a_broken_jsonl_is_named_in_one_line(tmp_path, text):
     put_pictures(tmp_path, ["a.png"])
     put(tmp_path / "metadata.jsonl", text)
@@ -501,7 +499,9 @@ def test_a_picture_of_the_right_size_stays_as_it_is(tmp_path):
 
 @pytest.mark.equation("preprocessing")
 def test_a_resize_is_antialiased():
-    rows = np.indices((512, 512)).sum(0) % 2 * 255  # a chequerboard has no low frequencies: its average is grey
+    rows = (
+        np.indices((512, 512)).sum(0) % 2 * 255
+    )  # a chequerboard has no low frequencies: its average is grey
     small = np.asarray(crop_and_resize(Image.fromarray(rows.astype(np.uint8))), int)
     assert abs(small - 127).max() <= 2
 
@@ -605,7 +605,9 @@ def png_that_claims(width, height):
     r"""A PNG of a few bytes whose header promises any size."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"IDAT" + zlib.compress(b"\0" * 100)
-    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (head, data, b"IEND")]
+    chunks = [
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (head, data, b"IEND")
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 

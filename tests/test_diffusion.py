@@ -8,19 +8,15 @@ import torch
 from ddpm.diffusion import (
     PREDICTIONS,
     VARIANCES,
-    diffusion_loss,
     forward_step,
-    prior_term,
     q_posterior,
     q_sample,
     reverse_variance,
     score_from,
-    split_output,
-    training_target,
     v_from,
-    variational_term,
     x_0_and_eps,
 )
+from ddpm.losses import diffusion_loss, prior_term, split_output, training_target, variational_term
 from ddpm.schedule import SCHEDULES, Schedule
 
 NAMES = sorted(SCHEDULES)
@@ -80,12 +76,17 @@ def test_a_hundred_random_steps_agree_with_q_sample():
 
 @pytest.mark.equation("closed-form")
 def test_q_sample_is_equation_4_by_hand_with_a_time_for_each_element():
-    x_0, eps = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double(), torch.tensor([[0.3, 0.1], [-1.0, 2.0]]).double()
+    x_0, eps = (
+        torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double(),
+        torch.tensor([[0.3, 0.1], [-1.0, 2.0]]).double(),
+    )
     x_t = q_sample(LINEAR, x_0, at(0, 1), eps)
     alpha_bar = [1 - 1e-4, (1 - 1e-4) * (1 - (1e-4 + (0.02 - 1e-4) / 999))]
     for i in range(2):
         for j in range(2):
-            by_hand = math.sqrt(alpha_bar[i]) * x_0[i, j].item() + math.sqrt(1 - alpha_bar[i]) * eps[i, j].item()
+            by_hand = (
+                math.sqrt(alpha_bar[i]) * x_0[i, j].item() + math.sqrt(1 - alpha_bar[i]) * eps[i, j].item()
+            )
             assert x_t[i, j].item() == pytest.approx(by_hand, abs=1e-12)
 
 
@@ -159,7 +160,9 @@ def test_one_posterior_step_undoes_one_forward_step_in_distribution():
     t = torch.arange(1, 1000)
     zeros, ones = torch.zeros(999, dtype=torch.float64), torch.ones(999, dtype=torch.float64)
     c, variance = q_posterior(LINEAR, zeros, ones, t)
-    assert (c**2 * (1 - LINEAR.alpha_bar[1:]) + variance - (1 - LINEAR.alpha_bar[:-1])).abs().max().item() < 1e-12
+    assert (
+        c**2 * (1 - LINEAR.alpha_bar[1:]) + variance - (1 - LINEAR.alpha_bar[:-1])
+    ).abs().max().item() < 1e-12
 
 
 # ------------------------------------------------------------------------------------------- predictions
@@ -243,7 +246,7 @@ def test_training_targets_are_the_noise_the_picture_and_the_velocity():
 @pytest.mark.equation("objective")
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_perfect_network_has_loss_zero(prediction):
-    z_0, eps, t = normal(3, 4, 8, 8, seed=1).float(), normal(3, 4, 8, 8, seed=2).float(), at(0, 500, 999)
+    z_0, eps, t = (normal(3, 4, 8, 8, seed=1).float(), normal(3, 4, 8, 8, seed=2).float(), at(0, 500, 999))
     target = training_target(LINEAR, z_0, t, eps, prediction)
     loss = diffusion_loss(LINEAR, lambda z_t, t: target, z_0, t, eps, prediction)
     assert loss.shape == (3,)
@@ -282,7 +285,9 @@ def test_the_gradient_of_the_loss_reaches_the_network():
     z_t = q_sample(LINEAR, z_0, at(100, 900), eps)
     diffusion_loss(LINEAR, lambda z, t: scale * z, z_0, at(100, 900), eps).sum().backward()
     by_hand = (2 * (0.5 * z_t - eps) * z_t).mean(dim=1).sum()
-    assert scale.grad.item() == pytest.approx(by_hand.item(), abs=1e-5)  # float32 sums of a few numbers about 1
+    assert scale.grad.item() == pytest.approx(
+        by_hand.item(), abs=1e-5
+    )  # float32 sums of a few numbers about 1
 
 
 # ------------------------------------------------------------------------------------------- refusals
@@ -355,7 +360,9 @@ def test_small_integer_types_do_not_wrap_around():
 
 def test_a_network_that_answers_in_another_shape_is_refused():
     schedule, z = Schedule.named("linear"), torch.zeros(2, 4, 4, 4)
-    with pytest.raises(ValueError, match=r"in shape \(2, 4, 4, 4\), or with twice the channels.* got \(2, 1, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"in shape \(2, 4, 4, 4\), or with twice the channels.* got \(2, 1, 4, 4\)"
+    ):
         diffusion_loss(schedule, lambda z_t, t: z_t[:, :1], z, torch.tensor([0, 1]), z)
 
 
@@ -427,7 +434,9 @@ def test_a_network_with_twice_the_channels_says_mean_and_variance():
     assert output is z and nu is None
     output, nu = split_output(torch.cat([z, torch.full_like(z, -1.0)], dim=1), z)
     assert torch.equal(output, z) and torch.equal(nu, torch.zeros(2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"in shape \(2, 3, 4, 4\), or with twice the channels.* got \(2, 5, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"in shape \(2, 3, 4, 4\), or with twice the channels.* got \(2, 5, 4, 4\)"
+    ):
         split_output(torch.zeros(2, 5, 4, 4), z)
 
 
@@ -492,7 +501,9 @@ def test_with_the_exact_mean_and_variance_the_bound_is_the_datas_entropy(name):
             total += variational_term(schedule, z_0, z_t, t, best, "x_0", variance, nu).sum().item() / 4
         return total
 
-    prior = sum(prior_term(schedule, torch.tensor([[m + a * s]], dtype=torch.float64)).item() / 2 for a in (-1, 1))
+    prior = sum(
+        prior_term(schedule, torch.tensor([[m + a * s]], dtype=torch.float64)).item() / 2 for a in (-1, 1)
+    )
     x_T = torch.distributions.Normal(ab[-1].sqrt() * m, spread[-1].sqrt())
     gap = torch.distributions.kl_divergence(x_T, torch.distributions.Normal(0.0, 1.0)).item()
     entropy = torch.distributions.Normal(m, s).entropy().item()
@@ -516,7 +527,9 @@ def test_the_learned_variance_is_taught_by_the_bound_and_the_mean_by_the_square_
     assert (from_loss - torch.autograd.grad(simple.sum(), mean)[0]).abs().max() < 1e-6
     expected = torch.autograd.grad(10 * bits.sum(), raw)[0]
     assert (from_raw - expected).abs().max() < 1e-4 * expected.abs().max()
-    without = diffusion_loss(LINEAR, lambda z_t, t: torch.cat([mean, raw], dim=1), z_0, t, eps, vlb_weight=0.0)
+    without = diffusion_loss(
+        LINEAR, lambda z_t, t: torch.cat([mean, raw], dim=1), z_0, t, eps, vlb_weight=0.0
+    )
     assert torch.equal(without, simple)
 
 
@@ -546,8 +559,12 @@ def test_following_the_loss_the_variance_becomes_the_exact_one():
     assert abs(learned.item() / exact.item() - 1) < 1e-3
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.01), (torch.float16, 0.002), (torch.float32, 1e-6)])
-def test_every_function_answers_in_its_inputs_type_to_that_types_precision_whatever_the_memory_layout(dtype, tolerance):
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 0.01), (torch.float16, 0.002), (torch.float32, 1e-6)]
+)
+def test_every_function_answers_in_its_inputs_type_to_that_types_precision_whatever_the_memory_layout(
+    dtype, tolerance
+):
     schedule, t = LINEAR, at(0, 10, 500, 900)
     a, b = (normal(3, 4, seed=k).T.to(dtype) for k in range(2))
     assert not a.is_contiguous()

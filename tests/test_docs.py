@@ -24,16 +24,21 @@ from PIL import Image
 
 import sample
 import train
-from ddpm import cli, evaluation, export
+from ddpm import export
+from ddpm.celeba.faces import write_celeba
 from ddpm.config import Config
-from ddpm.faces import write_celeba
+from ddpm.evaluation import parts as evaluation
 from ddpm.model import TextToImage
-from ddpm.text import TextTower
+from ddpm.tools import command as cli
+from ddpm.tools import text_weights
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+PAGES = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+}
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODULES = [parsed.parse(file) for file in parsed.files()]
 
@@ -72,7 +77,9 @@ def is_method(name: str, value) -> bool:
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
 def test_every_public_name_has_exactly_one_place(module):
     there = importlib.import_module(module.name)
-    imports = [n for n in ast.parse(inspect.getsource(there)).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    imports = [
+        n for n in ast.parse(inspect.getsource(there)).body if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
     imported = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
     names = {n for n, value in vars(there).items() if not n.startswith("_") and not inspect.ismodule(value)}
     listed = [name for thing in module.things for name in thing.names]
@@ -143,7 +150,11 @@ def check_command(words: list[str]):
         parts.read(ROOT / "setup.cfg")
         assert set(re.findall(r"\w+", program[3])) <= set(parts["options.extras_require"])
     else:
-        assert program[:3] in (["python3", "-m", "venv"], ["python", "-m", "pytest"], ["python", "-m", "sphinx"]), words
+        assert program[:3] in (
+            ["python3", "-m", "venv"],
+            ["python", "-m", "pytest"],
+            ["python", "-m", "sphinx"],
+        ), words
 
 
 @pytest.mark.parametrize("page, text", blocks(""))
@@ -165,7 +176,9 @@ def test_commands_and_flags_in_prose_are_taken_too(page, tmp_path, monkeypatch):
         if not command.startswith(("python docs/", "python -m sphinx")):
             with contextlib.suppress(SystemExit) if command.endswith("--help") else contextlib.nullcontext():
                 check_command(shlex.split(command.replace("--preset NAME", "--preset tiny")))
-    known = " ".join([train.parser().format_help(), sample.parser().format_help(), inspect.getsource(export.main)])
+    known = " ".join(
+        [train.parser().format_help(), sample.parser().format_help(), inspect.getsource(export.main)]
+    )
     known += evaluation.parser().format_help() + trials.parser().format_help()
     for flag in re.findall(r"`(--[a-z][a-z-]+)", prose):
         assert re.search(rf"{flag}\b", known), flag
@@ -182,15 +195,16 @@ def sandbox(tmp_path, tower, monkeypatch):
         raise OSError("no network in tests")
 
     def refused(*_, **__):
-        raise RuntimeError("To download files from GDrive, 'gdown' is required. You can install it with "
-                           "'pip install gdown'.")  # fmt: skip
+        raise RuntimeError(
+            "To download files from GDrive, 'gdown' is required. You can install it with 'pip install gdown'."
+        )
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "create_connection", unreachable)
-    monkeypatch.setattr("ddpm.text.getproxies", dict)
+    monkeypatch.setattr("ddpm.tools.text_weights.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("torchvision.datasets.CelebA", refused)
-    monkeypatch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+    monkeypatch.setattr(text_weights, "random_tower", (lambda: tower))
     for folder in ("celeba", "quota", "cut", "torn"):
         write_celeba(tmp_path / folder, 60, seed=1)
     (tmp_path / "quota/list_attr_celeba.txt").write_text("<!DOCTYPE html><title>Quota exceeded</title>")
@@ -237,7 +251,9 @@ def test_the_messages_in_the_docs_are_what_the_commands_print(page, sandbox, cap
             cli.run(mains[program], arguments[1:] if program == "-m" else arguments)
             printed[command] = [without_numbers(line) for line in "".join(capsys.readouterr()).splitlines()]
         for line in expected:
-            assert without_numbers(line) in printed[command], "\n".join([command, line, "got:", *printed[command]])
+            assert without_numbers(line) in printed[command], "\n".join(
+                [command, line, "got:", *printed[command]]
+            )
 
 
 # ----------------------------------------------------------------------------------------- Python, links, facts

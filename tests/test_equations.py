@@ -9,29 +9,39 @@ import equations
 import numpy as np
 import pytest
 import torch
-from equations import CODE, ROWS, SPEC, Row, definition, docstring_tex, faults, marked_tests, page, tagged_cells
+from equations import (
+    CODE,
+    ROWS,
+    SPEC,
+    Row,
+    definition,
+    docstring_tex,
+    faults,
+    marked_tests,
+    page,
+    tagged_cells,
+)
 from mutations import MUTATIONS
 from torch import nn
 
 from ddpm.attention import attend
-from ddpm.cache import Pictures
-from ddpm.classifier import balanced_loss
+from ddpm.celeba.dataset import Pictures
 from ddpm.diffusion import (
-    diffusion_loss,
     forward_step,
-    prior_term,
     q_posterior,
     q_sample,
     reverse_variance,
     score_from,
     v_from,
-    variational_term,
     x_0_and_eps,
 )
-from ddpm.metrics import balanced_accuracy, frechet_distance, laplace_bits, psnr, wilson_interval
+from ddpm.evaluation.classifier import balanced_loss
+from ddpm.evaluation.metrics import balanced_accuracy, frechet_distance, laplace_bits, wilson_interval
+from ddpm.losses import diffusion_loss, prior_term, variational_term
 from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, guided
 from ddpm.schedule import Schedule
-from ddpm.training import EMA
+from ddpm.training.optimization import EMA
+from ddpm.training.validation import psnr
 from ddpm.vae import DiagonalGaussian, vae_loss
 
 # ------------------------------------------------------------------------------------------- page
@@ -67,8 +77,16 @@ FORWARD = row(symbols="beta_t", tex="")
     "row, held, told",
     [
         (FORWARD, {}, "no test outside tests/compat holds 'forward-step'"),
-        (FORWARD, {"forward-step": ["tests/compat/test_x.py::test_one"]}, "no test outside tests/compat holds"),
-        (FORWARD, HELD | {"forwards": ["tests/test_x.py::test_two"]}, "got 'forwards' on tests/test_x.py::test_two"),
+        (
+            FORWARD,
+            {"forward-step": ["tests/compat/test_x.py::test_one"]},
+            "no test outside tests/compat holds",
+        ),
+        (
+            FORWARD,
+            HELD | {"forwards": ["tests/test_x.py::test_two"]},
+            "got 'forwards' on tests/test_x.py::test_two",
+        ),
         (row(code="diffusion.backward_step"), HELD, "names ddpm.diffusion.backward_step, which is not there"),
         (row(code="diffusion"), HELD, "names ddpm.diffusion, which is not there"),
         (row(code="nowhere.forward_step"), HELD, "names ddpm.nowhere.forward_step, which is not there"),
@@ -93,7 +111,9 @@ def test_marks_are_read_in_the_order_of_the_files_and_without_running_anything(t
         "raise SystemExit\n@pytest.mark.parametrize('x', [1])\n@pytest.mark.equation('v', 'kl')\ndef test_one(x): ...\n"
         "def test_two(): ...\n"
     )
-    (tmp_path / "tests" / "compat" / "test_a.py").write_text("@pytest.mark.equation('v')\ndef test_three(): ...\n")
+    (tmp_path / "tests" / "compat" / "test_a.py").write_text(
+        "@pytest.mark.equation('v')\ndef test_three(): ...\n"
+    )
     one, three = "tests/test_b.py::test_one", "tests/compat/test_a.py::test_three"
     assert marked_tests(tmp_path / "tests") == {"v": [one, three], "kl": [one]}
 
@@ -102,7 +122,10 @@ def test_tags_are_read_in_the_order_of_the_notebooks_and_one_without_a_row_is_to
     folder = tmp_path / "notebooks"
     folder.mkdir()
     for name, tags in (("02_b", ["eq-kl", "hide-input"]), ("01_a", ["eq-forward-step", "eq-kl"])):
-        cells = [{"id": f"{name[:2]}-01", "metadata": {}}, {"id": f"{name[:2]}-12", "metadata": {"tags": tags}}]
+        cells = [
+            {"id": f"{name[:2]}-01", "metadata": {}},
+            {"id": f"{name[:2]}-12", "metadata": {"tags": tags}},
+        ]
         (folder / f"{name}.ipynb").write_text(json.dumps({"cells": cells}))
     one, two = "notebooks/01_a.ipynb#cell-id=01-12", "notebooks/02_b.ipynb#cell-id=02-12"
     shown = tagged_cells(folder)
@@ -142,7 +165,9 @@ def test_an_equation_that_the_table_brings_along_stands_in_the_docstring_too(id)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.equation}: {m.name}")
 def test_the_text_that_a_departure_replaces_stands_once_in_its_file(mutation):
     source = (equations.ROOT / mutation.file).read_text()
-    assert source.count(mutation.old) == 1 and mutation.new != mutation.old, f"correct {mutation.file} in mutations.py"
+    assert source.count(mutation.old) == 1 and mutation.new != mutation.old, (
+        f"correct {mutation.file} in mutations.py"
+    )
     compile(source.replace(mutation.old, mutation.new), mutation.file, "exec")
 
 
@@ -163,7 +188,9 @@ CHAINS = {name: Schedule.named(name) for name in ("linear", "scaled_linear", "co
 def drawn():
     r"""A random number for every symbol that a formula takes: tensors of N, or one for all."""
     g = torch.Generator().manual_seed(0)
-    names = "x_prev x_0 x_0_hat x_0_prev x_t x x_hat eps eps_hat noise output mu logvar uncond cond average theta"
+    names = (
+        "x_prev x_0 x_0_hat x_0_prev x_t x x_hat eps eps_hat noise output mu logvar uncond cond average theta"
+    )
     names = [*names.split(), "q", "k_0", "k_1", "v_0", "v_1", "mu_1", "mu_2", "S_1", "S_2", "logit"]
     V = {name: torch.randn(N, generator=g, dtype=torch.float64) for name in names}
     V["x"], V["x_hat"] = V["x"].tanh(), V["x_hat"].tanh()  # pictures, in [-1, 1]
@@ -171,11 +198,21 @@ def drawn():
     t_prev = torch.randint(2, 1000, (N,), generator=g)
     t = 1 + (torch.rand(N, generator=g) * (t_prev - 1)).long()
     s = (torch.rand(N, generator=g) * t).long()
-    V |= {"t_prev": t_prev, "t": t, "s": s, "beta_t": LINEAR.beta[t], "level": torch.randint(256, (N,), generator=g)}
+    V |= {
+        "t_prev": t_prev,
+        "t": t,
+        "s": s,
+        "beta_t": LINEAR.beta[t],
+        "level": torch.randint(256, (N,), generator=g),
+    }
     for letter, time in (("s", s), ("t", t), ("prev", t_prev)):
         alpha_bar = LINEAR.alpha_bar[time]
         V |= {f"alpha_bar_{letter}": alpha_bar, f"lambda_{letter}": torch.logit(alpha_bar) / 2}
-    V |= {"alpha_bar_before": LINEAR.alpha_bar[t - 1], "alpha_bar_T": LINEAR.alpha_bar[-1].item(), "width": 0.4}
+    V |= {
+        "alpha_bar_before": LINEAR.alpha_bar[t - 1],
+        "alpha_bar_T": LINEAR.alpha_bar[-1].item(),
+        "width": 0.4,
+    }
     V |= {"nu": torch.rand(N, generator=g, dtype=torch.float64)}
     V |= {"truth": torch.randint(2, (N,), generator=g), "share": 0.05 + 0.9 * torch.rand(N, generator=g)}
     n_wanted = torch.randint(1, ANSWERS, (N,), generator=g)
@@ -286,7 +323,9 @@ def far(row, V):
     r"""The largest difference between a row's formula and its code, relative where numbers are above 1."""
     names = inspect.signature(row.formula).parameters
     values = [getattr(V, name) for name in names]
-    by_formula = [row.formula(*(v[i].item() if isinstance(v, torch.Tensor) else v for v in values)) for i in range(N)]
+    by_formula = [
+        row.formula(*(v[i].item() if isinstance(v, torch.Tensor) else v for v in values)) for i in range(N)
+    ]
     by_formula = torch.tensor(by_formula, dtype=torch.float64).reshape(N, -1).T
     computed = EXACT[row.id](V)
     computed = torch.stack([computed] if isinstance(computed, torch.Tensor) else list(computed))
@@ -302,7 +341,9 @@ def test_a_formula_gives_the_numbers_of_its_code(row):
 
 
 def test_a_formula_that_departs_from_its_code_is_seen():
-    wrong = Row("forward-step", "", "", "", "", lambda x_prev, eps, beta_t: (1 - beta_t) * x_prev + beta_t**0.5 * eps)
+    wrong = Row(
+        "forward-step", "", "", "", "", lambda x_prev, eps, beta_t: (1 - beta_t) * x_prev + beta_t**0.5 * eps
+    )
     difference, tolerance = far(wrong, drawn())
     assert difference > 1000 * tolerance
 

@@ -13,9 +13,11 @@ from conftest import Remembering
 from torch import nn
 
 from ddpm.attention import attend
-from ddpm.cache import AT_ONCE, Latents, drawn_pictures
+from ddpm.celeba.dataset import drawn_pictures
 from ddpm.config import Config
-from ddpm.estimate import (
+from ddpm.model import TextToImage
+from ddpm.training.caches import AT_ONCE, Latents
+from ddpm.training.dry_run import (
     ATTENTION_ON_CPU,
     MIB,
     FlopCounterMode,
@@ -24,9 +26,8 @@ from ddpm.estimate import (
     measure,
     measure_caches,
 )
-from ddpm.metrics import loss_by_timestep
-from ddpm.model import TextToImage
-from ddpm.training import EMA
+from ddpm.training.optimization import EMA
+from ddpm.training.validation import loss_by_timestep
 from train import at_once
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +78,12 @@ def test_a_need_adds_up(tower):
     model = TextToImage(config.model, tower)
     whole, parts = (measure("unet", model, config.with_training(accumulation=n), "fp32", 3) for n in (1, 4))
     size = 4 * sum(p.numel() for p in model.unet.parameters())
-    assert (whole.gradients, whole.optimizer, whole.average, whole.parameters) == (size, 2 * size, size, size // 4)
+    assert (whole.gradients, whole.optimizer, whole.average, whole.parameters) == (
+        size,
+        2 * size,
+        size,
+        size // 4,
+    )
     assert whole.weights == sum(p.nbytes for p in model.parameters())
     assert parts.kept < whole.kept / 3
     for need in (whole, parts):
@@ -116,7 +122,7 @@ def test_validation_and_a_grid_take_no_more_than_a_step(tower, tmp_path):
     model.text([""])  # remembered from now on
     need = measure("unet", model, config, "fp32", 3)
     step = need.peak - need.weights - need.optimizer - need.average
-    pictures, batch = drawn_pictures(tmp_path, 24, seed=0, size=64), at_once(t.batch_size, t.accumulation)
+    pictures, batch = (drawn_pictures(tmp_path, 24, seed=0, size=64), at_once(t.batch_size, t.accumulation))
     latents = Latents(np.zeros((24, 2, 2, *model.latent_shape), np.float16))
     rows, ema = np.arange(24), EMA(model.unet, 0.99)
     with LiveBytes() as live, ema.applied(model.unet):
@@ -166,7 +172,9 @@ def predicted_and_taken(changes, tower, folder) -> tuple[float, float]:
     model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
     predicted = measure("unet", model, config, "fp32", 3).peak
     command = [sys.executable, "-c", CHILD, json.dumps(changes), str(folder)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return predicted / MIB, int(done.stdout.split()[-1]) / MIB
 

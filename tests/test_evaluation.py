@@ -9,11 +9,12 @@ from PIL import Image
 from torch import nn
 
 import train
-from ddpm import classifier, cli, evaluation, metrics
-from ddpm.cache import drawn_pictures
-from ddpm.classifier import attribute_classifier, truths
-from ddpm.data import TEST, TRAIN
-from ddpm.evaluation import (
+from ddpm.celeba.dataset import drawn_pictures
+from ddpm.celeba.lists import TEST, TRAIN
+from ddpm.evaluation import classifier, metrics
+from ddpm.evaluation import parts as evaluation
+from ddpm.evaluation.classifier import attribute_classifier, truths
+from ddpm.evaluation.parts import (
     MIN_EACH,
     PARTS,
     SCOPES,
@@ -27,11 +28,23 @@ from ddpm.evaluation import (
     subset,
 )
 from ddpm.model import TextToImage
-from ddpm.seeding import generator
-from ddpm.text import TextTower
+from ddpm.tools import command as cli
+from ddpm.tools import text_weights
+from ddpm.tools.seeding import generator
 
 COUNT = 400  # drawn faces, of which 20 are test
-TRAINING = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--timesteps", "30", "--device", "cpu"]
+TRAINING = [
+    "--preset",
+    "tiny",
+    "--image-size",
+    "16",
+    "--channels",
+    "32,32",
+    "--timesteps",
+    "30",
+    "--device",
+    "cpu",
+]
 TRAINING += ["--drawn-images", COUNT, "--max-steps", 2, "--precision", "fp32", "--warmup", 1]
 SHORT = {  # of the curves of each scope
     "normal": SCOPES["normal"]._replace(guidances=(1.0, 3.0), steps=(2, 4, 50)),
@@ -53,7 +66,7 @@ class CheapTower(nn.Module):
 @pytest.fixture(autouse=True, scope="module")
 def cheap():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextTower, "random", classmethod(lambda cls: CheapTower()))
+        patch.setattr(text_weights, "random_tower", (lambda: CheapTower()))
         patch.setattr(classifier, "STEPS", 3)
         for name, scope in SHORT.items():
             patch.setitem(evaluation.SCOPES, name, scope)
@@ -91,8 +104,15 @@ def refused(capsys, *arguments) -> str:
 
 
 def truth_of(n: int):
-    attributes = torch.rand(n, 4, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.5, 0.2, 0.1, 0.9])
-    return attributes, ("Male", "Bald", "Eyeglasses", "Young"), torch.arange(n), torch.ones(4, dtype=torch.bool)
+    attributes = torch.rand(n, 4, generator=torch.Generator().manual_seed(0)) < torch.tensor(
+        [0.5, 0.2, 0.1, 0.9]
+    )
+    return (
+        attributes,
+        ("Male", "Bald", "Eyeglasses", "Young"),
+        torch.arange(n),
+        torch.ones(4, dtype=torch.bool),
+    )
 
 
 def test_pictures_that_show_their_prompts_score_one_and_shuffled_prompts_one_half():
@@ -124,8 +144,11 @@ def test_what_few_pictures_want_or_the_classifier_cannot_read_does_not_count():
     found = adherence(wanted, seen, names, torch.arange(40), countable)
     assert [a["counted"] for a in found["attributes"].values()] == [True, False, False, False]
     assert found["mean"] == 1 and found["attributes"]["Young"] == {
-        "wanted": 20, "balanced_accuracy": 0, "interval": found["attributes"]["Young"]["interval"], "counted": False,
-    }  # fmt: skip
+        "wanted": 20,
+        "balanced_accuracy": 0,
+        "interval": found["attributes"]["Young"]["interval"],
+        "counted": False,
+    }
     assert adherence(wanted, seen, names, torch.arange(40), countable & False)["mean"] is None
 
 
@@ -141,10 +164,14 @@ def test_a_part_of_the_pictures_counts_what_all_count_where_it_has_both_values()
 def test_pictures_of_one_prompt_are_one_piece_of_evidence():
     wanted, names, _, countable = truth_of(400)
     four, groups = wanted[:100].repeat_interleave(4, 0), torch.arange(100).repeat_interleave(4)
-    alone, together = (adherence(w, w, names, g, countable) for w, g in ((wanted[:100], groups[::4]), (four, groups)))
+    alone, together = (
+        adherence(w, w, names, g, countable) for w, g in ((wanted[:100], groups[::4]), (four, groups))
+    )
     assert (together["n"], together["prompts"], alone["prompts"]) == (400, 100, 100)
     for name in names:
-        assert together["attributes"][name]["interval"] == pytest.approx(alone["attributes"][name]["interval"])
+        assert together["attributes"][name]["interval"] == pytest.approx(
+            alone["attributes"][name]["interval"]
+        )
     apart = adherence(four, four, names, torch.arange(400), countable)["attributes"]["Male"]["interval"]
     assert apart[0] > together["attributes"]["Male"]["interval"][0]
 
@@ -165,9 +192,16 @@ def test_a_row_is_as_far_as_the_nearest_training_row(tmp_path):
 def test_the_result_names_what_it_measured_and_every_part(run, result):
     settings = result["settings"]
     assert {
-        "split": "test", "n": 20, "extractor": "classifier", "sampler": "dpm++", "steps": 2, "guidance": 3.0,
-        "eta": 0.0, "weights": "ema", "seed": 0,
-    }.items() <= settings.items()  # fmt: skip
+        "split": "test",
+        "n": 20,
+        "extractor": "classifier",
+        "sampler": "dpm++",
+        "steps": 2,
+        "guidance": 3.0,
+        "eta": 0.0,
+        "weights": "ema",
+        "seed": 0,
+    }.items() <= settings.items()
     assert {"crop", "ddpm", "torch", "precision", "device", "machine"} <= set(settings)
     assert set(settings["digests"]) == {"vae", "unet", "data"}
     assert set(PARTS) <= set(result) | set(result["left_out"]) and not set(result) & set(result["left_out"])
@@ -196,7 +230,9 @@ def test_the_figures_are_those_of_the_library_called_by_hand(run, result):
     shares = metrics.precision_recall(real, features)
     assert (result["frechet"]["generated"]["precision"], result["frechet"]["generated"]["recall"]) == shares
     with torch.no_grad():
-        mean = network.features(pictures.batch(train_rows_of(pictures, 20)).mean(0, keepdim=True)).expand(20, -1)
+        mean = network.features(pictures.batch(train_rows_of(pictures, 20)).mean(0, keepdim=True)).expand(
+            20, -1
+        )
     distance = metrics.frechet_distance(*metrics.gaussian_of(real), *metrics.gaussian_of(mean))
     assert result["frechet"]["their mean"]["distance"] == pytest.approx(distance, rel=1e-3)
     assert result["vae"]["psnr"] == pytest.approx(metrics.psnr(x, x_hat).mean().item(), rel=1e-4)
@@ -210,13 +246,17 @@ def test_the_figures_are_those_of_the_library_called_by_hand(run, result):
 def train_rows_of(pictures, n: int) -> np.ndarray:
     r"""The training pictures that stand as the baseline."""
     rows = pictures.rows(TRAIN)
-    return np.sort(rows[torch.randperm(len(rows), generator=generator(0, "evaluation", "others"))[:n].numpy()])
+    return np.sort(
+        rows[torch.randperm(len(rows), generator=generator(0, "evaluation", "others"))[:n].numpy()]
+    )
 
 
 def test_copies_of_training_pictures_are_found_mirrored_ones_too(run, tmp_path, monkeypatch):
     pictures = drawn_pictures(run.parent / "cache", COUNT, seed=0, size=16)
     copies = pictures.batch(pictures.rows(TRAIN)[:20], torch.arange(20) % 2 == 0)
-    monkeypatch.setattr(TextToImage, "sample", lambda self, prompts, *_, first=0, **__: copies[first:][: len(prompts)])
+    monkeypatch.setattr(
+        TextToImage, "sample", lambda self, prompts, *_, first=0, **__: copies[first:][: len(prompts)]
+    )
     assert evaluate(run, "--only", "neighbours", "--out", tmp_path) == 0
     found = json.loads((tmp_path / "result.json").read_text())["neighbours"]
     assert set(found) == {"pixels", "features"}
@@ -261,7 +301,15 @@ def test_some_parts_of_some_rows_of_another_split(run, tmp_path, capsys):
 
 def test_pictures_drawn_for_a_short_curve_are_the_first_of_a_long_one(tmp_path):
     class Arguments:
-        scope, sampler, steps, guidance, eta, seed, extractor = "quick", "dpm++", 2, 3.0, 0.0, 5, "classifier"
+        scope, sampler, steps, guidance, eta, seed, extractor = (
+            "quick",
+            "dpm++",
+            2,
+            3.0,
+            0.0,
+            5,
+            "classifier",
+        )
 
     torch.manual_seed(0)
     model = TextToImage(TINY, CheapTower()).eval()
@@ -272,7 +320,9 @@ def test_pictures_drawn_for_a_short_curve_are_the_first_of_a_long_one(tmp_path):
     whole = model.sample(e.prompts[:6], "ddpm", 2, 3.0, seed=5)
     assert torch.allclose(e.draw(setting, 3), whole[:3], atol=1e-5)
     assert torch.allclose(e.draw(setting, 6), whole, atol=1e-5)
-    assert not torch.allclose(model.sample(e.prompts[:3], "ddpm", 2, 3.0, seed=5, first=3), whole[3:], atol=1e-4)
+    assert not torch.allclose(
+        model.sample(e.prompts[:3], "ddpm", 2, 3.0, seed=5, first=3), whole[3:], atol=1e-4
+    )
 
 
 def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run):
@@ -283,9 +333,14 @@ def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run)
         Image.fromarray(g.integers(0, 255, (20, 20, 3), np.uint8)).save(data / f"{i}.png")
     lines = [f"{i}.png,picture {i},{'test' if i < 10 else 'train'}\n" for i in range(40)]
     (data / "captions.csv").write_text("file,caption,split\n" + "".join(lines))
-    assert evaluate(run, "--data", data, "--out", tmp_path / "out", "--only", "adherence,frechet,vae,neighbours") == 0
+    assert (
+        evaluate(run, "--data", data, "--out", tmp_path / "out", "--only", "adherence,frechet,vae,neighbours")
+        == 0
+    )
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert set(result["left_out"]) == {"adherence", "frechet"} and "attribute" in result["left_out"]["adherence"]
+    assert (
+        set(result["left_out"]) == {"adherence", "frechet"} and "attribute" in result["left_out"]["adherence"]
+    )
     assert result["vae"]["n"] == 10 and set(result["neighbours"]) == {"pixels"}
 
 
@@ -347,7 +402,9 @@ def test_what_ships_is_measured_without_a_file_in_the_package(monkeypatch, tmp_p
         (["--quick", "--full"], "--full"),
     ],
 )
-def test_a_wrong_command_is_told_in_one_line_and_writes_nothing(arguments, told, run, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_is_told_in_one_line_and_writes_nothing(
+    arguments, told, run, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     out = [] if "--out" in arguments else ["--out", "out"]
@@ -373,4 +430,8 @@ def test_a_split_that_is_empty_is_told(run, tmp_path, capsys):
 
 
 def test_numbers_are_rounded_and_what_is_none_becomes_null():
-    assert rounded({"a": (1.23456789, float("nan")), "b": 3, "c": True}) == {"a": [1.23457, None], "b": 3, "c": True}
+    assert rounded({"a": (1.23456789, float("nan")), "b": 3, "c": True}) == {
+        "a": [1.23457, None],
+        "b": 3,
+        "c": True,
+    }

@@ -15,17 +15,21 @@ from conftest import TINY, refusal_of, without_zeros
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm import cli, export
+from ddpm import export
 from ddpm.config import PRESETS, Config, ModelConfig
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
+from ddpm.tools import command as cli
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
 
 CONFIG_FILES = {
-    "unet": "unet/config.json", "vae": "vae/config.json", "text": "text_encoder/config.json",
-    "scheduler": "scheduler/scheduler_config.json", "tokenizer": "tokenizer/tokenizer_config.json",
-}  # fmt: skip
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+    "tokenizer": "tokenizer/tokenizer_config.json",
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +92,19 @@ def test_a_learned_variance_stays_behind_and_the_mean_is_exported(model, tmp_pat
 def test_the_folder_holds_what_the_pipeline_looks_for(folder):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
-        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json", "text_encoder/config.json",
-        "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt",
-        "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json",
-    }  # fmt: skip
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/special_tokens_map.json",
+    }
     index = json.loads((folder / "model_index.json").read_text())
     assert index["safety_checker"] == index["feature_extractor"] == index["image_encoder"] == [None, None]
     assert index["requires_safety_checker"] is False
@@ -144,9 +156,11 @@ def test_nothing_is_clipped_and_the_times_trail(folder):
     assert (written["final_sigmas_type"], written["solver_order"]) == ("zero", 2)
 
 
-@pytest.mark.parametrize(("module", "renames"), [
-    (UNet, export.RENAMES), (KLVAE, export.RENAMES), (TextTower, export.TEXT_RENAMES),
-], ids=["unet", "vae", "text"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "renames"),
+    [(UNet, export.RENAMES), (KLVAE, export.RENAMES), (TextTower, export.TEXT_RENAMES)],
+    ids=["unet", "vae", "text"],
+)
 def test_no_two_tensors_get_one_name(module, renames):
     with torch.device("meta"):
         names = list(UNet().state_dict() if module is UNet else KLVAE().state_dict())
@@ -194,12 +208,25 @@ def test_the_model_comes_back_bit_for_bit(folder, model):
     assert not back.training
 
 
-@pytest.mark.parametrize("c", [
-    *(Config.from_preset(name).model for name in PRESETS),
-    ModelConfig(schedule="scaled_linear", timesteps=250, prediction="x_0", channels=(32, 64, 96, 96), res_blocks=3,
-                attention_levels=(0, 3), head_width=16, latent_channels=5, text_quick_gelu=True),
-    ModelConfig(channels=(64,), attention_levels=(), vae_channels=(32,), image_size=8),
-], ids=[*PRESETS, "odd", "one-level"])  # fmt: skip
+@pytest.mark.parametrize(
+    "c",
+    [
+        *(Config.from_preset(name).model for name in PRESETS),
+        ModelConfig(
+            schedule="scaled_linear",
+            timesteps=250,
+            prediction="x_0",
+            channels=(32, 64, 96, 96),
+            res_blocks=3,
+            attention_levels=(0, 3),
+            head_width=16,
+            latent_channels=5,
+            text_quick_gelu=True,
+        ),
+        ModelConfig(channels=(64,), attention_levels=(), vae_channels=(32,), image_size=8),
+    ],
+    ids=[*PRESETS, "odd", "one-level"],
+)
 def test_every_configuration_comes_back(copy, c):
     change(copy, "unet", **export.unet_config(c))
     change(copy, "vae", **export.vae_config(c))
@@ -222,7 +249,11 @@ def test_half_precision_weights_are_read(copy, model):
 
 
 def test_settings_that_diffusers_leaves_to_their_default_may_be_missing(copy):
-    for part, always in (("unet", export.UNET_ALWAYS), ("vae", export.VAE_ALWAYS), ("text", export.TEXT_ALWAYS)):
+    for part, always in (
+        ("unet", export.UNET_ALWAYS),
+        ("vae", export.VAE_ALWAYS),
+        ("text", export.TEXT_ALWAYS),
+    ):
         change(copy, part, **dict.fromkeys(always, ...))
     assert export.model_config(copy).channels == TINY.channels
 
@@ -243,34 +274,53 @@ def test_padding_with_id_0_has_several_names(copy, pad):
 
 REFUSED = {  # setting, its value, what the refusal names
     "unet": [
-        ("act_fn", "gelu", "act_fn"), ("norm_eps", 1e-6, "norm_eps"), ("flip_sin_to_cos", False, "flip_sin_to_cos"),
-        ("cross_attention_dim", 768, "cross_attention_dim"), ("cross_attention_dim", ..., "cross_attention_dim"),
-        ("attention_head_dim", 8, "attention_head_dim"), ("attention_head_dim", 0, "attention_head_dim"),
-        ("attention_head_dim", "2", "attention_head_dim"), ("attention_head_dim", 5, "head_width"),
-        ("sample_size", ..., "sample_size"), ("sample_size", [8, 16], "sample_size"), ("sample_size", 7, "image_size"),
-        ("sample_size", 8.5, "image_size"), ("block_out_channels", [48, 96], "widths"),
-        ("block_out_channels", [], "block_out_channels"), ("block_out_channels", None, "block_out_channels"),
+        ("act_fn", "gelu", "act_fn"),
+        ("norm_eps", 1e-6, "norm_eps"),
+        ("flip_sin_to_cos", False, "flip_sin_to_cos"),
+        ("cross_attention_dim", 768, "cross_attention_dim"),
+        ("cross_attention_dim", ..., "cross_attention_dim"),
+        ("attention_head_dim", 8, "attention_head_dim"),
+        ("attention_head_dim", 0, "attention_head_dim"),
+        ("attention_head_dim", "2", "attention_head_dim"),
+        ("attention_head_dim", 5, "head_width"),
+        ("sample_size", ..., "sample_size"),
+        ("sample_size", [8, 16], "sample_size"),
+        ("sample_size", 7, "image_size"),
+        ("sample_size", 8.5, "image_size"),
+        ("block_out_channels", [48, 96], "widths"),
+        ("block_out_channels", [], "block_out_channels"),
+        ("block_out_channels", None, "block_out_channels"),
         ("down_block_types", ["AttnDownBlock2D", "DownBlock2D"], "down_block_types"),
-        ("down_block_types", 3, "down_block_types"), ("up_block_types", ["UpBlock2D"] * 2, "up_block_types"),
-        ("layers_per_block", [1, 2], "layers_per_block"), ("in_channels", 9, "in_channels"),
+        ("down_block_types", 3, "down_block_types"),
+        ("up_block_types", ["UpBlock2D"] * 2, "up_block_types"),
+        ("layers_per_block", [1, 2], "layers_per_block"),
+        ("in_channels", 9, "in_channels"),
     ],
     "vae": [
-        ("down_block_types", ["DownEncoderBlock2D"], "down_block_types"), ("shift_factor", 0.1, "shift_factor"),
-        ("latent_channels", 16, "in_channels"), ("use_quant_conv", False, "use_quant_conv"),
+        ("down_block_types", ["DownEncoderBlock2D"], "down_block_types"),
+        ("shift_factor", 0.1, "shift_factor"),
+        ("latent_channels", 16, "in_channels"),
+        ("use_quant_conv", False, "use_quant_conv"),
     ],
     "text": [("hidden_act", "relu", "hidden_act"), ("hidden_size", 768, "hidden_size")],
     "scheduler": [
-        ("beta_schedule", "sigmoid", "beta_schedule"), ("beta_start", ..., "beta_start"), ("beta_end", 1, "beta_end"),
-        ("prediction_type", "flow_prediction", "prediction_type"), ("num_train_timesteps", True, "num_train_timesteps"),
-        ("num_train_timesteps", 1000.5, "timesteps"), ("trained_betas", [0.1], "trained_betas"),
+        ("beta_schedule", "sigmoid", "beta_schedule"),
+        ("beta_start", ..., "beta_start"),
+        ("beta_end", 1, "beta_end"),
+        ("prediction_type", "flow_prediction", "prediction_type"),
+        ("num_train_timesteps", True, "num_train_timesteps"),
+        ("num_train_timesteps", 1000.5, "timesteps"),
+        ("trained_betas", [0.1], "trained_betas"),
         ("rescale_betas_zero_snr", True, "rescale_betas_zero_snr"),
     ],
     "tokenizer": [("pad_token", "<|endoftext|>", "padding"), ("pad_token", ..., "padding")],
-}  # fmt: skip
+}
 CASES = [(part, *case) for part, cases in REFUSED.items() for case in cases]
 
 
-@pytest.mark.parametrize(("part", "key", "value", "named"), CASES, ids=[f"{p}-{k}-{v}" for p, k, v, _ in CASES])
+@pytest.mark.parametrize(
+    ("part", "key", "value", "named"), CASES, ids=[f"{p}-{k}-{v}" for p, k, v, _ in CASES]
+)
 def test_what_our_networks_are_not_is_refused_by_name(copy, part, key, value, named):
     change(copy, part, **{key: value})
     assert named in refusal_of(export.import_diffusers, copy)
@@ -283,7 +333,9 @@ def test_a_scaling_factor_that_is_none_is_refused(copy, value):
 
 
 @pytest.mark.parametrize("part", CONFIG_FILES)
-@pytest.mark.parametrize("content", [None, "", "{", "[1]", "\udcff"], ids=["gone", "empty", "cut", "list", "bytes"])
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[1]", "\udcff"], ids=["gone", "empty", "cut", "list", "bytes"]
+)
 def test_a_damaged_settings_file_is_named(copy, part, content):
     path = copy / CONFIG_FILES[part]
     path.unlink()
@@ -303,12 +355,16 @@ def test_weights_that_do_not_fit_are_refused_by_name(copy, fault):
         path.write_bytes(b"not a file of tensors")
     elif fault != "gone":
         del tensors[name]
-        tensors |= {"too many": {name: whole, "class_embedding.weight": torch.zeros(2)},
-                    "other shape": {name: torch.zeros(3)}}.get(fault, {})  # fmt: skip
+        tensors |= {
+            "too many": {name: whole, "class_embedding.weight": torch.zeros(2)},
+            "other shape": {name: torch.zeros(3)},
+        }.get(fault, {})
         save_file(tensors, path)
     said = refusal_of(export.import_diffusers, copy)
     assert str(path) in said
-    assert {"missing": name, "too many": "class_embedding.weight", "other shape": "(3,)"}.get(fault, "") in said
+    assert {"missing": name, "too many": "class_embedding.weight", "other shape": "(3,)"}.get(
+        fault, ""
+    ) in said
 
 
 def test_something_that_is_there_is_not_overwritten(model, tmp_path):
@@ -377,7 +433,9 @@ def test_a_run_in_float16_is_half_as_large_loads_and_keeps_its_configuration(mod
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("arguments", [["nowhere", "out"], ["--reverse", "nowhere", "out"]], ids=["there", "back"])
+@pytest.mark.parametrize(
+    "arguments", [["nowhere", "out"], ["--reverse", "nowhere", "out"]], ids=["there", "back"]
+)
 def test_a_source_that_is_not_there_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.run(export.main, arguments) == 2

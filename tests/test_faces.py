@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm.captions import ATTRIBUTES, consistent
-from ddpm.faces import HAIRS, VISIBLE, draw_face, draw_many, drawn_rows, main, random_attributes, write_celeba
+from ddpm.celeba.captions import ATTRIBUTES, consistent
+from ddpm.celeba.faces import (
+    HAIRS,
+    VISIBLE,
+    draw_face,
+    draw_many,
+    drawn_rows,
+    main,
+    random_attributes,
+    write_celeba,
+)
 
 WOMAN = {"Young": True, "No_Beard": True, "Brown_Hair": True}
 MAN = WOMAN | {"Male": True}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import refusal_of
 
-import ddpm.files
-from ddpm.cache import cached_array
-from ddpm.files import CannotWrite, digest_of, flock, remove_leftovers, write_atomically
-from ddpm.run import save_state
+import ddpm.tools.files
+from ddpm.tools.arrays import cached_array
+from ddpm.tools.files import CannotWrite, digest_of, flock, remove_leftovers, write_atomically
+from ddpm.training.run import save_state
 
 MEGABYTE = 2**20
 
@@ -24,7 +24,9 @@ def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
-    made = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
+    made = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True
+    )
     if not made or made.returncode:
         pytest.skip("only root can mount a small disk, and not in every container")
     yield disk
@@ -43,7 +45,9 @@ def limited():
 
 WRITERS = {
     "bytes": lambda path: write_atomically(path, bytes(3 * MEGABYTE)),
-    "state": lambda path: write_atomically(path, lambda to: save_state(to, {"x": torch.zeros(3 * MEGABYTE // 4)})),
+    "state": lambda path: write_atomically(
+        path, lambda to: save_state(to, {"x": torch.zeros(3 * MEGABYTE // 4)})
+    ),
     "cache": lambda path: cached_array(path, (3, MEGABYTE), np.uint8, lambda array: array.fill(1)),
 }
 
@@ -69,7 +73,9 @@ def test_a_limit_on_a_files_size_leaves_the_old_file(kind, limited, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("at", ["open", "write", "fsync", "rename"])
-def test_a_fault_at_any_point_of_writing_leaves_the_old_file_and_is_one_line(number, at, tmp_path, monkeypatch):
+def test_a_fault_at_any_point_of_writing_leaves_the_old_file_and_is_one_line(
+    number, at, tmp_path, monkeypatch
+):
     path = tmp_path / "state.pt"
     write_atomically(path, b"old")
 
@@ -78,9 +84,9 @@ def test_a_fault_at_any_point_of_writing_leaves_the_old_file_and_is_one_line(num
 
     content = fail if at == "write" else lambda to: to.write_bytes(b"new")
     if at == "open":
-        monkeypatch.setattr(ddpm.files, "_held", fail)
+        monkeypatch.setattr(ddpm.tools.files, "_held", fail)
     elif at != "write":
-        monkeypatch.setattr(ddpm.files.os, {"fsync": "fsync", "rename": "replace"}[at], fail)
+        monkeypatch.setattr(ddpm.tools.files.os, {"fsync": "fsync", "rename": "replace"}[at], fail)
     told = refusal_of(lambda: write_atomically(path, content))
     assert os.strerror(number) in told and str(path) in told
     monkeypatch.undo()
@@ -142,13 +148,13 @@ def test_a_file_that_is_taken_away_before_it_is_locked_is_begun_again(tmp_path, 
     def late(file):
         calls.append(file.name)
         if len(calls) == 1:
-            monkeypatch.setattr(ddpm.files, "flock", flock)
+            monkeypatch.setattr(ddpm.tools.files, "flock", flock)
             remove_leftovers(tmp_path)
-            monkeypatch.setattr(ddpm.files, "flock", late)
+            monkeypatch.setattr(ddpm.tools.files, "flock", late)
             assert flock(file) is None or os.listdir(tmp_path) == []
         return flock(file)
 
-    monkeypatch.setattr(ddpm.files, "flock", late)
+    monkeypatch.setattr(ddpm.tools.files, "flock", late)
     write_atomically(tmp_path / "x", lambda to: os.truncate(to, 5))
     assert len(calls) == 2 and os.listdir(tmp_path) == ["x"]
 
@@ -167,5 +173,7 @@ def test_a_digest_sees_every_value_name_kind_and_shape():
     ]
     digests = [digest_of(value) for value in (base, *others)]
     assert len(set(digests)) == len(digests)
-    assert digest_of({**base, "a": torch.zeros(3, 2).t()}) == digests[0]  # the layout in memory does not count
+    assert (
+        digest_of({**base, "a": torch.zeros(3, 2).t()}) == digests[0]
+    )  # the layout in memory does not count
     assert digest_of(torch.zeros(2, dtype=torch.bfloat16)) != digest_of(torch.zeros(2, dtype=torch.float16))

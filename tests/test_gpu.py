@@ -7,13 +7,16 @@ import torch.nn.functional as F
 from conftest import without_zeros
 
 import train
-from ddpm import cli
 from ddpm.attention import attend
-from ddpm.cache import Latents, drawn_pictures
+from ddpm.celeba.dataset import drawn_pictures
 from ddpm.config import Config
 from ddpm.model import TextToImage
-from ddpm.pictures import to_uint8
-from ddpm.training import Bound, Optimization, to_device, train_unet, train_vae
+from ddpm.tools import devices
+from ddpm.tools.grids import to_uint8
+from ddpm.training.batches import to_device
+from ddpm.training.caches import Latents
+from ddpm.training.loops import train_unet, train_vae
+from ddpm.training.optimization import Bound, Optimization
 from ddpm.unet import UNet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -51,7 +54,9 @@ def test_steps_in_every_precision_are_finite_and_move_the_weights(stage, precisi
 
 def test_the_unet_says_the_same_as_on_the_cpu_and_keeps_the_memory_layout():
     torch.manual_seed(0)
-    unet = without_zeros(UNet(channels=(32, 64), attention_levels=(1,), res_blocks=1, context_width=16)).eval()
+    unet = without_zeros(
+        UNet(channels=(32, 64), attention_levels=(1,), res_blocks=1, context_width=16)
+    ).eval()
     z, t, c = normal(2, 4, 8, 8), torch.tensor([10, 700]), normal(2, 5, 16)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = unet(z, t, c)
@@ -93,7 +98,7 @@ def test_what_is_on_its_way_to_the_gpu_is_pinned(monkeypatch):
 
 
 def test_training_multiplies_in_tf32(tmp_path):
-    flags = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "32"]  # fmt: skip
+    flags = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "32"]
     flags += ["--device", "cuda", "--max-steps", "2"]
     before = torch.get_float32_matmul_precision()
     try:
@@ -104,4 +109,4 @@ def test_training_multiplies_in_tf32(tmp_path):
 
 
 def test_auto_takes_the_gpu():
-    assert cli.choose_device("auto").type == "cuda"
+    assert devices.choose_device("auto").type == "cuda"

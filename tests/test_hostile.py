@@ -33,32 +33,47 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from ddpm import cli, export
-from ddpm.cache import cached_array
-from ddpm.captions import ATTRIBUTES, parse
-from ddpm.config import TEXT_FILE, Config, ModelConfig, UserError, add_flags, given_flags, parameters
-from ddpm.data import MOST_LIST, BadImage, open_table, read_image
-from ddpm.faces import write_celeba
+from ddpm import export
+from ddpm.celeba.captions import ATTRIBUTES, parse
+from ddpm.celeba.faces import write_celeba
+from ddpm.celeba.images import BadImage, read_image
+from ddpm.celeba.lists import MOST_LIST, open_table
+from ddpm.config import TEXT_FILE, Config, ModelConfig, add_flags, given_flags, parameters
 from ddpm.model import TextToImage, networks
-from ddpm.pictures import labelled_grid, save_png
-from ddpm.run import COLUMNS, Damaged, Run, read_metrics, read_state
 from ddpm.text import TextTower
+from ddpm.tools import command as cli
+from ddpm.tools import text_weights
+from ddpm.tools.arrays import cached_array
+from ddpm.tools.errors import UserError
+from ddpm.tools.grids import labelled_grid, save_png
+from ddpm.training.run import COLUMNS, Damaged, Run, read_metrics, read_state
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "40", "--device", "cpu"]
+QUICK = [
+    "--preset",
+    "tiny",
+    "--image-size",
+    "16",
+    "--channels",
+    "32,32",
+    "--drawn-images",
+    "40",
+    "--device",
+    "cpu",
+]
 QUICK += ["--precision", "fp32", "--max-steps", "2"]
 
 
 @pytest.fixture(autouse=True)
 def one_tower(tower, monkeypatch):
-    monkeypatch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+    monkeypatch.setattr(text_weights, "random_tower", (lambda: tower))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tower):
     r"""A run with every file that a run folder can have, and its caches beside it."""
     home = tmp_path_factory.mktemp("runs")
-    tower.save(home / "mine.safetensors")
+    text_weights.save_tower(tower, home / "mine.safetensors")
     arguments = [*QUICK, "--text-weights", str(home / "mine.safetensors"), "--out", str(home / "run")]
     assert cli.run(train.main, arguments) == 0
     (home / "mine.safetensors").unlink()
@@ -205,10 +220,15 @@ def test_a_payload_for_metrics_executes_nothing(payload, run, tmp_path):
 
 
 DIFFUSERS_FILES = (
-    "unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
-    "tokenizer/tokenizer_config.json", "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
-)  # fmt: skip
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer_config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -229,7 +249,14 @@ def test_a_payload_as_text_weights_executes_nothing(name, payload, tmp_path, cap
     assert not (tmp_path / "mark").exists()
 
 
-LISTS = ("list_attr_celeba.txt", "list_attr_celeba.csv", "captions.csv", "metadata.csv", "metadata.jsonl", "any.csv")
+LISTS = (
+    "list_attr_celeba.txt",
+    "list_attr_celeba.csv",
+    "captions.csv",
+    "metadata.csv",
+    "metadata.jsonl",
+    "any.csv",
+)
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -262,7 +289,9 @@ def test_the_commands_refuse_a_payload_in_every_cache(trained, run, tmp_path, ca
     for path in caches:
         cache = linked(trained.parent / "cache", tmp_path / path.stem)
         replace(cache / path.name, as_npy(Trap(tmp_path / "mark")))
-        told = refused(capsys, train.main, "--resume", run, "--max-steps", 3, "--cache", cache, "--device", "cpu")
+        told = refused(
+            capsys, train.main, "--resume", run, "--max-steps", 3, "--cache", cache, "--device", "cpu"
+        )
         assert path.name in told and "delete the file" in told
     assert not (tmp_path / "mark").exists()
 
@@ -284,7 +313,9 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("weights", OUTSIDE)
-def test_a_configuration_cannot_name_text_weights_outside_its_folder(weights, run, tmp_path, capsys, monkeypatch):
+def test_a_configuration_cannot_name_text_weights_outside_its_folder(
+    weights, run, tmp_path, capsys, monkeypatch
+):
     (run / TEXT_FILE).rename(tmp_path / "secret.safetensors")  # it would load, if it were let
     change_config(run, "model", text_weights=weights)
     monkeypatch.setattr(TextTower, "from_file", classmethod(lambda *a, **k: pytest.fail("a file was read")))
@@ -297,20 +328,22 @@ def test_a_configuration_cannot_name_text_weights_outside_its_folder(weights, ru
 def test_the_runs_own_text_weights_go_before_any_path(run, tower):
     change_config(run, "model", text_weights="/etc/passwd")
     loaded = TextToImage.load(run)
-    assert loaded.text.fingerprint() == tower.fingerprint()
+    assert text_weights.fingerprint(loaded.text) == text_weights.fingerprint(tower)
 
 
 def test_a_bare_word_is_a_tag_whatever_file_has_its_name(tmp_path, monkeypatch, tower):
     monkeypatch.chdir(tmp_path)
-    tower.save(tmp_path / "openai")
+    text_weights.save_tower(tower, tmp_path / "openai")
     monkeypatch.setattr(TextTower, "from_tag", classmethod(lambda cls, tag: f"tag {tag}"))
-    assert TextTower.named("openai") == "tag openai"
-    assert TextTower.named("./openai.pt") == "tag ./openai.pt"  # no such file: told with the known tags
+    assert text_weights.named_tower("openai") == "tag openai"
+    assert (
+        text_weights.named_tower("./openai.pt") == "tag ./openai.pt"
+    )  # no such file: told with the known tags
 
 
 def test_a_model_is_loaded_without_a_look_at_the_data_it_was_trained_on(run, monkeypatch):
     change_config(run, "training", data="//evil/share")
-    monkeypatch.setattr("ddpm.data.open_table", lambda path: pytest.fail("the data was opened"))
+    monkeypatch.setattr("ddpm.celeba.dataset.open_table", lambda path: pytest.fail("the data was opened"))
     assert TextToImage.load(run).config.image_size == 16
 
 
@@ -388,10 +421,19 @@ SETTINGS = {
         json.dumps({"format": 1, "model": {"vae_channels": [4096] * 6, "image_size": 1024}, "training": {}}),
         "a model of at most 1,000,000,000 parameters",
     ),
-    "timesteps": (GOOD.replace('"timesteps": 1000', '"timesteps": 1000000000'), "timesteps from 30 to 100000"),
-    "wordings": (GOOD.replace('"caption_variants": 1', '"caption_variants": 1000000000000'), "caption_variants of at"),
-    "drawn faces": (GOOD.replace('"drawn_images": 128', '"drawn_images": 1000000000000'), "drawn_images of at most"),
-}  # fmt: skip
+    "timesteps": (
+        GOOD.replace('"timesteps": 1000', '"timesteps": 1000000000'),
+        "timesteps from 30 to 100000",
+    ),
+    "wordings": (
+        GOOD.replace('"caption_variants": 1', '"caption_variants": 1000000000000'),
+        "caption_variants of at",
+    ),
+    "drawn faces": (
+        GOOD.replace('"drawn_images": 128', '"drawn_images": 1000000000000'),
+        "drawn_images of at most",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -418,14 +460,16 @@ def test_the_parameters_are_counted_within_a_factor_of_two(preset):
 
 
 def test_a_diffusers_folder_may_not_ask_for_an_absurd_model(exported, tmp_path, capsys):
-    for i, (part, key, value) in enumerate((
-        ("vae", "block_out_channels", [32] * 100_000),  # the picture's side would have 30,000 digits
-        ("unet", "block_out_channels", [32] * 100_000),
-        ("unet", "block_out_channels", [10**9, 10**9]),
-        ("unet", "block_out_channels", [4096] * 6),
-        ("unet", "layers_per_block", 10**6),
-        ("unet", "sample_size", 1e300),
-    )):  # fmt: skip
+    for i, (part, key, value) in enumerate(
+        (
+            ("vae", "block_out_channels", [32] * 100_000),  # the picture's side would have 30,000 digits
+            ("unet", "block_out_channels", [32] * 100_000),
+            ("unet", "block_out_channels", [10**9, 10**9]),
+            ("unet", "block_out_channels", [4096] * 6),
+            ("unet", "layers_per_block", 10**6),
+            ("unet", "sample_size", 1e300),
+        )
+    ):
         path = linked(exported, tmp_path / str(i)) / part / "config.json"
         replace(path, json.dumps(json.loads(path.read_text()) | {key: value}).encode())
         refused(capsys, export.main, "--reverse", tmp_path / str(i), tmp_path / "out")
@@ -488,8 +532,16 @@ def bmp_places(content, width, height):
 
 def tiff(width, height):
     r"""Uncompressed, one strip of nothing."""
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
-            (273, 4, 1, 8), (278, 4, 1, height), (279, 4, 1, 8)]  # fmt: skip
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+        (273, 4, 1, 8),
+        (278, 4, 1, height),
+        (279, 4, 1, 8),
+    ]
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
 
@@ -500,7 +552,9 @@ PICTURES = {
     "PNG of 64 megapixels": png(8000, 8000),
     "PNG with a bomb in zTXt": png(8, 8, chunk(b"zTXt", b"a\0\0" + TEXT_BOMB)),
     "PNG with a bomb in iTXt": png(8, 8, chunk(b"iTXt", b"a\0\1\0\0\0" + TEXT_BOMB)),
-    "PNG with a thousand texts": png(8, 8, *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**20 - 1)))] * 1000),
+    "PNG with a thousand texts": png(
+        8, 8, *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**20 - 1)))] * 1000
+    ),
     "JPEG": claims("JPEG", jpeg_places, 65_500, 65_500),
     "JPEG of 64 megapixels": claims("JPEG", jpeg_places, 8000, 8000),
     "GIF": claims("GIF", gif_places, 65_535, 65_535),
@@ -550,7 +604,10 @@ WEIGHTS = {
 def torch_bomb(to):
     r"""A torch file, deflated: 500 MB of zeros in 500 KB."""
     plain = to_bytes(lambda buffer: torch.save({"token_embedding.weight": torch.ones(25)}, buffer))
-    with zipfile.ZipFile(io.BytesIO(plain)) as source, zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(io.BytesIO(plain)) as source,
+        zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for entry in source.infolist():
             with target.open(entry.filename, "w") as out:
                 for _ in range(500 if entry.filename.endswith("data/0") else 1):
@@ -567,7 +624,9 @@ def sparse_state(to):
 BYTEARRAY = b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + (2**46).to_bytes(6, "little") + b"\x85R."
 TEXTS = {  # states of text weights, each of which torch's own reader lets pass or tries
     "a bomb": torch_bomb,
-    "10^12 elements that share one": lambda to: torch.save({"positional_embedding": torch.ones(1).expand(10**12)}, to),
+    "10^12 elements that share one": lambda to: torch.save(
+        {"positional_embedding": torch.ones(1).expand(10**12)}, to
+    ),
     "sparse": sparse_state,
     "an enormous bytearray": BYTEARRAY,
 }
@@ -603,10 +662,13 @@ LINES = {
     "1e999 in jsonl": ("metadata.jsonl", b'{"file": "a.png", "text": 1e999}'),
     "NUL": ("captions.csv", b"file,caption\na.png,a\0man\n"),
     "UTF-16 without its mark": ("captions.csv", "file,caption\na.png,a man\n".encode("utf-16-le")),
-    "half a pair in UTF-16": ("captions.csv", "file,caption\na.png,\ud800\n".encode("utf-16", "surrogatepass")),
+    "half a pair in UTF-16": (
+        "captions.csv",
+        "file,caption\na.png,\ud800\n".encode("utf-16", "surrogatepass"),
+    ),
     "latin-1": ("captions.csv", "file,caption\na.png,Ren\xe9\n".encode("latin-1")),
     "escape codes": ("captions.csv", b"file,\x1b[2Jcaption\x07\na.png,\x1b]0;title\x07\n"),
-}  # fmt: skip
+}
 
 
 CHILD = r"""
@@ -620,13 +682,13 @@ from ddpm.model import TextToImage
 from ddpm.text import TextTower
 
 warnings.simplefilter("ignore")
-TextTower.random = classmethod(lambda cls: TOWER)
+text_weights.random_tower = lambda: TOWER
 TOWER = TextTower()
 home = Path(sys.argv[1])
 readers = {
     "pictures": lambda p: read_image(p, 16),
     "arrays": lambda p: cached_array(p, (3,), np.float32, None),
-    "texts": lambda p: TextTower.named(str(p)),
+    "texts": lambda p: text_weights.named_tower(str(p)),
     "runs": TextToImage.load,
     "lists": open_table,
 }
@@ -682,17 +744,26 @@ def lay_out(home, trained) -> int:
     return len(PICTURES) + len(ARRAYS) + len(TEXTS) + 4 * len(WEIGHTS) + 2 + len(LINES) + 3
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="limits the memory by what Linux tells")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="limits the memory by what Linux tells"
+)
 def test_what_claims_to_be_large_is_refused_in_little_memory(trained, tmp_path):
     r"""Every case in one process that may take 1 GiB of addresses; a list of 100 MB is read before its lines are."""
     cases = lay_out(tmp_path, trained)
-    done = subprocess.run([sys.executable, "-c", CHILD, tmp_path, str(2**30)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, tmp_path, str(2**30)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(told) == cases
     for kind, name, answer, grown in told:
         assert answer.startswith("refused: ") and answer.isprintable(), (kind, name, answer)
-        assert grown < (400 if "100 MB" in name else 200 if "tensors" in name else 120), (kind, name, answer, grown)
+        assert grown < (400 if "100 MB" in name else 200 if "tensors" in name else 120), (
+            kind,
+            name,
+            answer,
+            grown,
+        )
 
 
 def test_a_list_beyond_its_limit_is_refused_before_it_is_read(tmp_path):
@@ -706,7 +777,9 @@ def test_a_list_beyond_its_limit_is_refused_before_it_is_read(tmp_path):
 
 PROMPTS = {
     "10,000 characters": "a smiling woman " * 625,
-    "one word of 10,000 letters": "".join(np.random.default_rng(0).choice(list(string.ascii_letters), 10_000)),
+    "one word of 10,000 letters": "".join(
+        np.random.default_rng(0).choice(list(string.ascii_letters), 10_000)
+    ),
     "10,000 emoji": "\U0001f600" * 10_000,
     "emoji of many parts": "\U0001f468‍\U0001f469‍\U0001f467 \U0001f3f4\U000e0067\U000e0062 \U0001f1e9\U0001f1ea",
     "right to left": "امرأة تبتسم ‮ אישה",
@@ -768,7 +841,9 @@ def test_no_more_of_a_prompt_is_read_than_can_matter(tower, monkeypatch):
 
 def test_a_refusal_is_one_printable_line_whatever_came(capsys):
     def main(argv):
-        raise UserError("expected a name,\n got \x1b[2J\x1b]0;title\x07\x9b\u202e\ud800\r" + "x" * 10_000 + "; mend it")
+        raise UserError(
+            "expected a name,\n got \x1b[2J\x1b]0;title\x07\x9b\u202e\ud800\r" + "x" * 10_000 + "; mend it"
+        )
 
     told = refused(capsys, main)
     assert r"\x1b[2J" in told and r"\u202e" in told and told.endswith("; mend it")
@@ -787,9 +862,11 @@ def test_names_from_a_data_folder_reach_no_screen_raw(tmp_path, capsys):
 
 
 QUIETLY = settings(
-    max_examples=150, deadline=None, derandomize=True,
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -847,17 +924,54 @@ def test_any_value_of_any_flag_is_refused_or_comes_back_from_json(data, value, t
         assert Config.read(tmp_path / "config.json") == config
 
 
-PIECES = st.sampled_from([
-    *ATTRIBUTES[:4], "Male", "a.png", "images/b.jpg", "../c.png", "file", "caption", "split", "train", "1", "-1", "0",
-    "2", "12", ",", ";", "\t", " ", "\n", "\r\n", '"', "'", "{", "}", "[", ":", '"file": "a.png"',
-    "\0", "\x1b[2J", "\ufeff", "é", "\x1f", "\x85", "999999999999999999999",
-]) | st.text(max_size=5)  # fmt: skip
+PIECES = st.sampled_from(
+    [
+        *ATTRIBUTES[:4],
+        "Male",
+        "a.png",
+        "images/b.jpg",
+        "../c.png",
+        "file",
+        "caption",
+        "split",
+        "train",
+        "1",
+        "-1",
+        "0",
+        "2",
+        "12",
+        ",",
+        ";",
+        "\t",
+        " ",
+        "\n",
+        "\r\n",
+        '"',
+        "'",
+        "{",
+        "}",
+        "[",
+        ":",
+        '"file": "a.png"',
+        "\0",
+        "\x1b[2J",
+        "\ufeff",
+        "é",
+        "\x1f",
+        "\x85",
+        "999999999999999999999",
+    ]
+) | st.text(max_size=5)
 SHEETS = st.lists(PIECES, max_size=60).map("".join)
 ENCODINGS = st.sampled_from(["utf-8", "utf-16", "utf-16-le", "latin-1", "utf-8-sig"])
 
 
 @QUIETLY
-@given(text=SHEETS, name=st.sampled_from([*LISTS, "list_eval_partition.txt", "list_eval_partition.csv"]), to=ENCODINGS)
+@given(
+    text=SHEETS,
+    name=st.sampled_from([*LISTS, "list_eval_partition.txt", "list_eval_partition.csv"]),
+    to=ENCODINGS,
+)
 def test_any_list_of_pictures_is_a_table_or_refused(text, name, to, tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
     (data / "a.png").touch()
@@ -872,9 +986,12 @@ def test_any_list_of_pictures_is_a_table_or_refused(text, name, to, tmp_path_fac
 
 
 ROWS = st.lists(
-    st.sampled_from(["stage", "step", "loss", "vae", "unet", "1", "2", "-1", "1e999", "nan", ",", "\n", '"', "\0"])
-    | st.text(max_size=5), max_size=40,
-).map("".join)  # fmt: skip
+    st.sampled_from(
+        ["stage", "step", "loss", "vae", "unet", "1", "2", "-1", "1e999", "nan", ",", "\n", '"', "\0"]
+    )
+    | st.text(max_size=5),
+    max_size=40,
+).map("".join)
 
 
 @settings(QUIETLY, max_examples=40, phases=[Phase.generate])
@@ -892,7 +1009,8 @@ def test_any_text_in_a_png_comes_back(text, tmp_path):
     with Image.open(tmp_path / "a.png") as read:
         read.load()
         assert read.text == {
-            key: value.encode("utf-8", "replace").decode().replace("\0", "\ufffd") for key, value in text.items()
+            key: value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+            for key, value in text.items()
         }
     assert read_image(tmp_path / "a.png", 8).shape == (8, 8, 3)
 
@@ -913,9 +1031,13 @@ def test_any_sentence_is_parsed(sentence):
 @settings(QUIETLY, max_examples=60)
 @given(
     name=st.sampled_from(["config.json", "vae.safetensors", "ema.safetensors", TEXT_FILE]),
-    place=st.floats(0, 1), content=st.binary(max_size=40), header=st.booleans(),
-)  # fmt: skip
-def test_a_run_folder_with_random_bytes_in_a_file_loads_or_is_refused(name, place, content, header, small_run):
+    place=st.floats(0, 1),
+    content=st.binary(max_size=40),
+    header=st.booleans(),
+)
+def test_a_run_folder_with_random_bytes_in_a_file_loads_or_is_refused(
+    name, place, content, header, small_run
+):
     r"""In the first kilobytes, where headers are, or anywhere."""
     path = small_run / name
     whole = path.read_bytes()
@@ -979,7 +1101,10 @@ def test_a_state_that_claims_or_inflates_to_more_than_its_file_is_damaged_before
     claims, packed = tmp_path / "claims.pt", tmp_path / "packed.pt"
     torch.save({"format": 1, "sha256": "", "network": torch.ones(1).expand(700_000_000)}, claims)
     torch.save({"format": 1, "sha256": "", "network": torch.zeros(50_000_000)}, tmp_path / "plain.pt")
-    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file,
+    ):
         for name in plain.namelist():
             file.writestr(name, plain.read(name))
     for path in (claims, packed):

@@ -25,8 +25,14 @@ TESTS = Path(__file__).parent
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end_bit_for_bit():
     if not hasattr(os, "fork"):
         pytest.skip("no fork here")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS)))}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=600)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
+    }
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     print("\nkilled", json.dumps(told, indent=1))
@@ -67,11 +73,12 @@ BOARD = Board()
 def watch():
     r"""Have the program tell on the board what it does."""
     import ddpm.cache
-    import ddpm.files
+
     import ddpm.model
-    import ddpm.pictures
-    import ddpm.run
-    from ddpm.training import Optimization
+    import ddpm.tools.files
+    import ddpm.tools.grids
+    import ddpm.training.run
+    from ddpm.training.optimization import Optimization
 
     def doing(what, function):
         def told(*arguments, **more):
@@ -82,14 +89,16 @@ def watch():
 
         return told
 
-    write = doing(lambda path, *_: f"writing {path.name.split('-')[0].split('_')[0]}", ddpm.files.write_atomically)
-    for module in (ddpm.cache, ddpm.model, ddpm.pictures, ddpm.run):
+    write = doing(
+        lambda path, *_: f"writing {path.name.split('-')[0].split('_')[0]}", ddpm.tools.files.write_atomically
+    )
+    for module in (ddpm.cache, ddpm.model, ddpm.tools.grids, ddpm.training.run):
         module.write_atomically = write
     Optimization.update = doing(lambda self, stage, *_: f"{stage} step", Optimization.update)
-    save, reopen = ddpm.run.Run.save, ddpm.run.Run._reopen
+    save, reopen = ddpm.training.run.Run.save, ddpm.training.run.Run._reopen
 
     def place(saved) -> tuple[int, int]:
-        return (0, 0) if saved is None else (ddpm.run.STAGES.index(saved[0]), saved[1])
+        return (0, 0) if saved is None else (ddpm.training.run.STAGES.index(saved[0]), saved[1])
 
     def saved(self, *arguments, **more):
         save(self, *arguments, **more)
@@ -99,7 +108,7 @@ def watch():
         reopen(self)
         BOARD.began = BOARD.saved = place(self.saved)
 
-    ddpm.run.Run.save, ddpm.run.Run._reopen = saved, reopened
+    ddpm.training.run.Run.save, ddpm.training.run.Run._reopen = saved, reopened
 
 
 def aim(name: str, number: int, after: bool):
@@ -187,7 +196,7 @@ class Trials:
         reached, resumed = BOARD.saved, (folder / "config.json").exists()
         if resumed:  # at most the steps since the last checkpoint are repeated
             from ddpm.config import Config
-            from ddpm.run import Run
+            from ddpm.training.run import Run
 
             with Run(folder, Config.read(folder / "config.json"), True, 0.0):
                 assert BOARD.began >= reached, (BOARD.began, reached)
@@ -210,7 +219,7 @@ class Trials:
         r"""SIGTERM saves and leaves; a second Ctrl-C leaves at once; both go on to the same end."""
         from small_runs import wait_for
 
-        from ddpm.training import Optimization
+        from ddpm.training.optimization import Optimization
 
         update = Optimization.update
 
@@ -238,7 +247,7 @@ class Trials:
         r"""Two trainings at a time share their cache, and a third process cleans in it."""
         from small_runs import assert_same_run
 
-        from ddpm.files import remove_leftovers
+        from ddpm.tools.files import remove_leftovers
 
         folders = [self.root / "shared" / name for name in ("a", "b")]
         pids = [self.start(folder) for folder in folders]

@@ -75,7 +75,7 @@ def test_group_norm_makes_each_group_of_each_picture_mean_0_and_variance_1():
 @pytest.mark.equation("group-norm")
 def test_the_epsilon_of_group_norm_is_inside_the_root():
     x = normal(1, 32, 4, 4, dtype=torch.float64)
-    mean, variance = x.mean(dim=(2, 3), keepdim=True), x.var(dim=(2, 3), keepdim=True, unbiased=False)
+    mean, variance = (x.mean(dim=(2, 3), keepdim=True), x.var(dim=(2, 3), keepdim=True, unbiased=False))
     by_hand = (x - mean) / (variance + 0.5).sqrt()
     assert (group_norm(32, eps=0.5).double()(x) - by_hand).abs().max().item() < 1e-12
 
@@ -96,7 +96,9 @@ def norm_and_gradients(function, x, gamma, beta, dy):
 @pytest.mark.parametrize("channels_last_dy", [True, False])
 @pytest.mark.parametrize("groups", [1, 4, 8])
 def test_channels_last_group_norm_is_torchs_forward_and_backward(groups, channels_last_dy):
-    x = (normal(3, 8, 5, 7, seed=1, dtype=torch.float64) * 2 + 3).contiguous(memory_format=torch.channels_last)
+    x = (normal(3, 8, 5, 7, seed=1, dtype=torch.float64) * 2 + 3).contiguous(
+        memory_format=torch.channels_last
+    )
     gamma, beta = normal(8, seed=2, dtype=torch.float64), normal(8, seed=3, dtype=torch.float64)
     dy = normal(3, 8, 5, 7, seed=4, dtype=torch.float64)
     if channels_last_dy:
@@ -110,7 +112,11 @@ def test_channels_last_group_norm_is_torchs_forward_and_backward(groups, channel
 @pytest.mark.equation("group-norm-gradient")
 def test_channels_last_group_norm_has_the_derivative_of_its_forward_pass():
     torch.manual_seed(0)
-    x = torch.randn(2, 4, 3, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = (
+        torch.randn(2, 4, 3, 3, dtype=torch.float64)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     gamma, beta = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda *a: ChannelsLastGroupNorm.apply(*a, 2, 1e-5), (x, gamma, beta))
 
@@ -123,7 +129,9 @@ def test_channels_last_group_norm_in_bf16_stays_near_the_exact_gradients():
     gamma, beta, dy = 1 + 0.1 * normal(8, seed=2), normal(8, seed=3), normal(2, 8, 16, 16, seed=4)
     low = [tensor.bfloat16() for tensor in (x, gamma, beta, dy)]
     ours = norm_and_gradients(lambda *a: ChannelsLastGroupNorm.apply(*a, 4, 1e-5), *low)
-    exact = norm_and_gradients(lambda x, g, b: F.group_norm(x, 4, g, b, 1e-5), *(tensor.double() for tensor in low))
+    exact = norm_and_gradients(
+        lambda x, g, b: F.group_norm(x, 4, g, b, 1e-5), *(tensor.double() for tensor in low)
+    )
     assert all(tensor.dtype == torch.bfloat16 for tensor in ours)
     for one, other, tolerance in zip(ours, exact, (0.05, 0.05, 0.5, 0.5), strict=True):
         assert (one.double() - other).abs().max().item() < tolerance
@@ -132,15 +140,22 @@ def test_channels_last_group_norm_in_bf16_stays_near_the_exact_gradients():
 @pytest.mark.parametrize(
     "kind, side, channels_last, learn, ours",
     [
-        (torch.float32, 16, True, True, True), (torch.float32, 8, True, True, False),
-        (torch.float32, 16, False, True, False), (torch.float32, 16, True, False, False),
-        (torch.bfloat16, 8, True, True, True), (torch.bfloat16, 8, False, True, False),
+        (torch.float32, 16, True, True, True),
+        (torch.float32, 8, True, True, False),
+        (torch.float32, 16, False, True, False),
+        (torch.float32, 16, True, False, False),
+        (torch.bfloat16, 8, True, True, True),
+        (torch.bfloat16, 8, False, True, False),
     ],
-)  # fmt: skip
-def test_our_group_norm_is_taken_for_channels_last_maps_where_torchs_is_slow(kind, side, channels_last, learn, ours):
-    x = normal(1, 32, side, side).to(kind).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )  # fmt: skip
+)
+def test_our_group_norm_is_taken_for_channels_last_maps_where_torchs_is_slow(
+    kind, side, channels_last, learn, ours
+):
+    x = (
+        normal(1, 32, side, side)
+        .to(kind)
+        .contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    )
     norm = group_norm(32, 1e-5).to(kind).requires_grad_(False)
     y = norm(x.requires_grad_(learn))
     assert type(y.grad_fn).__name__.startswith("ChannelsLastGroupNorm") == ours
@@ -210,7 +225,12 @@ def test_a_resblock_is_its_equation():
         return F.conv2d(h * torch.sigmoid(h), conv.weight, conv.bias, padding=1)
 
     h = norm_silu_conv(x, block.norm1, block.conv1)
-    h = h + ((time * torch.sigmoid(time)) @ block.time_emb_proj.weight.T + block.time_emb_proj.bias)[:, :, None, None]
+    h = (
+        h
+        + ((time * torch.sigmoid(time)) @ block.time_emb_proj.weight.T + block.time_emb_proj.bias)[
+            :, :, None, None
+        ]
+    )
     skip = (
         torch.einsum("oi,bihw->bohw", block.conv_shortcut.weight[:, :, 0, 0], x)
         + block.conv_shortcut.bias[:, None, None]
@@ -264,4 +284,6 @@ def test_asymmetric_downsample_pads_right_and_bottom_only():
 
 def test_upsample_shows_every_pixel_four_times():
     x = normal(2, 3, 3, 4)
-    assert torch.equal(picking(Upsample(3), 1, 1)(x), x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    assert torch.equal(
+        picking(Upsample(3), 1, 1)(x), x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.metrics import (
+from ddpm.evaluation.metrics import (
     balanced_accuracy,
     balanced_interval,
     bootstrap_interval,
@@ -31,13 +31,17 @@ def covariance(D, seed):
 def test_frechet_distance_of_gaussians_with_diagonal_covariances_is_that_of_their_deviations():
     mu_1, mu_2, sigma_1, sigma_2 = normal(4, 6).abs() + 0.1
     expected = ((mu_1 - mu_2) ** 2 + (sigma_1 - sigma_2) ** 2).sum().item()
-    assert frechet_distance(mu_1, (sigma_1**2).diag(), mu_2, (sigma_2**2).diag()) == pytest.approx(expected, rel=1e-10)
+    assert frechet_distance(mu_1, (sigma_1**2).diag(), mu_2, (sigma_2**2).diag()) == pytest.approx(
+        expected, rel=1e-10
+    )
 
 
 @pytest.mark.equation("frechet-distance")
 def test_frechet_distance_of_any_gaussians_has_the_trace_of_the_products_root():
     S_1, S_2, mu = covariance(5, seed=1), covariance(5, seed=2), torch.zeros(5)
-    root_trace = torch.linalg.eigvals(S_1 @ S_2).real.sqrt().sum()  # S_1 S_2 has the eigenvalues of its symmetric twin
+    root_trace = (
+        torch.linalg.eigvals(S_1 @ S_2).real.sqrt().sum()
+    )  # S_1 S_2 has the eigenvalues of its symmetric twin
     expected = (S_1.trace() + S_2.trace() - 2 * root_trace).item()
     assert frechet_distance(mu, S_1, mu, S_2) == pytest.approx(expected, rel=1e-10)
     assert frechet_distance(mu, S_2, mu, S_1) == pytest.approx(expected, rel=1e-10)
@@ -135,7 +139,9 @@ def test_wilsons_interval_has_its_published_values():
 def test_the_interval_of_balanced_accuracy_by_hand():
     wanted = (torch.arange(40) < 10)[:, None]
     right = torch.ones(40, 1, dtype=torch.bool)
-    low, high = balanced_interval(wanted, right == wanted)  # Wilson: 10 of 10 is above 0.7225, 30 of 30 above 0.8865
+    low, high = balanced_interval(
+        wanted, right == wanted
+    )  # Wilson: 10 of 10 is above 0.7225, 30 of 30 above 0.8865
     assert low.item() == pytest.approx(1 - math.hypot(0.2775, 0.1135) / 2, abs=1e-4) and high.item() == 1.0
     right[8:10] = False  # 8 of 10 lies between 0.4902 and 0.9433
     low, high = balanced_interval(wanted, right == wanted)
@@ -205,8 +211,9 @@ def test_a_copy_is_at_no_distance():
 
 @pytest.mark.equation("latent-moments")
 def test_latent_moments_are_those_of_many_scaled_samples():
-    q = DiagonalGaussian(normal(6, 3, 4, 4, seed=1) * torch.tensor([1.0, 2, 3]).view(3, 1, 1) + 0.5,
-                         normal(6, 3, 4, 4, seed=2))  # fmt: skip
+    q = DiagonalGaussian(
+        normal(6, 3, 4, 4, seed=1) * torch.tensor([1.0, 2, 3]).view(3, 1, 1) + 0.5, normal(6, 3, 4, 4, seed=2)
+    )
     q.mu[:, 1] += q.mu[:, 0]
     health = latent_health(q, scale=0.5)
     g = torch.Generator().manual_seed(0)

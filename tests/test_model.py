@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 import ddpm
 from ddpm import model as model_file
 from ddpm.attention import Attention
-from ddpm.config import UserError
-from ddpm.model import TextToImage, autocast, load_weights, save_weights, write_atomically
+from ddpm.model import TextToImage, write_atomically
 from ddpm.sampling import guided, sample_loop
-from ddpm.seeding import generator
 from ddpm.text import TextTower
+from ddpm.tools.devices import autocast
+from ddpm.tools.errors import UserError
+from ddpm.tools.seeding import generator
+from ddpm.tools.weights import load_weights, save_weights
 from ddpm.unet import UNet
 
 PROMPTS = ["a bald man", "a smiling woman with blond hair", ""]
@@ -43,7 +45,9 @@ def far(x, y):
 
 
 @pytest.mark.equation("sampling-path")
-@pytest.mark.parametrize("sampler, settings", [("dpm++", {}), ("ddim", {}), ("ddim", {"eta": 0.5}), ("ddpm", {})])
+@pytest.mark.parametrize(
+    "sampler, settings", [("dpm++", {}), ("ddim", {}), ("ddim", {"eta": 0.5}), ("ddpm", {})]
+)
 def test_pictures_have_the_configurations_size_and_stay_in_range(tiny, sampler, settings):
     x = tiny.sample(PROMPTS, sampler, steps=3, **settings)
     assert x.shape == (3, 3, 16, 16)
@@ -90,16 +94,23 @@ def test_sampling_is_the_loop_over_the_unet_with_noise_of_the_pictures_own_strea
         denoise = guided(tiny.unet, context, negative, 2.0)
         *_, last = sample_loop(tiny.schedule, denoise, draw(), draw, "ddpm", 3, "eps")
         by_hand = tiny.vae.decode(last.x / 1.25).clamp(-1, 1)
-    picture = tiny.sample(["a bald man"], "ddpm", 3, guidance_scale=2.0, seed=5, negative="eyeglasses", first=7)
+    picture = tiny.sample(
+        ["a bald man"], "ddpm", 3, guidance_scale=2.0, seed=5, negative="eyeglasses", first=7
+    )
     assert far(picture, by_hand) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("scale", [3.0, 1.0])
-def test_a_call_of_sample_reads_the_captions_once_and_draws_the_same_pictures(tiny, precision, scale, monkeypatch):
+def test_a_call_of_sample_reads_the_captions_once_and_draws_the_same_pictures(
+    tiny, precision, scale, monkeypatch
+):
     calls = []
-    monkeypatch.setattr(Attention, "keys_values", lambda self, context, own=Attention.keys_values: (
-        calls.append(self) or own(self, context)))  # fmt: skip
+    monkeypatch.setattr(
+        Attention,
+        "keys_values",
+        lambda self, context, own=Attention.keys_values: calls.append(self) or own(self, context),
+    )
 
     def sample():
         calls.clear()
@@ -302,7 +313,10 @@ def tensors(name, change):
 VAE, UNET = "vae.safetensors", "ema.safetensors"
 FAULTS = {
     "config.json is missing": (gone("config.json"), ["config.json", "found none", "train.py --out"]),
-    "config.json is cut short": (content("config.json", lambda old: old[:50]), ["config.json", "could not read"]),
+    "config.json is cut short": (
+        content("config.json", lambda old: old[:50]),
+        ["config.json", "could not read"],
+    ),
     "config.json is no text": (content("config.json", lambda old: b"\xff\xfe\x00" + old), ["could not read"]),
     "config.json is a list": (content("config.json", lambda old: b"[1, 2]"), ["sections model and training"]),
     "config.json has no model": (config(lambda values: values.pop("model")), ["sections model and training"]),
@@ -319,8 +333,14 @@ FAULTS = {
     "the UNet is empty": (content(UNET, lambda old: b""), [UNET, "damaged"]),
     "the UNet is a picture": (content(UNET, lambda old: b"\x89PNG" * 99), [UNET, "damaged"]),
     "the latent scale is missing": (tensors(VAE, lambda state: None), [VAE, "latent scale", "none"]),
-    "a tensor is missing": (tensors(UNET, lambda state: state.pop("conv_in.bias")), ["conv_in.bias is missing"]),
-    "a tensor too many": (tensors(UNET, lambda state: state.update(more=torch.zeros(1))), ["more is too much"]),
+    "a tensor is missing": (
+        tensors(UNET, lambda state: state.pop("conv_in.bias")),
+        ["conv_in.bias is missing"],
+    ),
+    "a tensor too many": (
+        tensors(UNET, lambda state: state.update(more=torch.zeros(1))),
+        ["more is too much"],
+    ),
     "a tensor of another shape": (
         tensors(UNET, lambda state: state.update({"conv_in.bias": torch.zeros(7)})),
         ["conv_in.bias", "(32,)", "(7,)"],
@@ -350,7 +370,11 @@ def test_a_run_without_its_last_weights_says_so(folder, one_tower):
 
 
 def test_saved_folders_hold_three_files_and_no_leftovers(folder):
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "ema.safetensors", "vae.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "ema.safetensors",
+        "vae.safetensors",
+    ]
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.muon import Muon, muon_groups, orthogonalized
+from ddpm.training.muon import Muon, muon_groups, orthogonalized
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
 
@@ -11,7 +11,9 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def with_singular_values(values: torch.Tensor, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def with_singular_values(
+    values: torch.Tensor, m: int, n: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     U, V = (torch.linalg.qr(normal(size, len(values), seed=size))[0] for size in (m, n))
     return U @ values.diag() @ V.T, U, V
 
@@ -55,13 +57,19 @@ def test_its_steps_are_those_of_torchs_own_for_matrices():
             p.grad = normal(24, 40, seed=step + 1)
             optimizer.step()
     moved = (theirs - normal(24, 40)).norm()
-    assert moved > 0.3 and (ours - theirs).norm() < 0.1 * moved  # five rounds in bf16, in another order of sums
+    assert (
+        moved > 0.3 and (ours - theirs).norm() < 0.1 * moved
+    )  # five rounds in bf16, in another order of sums
 
 
 @pytest.mark.equation("muon")
 def test_two_steps_of_a_convolution_by_hand():
     p = nn.Parameter(normal(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
-    optimizer, expected, M = Muon([p], lr=0.1, weight_decay=0.5), p.detach().clone(), torch.zeros(4, 3, 3, 3)
+    optimizer, expected, M = (
+        Muon([p], lr=0.1, weight_decay=0.5),
+        p.detach().clone(),
+        torch.zeros(4, 3, 3, 3),
+    )
     for step in (1, 2):
         G = normal(4, 3, 3, 3, seed=step)
         p.grad = G.contiguous(memory_format=torch.channels_last)
@@ -73,7 +81,7 @@ def test_two_steps_of_a_convolution_by_hand():
 
 
 def test_a_parameter_without_a_gradient_stays_and_shapes_may_mix():
-    still, wide, tall = nn.Parameter(normal(3, 5)), nn.Parameter(normal(3, 5)), nn.Parameter(normal(5, 3))
+    still, wide, tall = (nn.Parameter(normal(3, 5)), nn.Parameter(normal(3, 5)), nn.Parameter(normal(5, 3)))
     optimizer = Muon([still, wide, tall], lr=0.1)
     wide.grad, tall.grad = normal(3, 5, seed=1), normal(5, 3, seed=2)
     optimizer.step()
@@ -87,7 +95,9 @@ def test_every_parameter_has_one_optimizer_and_the_edges_are_not_muons(network):
     inner = [p for group in groups for p in group["params"]]
     assert {id(p) for p in inner + outer} == {id(p) for p in network.parameters()}
     assert len(inner) + len(outer) == len(list(network.parameters()))
-    assert all(p.ndim in (2, 4) for p in inner) and sum(p.numel() for p in inner) > sum(p.numel() for p in outer)
+    assert all(p.ndim in (2, 4) for p in inner) and sum(p.numel() for p in inner) > sum(
+        p.numel() for p in outer
+    )
     edges = [m for name, m in network.named_modules() if name.split(".")[-1] in ("conv_in", "conv_out")]
     assert edges and all(id(edge.weight) in {id(p) for p in outer} for edge in edges)
 
@@ -103,4 +113,6 @@ def test_queries_and_keys_decay_more_than_the_rest():
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    assert q.norm().item() == pytest.approx(0.95 * before[0]) and v.norm().item() == pytest.approx(0.999 * before[1])
+    assert q.norm().item() == pytest.approx(0.95 * before[0]) and v.norm().item() == pytest.approx(
+        0.999 * before[1]
+    )

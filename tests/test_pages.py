@@ -13,11 +13,13 @@ from torch.distributed.run import get_args_parser
 
 import sample
 import train
-from ddpm import evaluation
+from ddpm.evaluation import parts as evaluation
 
 ROOT = Path(__file__).parents[1]
-PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in
-         ("promises.md", "parallel.md", "evaluate.md")}  # fmt: skip
+PAGES = {
+    name: (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("promises.md", "parallel.md", "evaluate.md")
+}
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -43,7 +45,9 @@ def commands(page: str) -> list[list[str]]:
     r"""The commands in blocks and in prose."""
     text = "\n".join(body for language, body in BLOCK.findall(PAGES[page]) if language in ("", "sh"))
     lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
-    lines += [" ".join(c.split()) for c in re.findall(r"`((?:python|torchrun) [^`]+)`", BLOCK.sub("", PAGES[page]))]
+    lines += [
+        " ".join(c.split()) for c in re.findall(r"`((?:python|torchrun) [^`]+)`", BLOCK.sub("", PAGES[page]))
+    ]
     words = (shlex.split(line) for line in lines)
     return [list(drop_settings(w)) for w in words if w and w[0] not in ("for", "done")]
 
@@ -106,9 +110,17 @@ def test_the_flags_and_parts_of_the_evaluation_are_all_told():
 
 
 def test_the_fields_of_the_json_are_those_that_the_evaluation_writes():
-    listed = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", PAGES["evaluate.md"].partition("## The JSON")[2], re.MULTILINE)
+    listed = re.findall(
+        r"^\| (`\w+`(?:, `\w+`)*) \|", PAGES["evaluate.md"].partition("## The JSON")[2], re.MULTILINE
+    )
     fields = {name for cell in listed for name in re.findall(r"\w+", cell)}
-    assert fields - {"classifier", "inception"} == {"format", "settings", "left_out", "seconds", *evaluation.PARTS}
+    assert fields - {"classifier", "inception"} == {
+        "format",
+        "settings",
+        "left_out",
+        "seconds",
+        *evaluation.PARTS,
+    }
 
 
 # -------------------------------------------------------------------------------------------------- messages
@@ -139,7 +151,12 @@ def is_said(clause: str) -> bool:
 
 def quoted(page: str) -> list[str]:
     r"""The messages in the text blocks of a page, without their first word."""
-    lines = [line for language, body in BLOCK.findall(PAGES[page]) if language == "text" for line in body.splitlines()]
+    lines = [
+        line
+        for language, body in BLOCK.findall(PAGES[page])
+        if language == "text"
+        for line in body.splitlines()
+    ]
     return [line.partition(": ")[2] for line in lines if line.startswith(("error: ", "warning: "))]
 
 
@@ -170,17 +187,22 @@ def cases(test) -> int:
 
 def test_the_counts_are_those_of_the_tests():
     t, page = test_hostile, PAGES["promises.md"]
-    payloads = [name for name in names_of_tests(Path(t.__file__)) if "payload" in name and "executes_nothing" in name]
+    payloads = [
+        name for name in names_of_tests(Path(t.__file__)) if "payload" in name and "executes_nothing" in name
+    ]
     large = len(t.PICTURES) + len(t.ARRAYS) + len(t.TEXTS) + 4 * len(t.WEIGHTS) + 2 + len(t.LINES) + 3
     fuzzer = t.fuzzer()
     (targets,) = re.findall(r"for target in ([a-z ]+); do", page)
     assert targets.split() == list(fuzzer.TARGETS)
     (runs,) = re.findall(r"-runs=(\d+)", page)
     expected = {
-        "runs killed": test_kill.KILLS, "forms of payload": len(t.PAYLOADS),
-        "places for them": sum(cases(getattr(t, name)) for name in payloads), "files that claim": large,
-        "hostile configurations": len(t.SETTINGS), "strange prompts": len(t.PROMPTS),
+        "runs killed": test_kill.KILLS,
+        "forms of payload": len(t.PAYLOADS),
+        "places for them": sum(cases(getattr(t, name)) for name in payloads),
+        "files that claim": large,
+        "hostile configurations": len(t.SETTINGS),
+        "strange prompts": len(t.PROMPTS),
         "inputs to 9 readers": int(runs) * len(fuzzer.TARGETS),
-    }  # fmt: skip
+    }
     for what, count in expected.items():
         assert f"| {count:,} | {what}" in page, (what, count)

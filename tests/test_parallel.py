@@ -12,11 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm.config import UserError
-from ddpm.parallel import Group, is_lost
+from ddpm.tools.errors import UserError
+from ddpm.training.parallel import Group, is_lost
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "64", "--device", "cpu"]
+FLAGS = [
+    "--preset",
+    "tiny",
+    "--image-size",
+    "16",
+    "--channels",
+    "32,32",
+    "--drawn-images",
+    "64",
+    "--device",
+    "cpu",
+]
 FLAGS += ["--save-every", "5", "--warmup", "2", "--precision", "fp32", "--variance", "learned"]
 FLAGS += ["--gradient-checkpointing"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -27,7 +38,9 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 def start(*arguments, launcher=TORCHRUN) -> subprocess.Popen:
     command = [*launcher, str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def finished(*arguments, launcher=TORCHRUN) -> str:
@@ -74,7 +87,17 @@ def test_their_weights_end_at_the_same_place(one_and_two):
 
 def test_under_muon_two_processes_follow_one(tmp_path):
     r"""To 1e-3: what is rounding in a small direction of a gradient is made a hundred times as large by Muon."""
-    same = [*FLAGS, "--max-steps", 10, "--sample-every", 20, "--muon-lr", 0.005, "--cache", tmp_path / "cache"]
+    same = [
+        *FLAGS,
+        "--max-steps",
+        10,
+        "--sample-every",
+        20,
+        "--muon-lr",
+        0.005,
+        "--cache",
+        tmp_path / "cache",
+    ]
     finished(*same, "--out", tmp_path / "one", launcher=[sys.executable])
     finished(*same, "--out", tmp_path / "two")
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -85,8 +108,10 @@ def test_under_muon_two_processes_follow_one(tmp_path):
 
 def test_caches_are_made_once_and_only_one_process_writes(one_and_two):
     one, two = one_and_two
-    names = [{p.name.split("-")[0] for p in (run.parent / cache).iterdir()} for run, cache in
-             ((one, "cache_1"), (two, "cache_2"))]  # fmt: skip
+    names = [
+        {p.name.split("-")[0] for p in (run.parent / cache).iterdir()}
+        for run, cache in ((one, "cache_1"), (two, "cache_2"))
+    ]
     assert names[0] == names[1] == {"pictures", "latents", "texts"}
     assert len(list((two.parent / "cache_2").iterdir())) == 3
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
@@ -116,7 +141,11 @@ def test_a_group_that_ends_early_leaves_a_checkpoint_that_one_process_goes_on_fr
         process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=240)
     assert process.returncode != 0
-    wanted = "error: lost the other processes at vae step" if how == "a process is killed" else "stopped at vae step"
+    wanted = (
+        "error: lost the other processes at vae step"
+        if how == "a process is killed"
+        else "stopped at vae step"
+    )
     assert wanted in said and f"--resume {tmp_path / 'run'}" in said, said
     at = int(said.split(" is saved")[0].split("vae step ")[-1])
     assert 0 < at < 2000
@@ -132,8 +161,18 @@ def test_where_the_first_process_is_killed_nobody_says_that_it_saved(tmp_path):
     said, _ = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "error: lost the other processes at vae step" in said and " is saved" not in said, said
-    assert f"what the first process saved stands; go on with python train.py --resume {tmp_path / 'run'}" in said
-    finished("--resume", tmp_path / "run", "--cache", tmp_path / "cache", "--stop-after", 2, launcher=[sys.executable])
+    assert (
+        f"what the first process saved stands; go on with python train.py --resume {tmp_path / 'run'}" in said
+    )
+    finished(
+        "--resume",
+        tmp_path / "run",
+        "--cache",
+        tmp_path / "cache",
+        "--stop-after",
+        2,
+        launcher=[sys.executable],
+    )
     steps = [int(r["step"]) for r in rows(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) % 5 == 2  # from a checkpoint
 
@@ -141,7 +180,7 @@ def test_where_the_first_process_is_killed_nobody_says_that_it_saved(tmp_path):
 def test_where_the_first_process_is_killed_while_it_makes_the_caches_the_others_say_so(tmp_path):
     many = ["--drawn-images", 50_000, "--max-steps", 2]
     process = start(*FLAGS, *many, "--out", tmp_path / "run", "--cache", tmp_path / "cache")
-    children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 240
+    children, deadline = (Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 240)
     if not children.exists():
         process.kill()
         pytest.skip("needs /proc to find the processes")
@@ -160,7 +199,9 @@ def test_an_error_that_is_not_the_groups_is_not_taken_for_a_lost_process():
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(tmp_path):
-    process = start(*FLAGS, "--max-steps", 2, "--batch-size", 7, "--out", tmp_path / "run", "--cache", tmp_path / "c")
+    process = start(
+        *FLAGS, "--max-steps", 2, "--batch-size", 7, "--out", tmp_path / "run", "--cache", tmp_path / "c"
+    )
     said, _ = process.communicate(timeout=240)
     assert "error: expected a batch that 2 processes x 1 parts divide, got 7" in said
     assert "Traceback (most recent call last)" not in said.split("error: expected")[0]
@@ -171,7 +212,9 @@ def test_what_the_first_process_refuses_ends_the_others_in_one_line(tmp_path):
     said, _ = process.communicate(timeout=240)
     assert process.returncode != 0 and not (tmp_path / "run").exists()
     assert f"error: {tmp_path / 'none'}: expected a folder of pictures" in said, said
-    assert "error: the first process could not go on; it says why" in said and "dist.barrier" not in said, said
+    assert "error: the first process could not go on; it says why" in said and "dist.barrier" not in said, (
+        said
+    )
 
 
 def test_a_process_that_torchrun_did_not_start_is_told_so(monkeypatch):
@@ -196,7 +239,17 @@ def test_a_share_is_a_processs_part_of_the_batch_and_together_they_are_the_batch
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_follow_one(tmp_path):
-    same = [*FLAGS, "--device", "cuda", "--max-steps", 20, "--sample-every", 20, "--cache", tmp_path / "cache"]
+    same = [
+        *FLAGS,
+        "--device",
+        "cuda",
+        "--max-steps",
+        20,
+        "--sample-every",
+        20,
+        "--cache",
+        tmp_path / "cache",
+    ]
     finished(*same, "--out", tmp_path / "one", launcher=[sys.executable])
     finished(*same, "--out", tmp_path / "two")
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from ddpm.pictures import INK, PAPER, _wrapped, labelled_grid, save_gif, save_png, strip, to_uint8
+from ddpm.tools.grids import INK, PAPER, _wrapped, labelled_grid, save_gif, save_png, strip, to_uint8
 
 FONT = ImageFont.load_default(12)
 
@@ -47,7 +47,8 @@ def test_channels_go_last_and_keep_their_order():
 
 
 @pytest.mark.parametrize(
-    "count, columns, across, down", [(1, None, 1, 1), (4, None, 2, 2), (6, None, 3, 2), (5, 2, 2, 3), (3, 9, 3, 1)]
+    "count, columns, across, down",
+    [(1, None, 1, 1), (4, None, 2, 2), (6, None, 3, 2), (5, 2, 2, 3), (3, 9, 3, 1)],
 )
 def test_a_grid_is_as_large_as_its_pictures_its_labels_and_the_gaps(count, columns, across, down):
     sheet = labelled_grid(torch.zeros(count, 3, 16, 16), ["a bald man"] * count, columns, side=128)
@@ -105,7 +106,9 @@ def test_a_short_label_keeps_all_its_words_and_a_long_one_ends_in_dots():
     assert _wrapped("man " * 200, FONT, 128)[-1].endswith("...")
 
 
-@pytest.mark.parametrize("label", ["a\tbald\r\nman\x00\x1b[31m", "\u202ea bald man\u200b", "éñ 漢字 🙂", "\n", ""])
+@pytest.mark.parametrize(
+    "label", ["a\tbald\r\nman\x00\x1b[31m", "\u202ea bald man\u200b", "éñ 漢字 🙂", "\n", ""]
+)
 def test_control_characters_in_a_label_become_spaces_and_nothing_breaks(label):
     lines = _wrapped(label, FONT, 128)
     assert all(character.isprintable() for line in lines for character in line)
@@ -143,7 +146,9 @@ def test_a_film_as_a_strip_has_a_row_a_prompt_and_a_column_a_step():
 
 
 def test_a_film_as_a_gif_has_every_frame_and_stays_on_its_last(tmp_path):
-    save_gif(tmp_path / "a.gif", [grey(value) for value in (-1.0, 0.0, 1.0)], ["a bald man"], milliseconds=120)
+    save_gif(
+        tmp_path / "a.gif", [grey(value) for value in (-1.0, 0.0, 1.0)], ["a bald man"], milliseconds=120
+    )
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 3
         durations, middles = [], []

@@ -9,21 +9,22 @@ import shutil
 import signal
 import subprocess
 
+import ddpm.cache
 import numpy as np
 import pytest
 import torch
 from conftest import refusal_of
 from small_runs import FP32, QUICK, assert_same_run, leftovers, make_runs_cheap, metrics, run_train
 
-import ddpm.cache
-import ddpm.run
 import ddpm.training
-from ddpm.cli import SIGNALS
-from ddpm.config import Config, UserError
-from ddpm.faces import write_celeba
-from ddpm.files import digest_of
-from ddpm.run import Damaged, Run, read_state, save_state
-from ddpm.training import BAD_STEPS, Optimization
+import ddpm.training.run
+from ddpm.celeba.faces import write_celeba
+from ddpm.config import Config
+from ddpm.tools.command import SIGNALS
+from ddpm.tools.errors import UserError
+from ddpm.tools.files import digest_of
+from ddpm.training.optimization import BAD_STEPS, Optimization
+from ddpm.training.run import Damaged, Run, read_state, save_state
 
 STATES = ("state.pt", "state.previous.pt")
 
@@ -141,7 +142,9 @@ def test_a_signal_within_a_validation_gives_it_up_and_the_resumed_run_does_it(wh
 
     folder, draw = tmp_path / "run", train.Trainer.draw_samples
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "draw_samples", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), draw(*a)))
+        patch.setattr(
+            train.Trainer, "draw_samples", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), draw(*a))
+        )
         assert start(folder, whole) == 143
     assert not list((folder / "samples").iterdir()) and metrics(folder)[-1][-1] == ""
     assert resume(folder, whole) == 0
@@ -165,9 +168,13 @@ def test_a_signal_between_the_trainings_ends_at_once_in_one_line(name, whole, tm
     with monkeypatch.context() as patch:
         patch.setattr(ddpm.cache, name, interrupted)
         assert run_train(*begin) == 130
-    assert [line for line in capsys.readouterr().err.splitlines() if "stopped" in line][0].startswith("stopped; ")
+    assert [line for line in capsys.readouterr().err.splitlines() if "stopped" in line][0].startswith(
+        "stopped; "
+    )
     assert leftovers(tmp_path) == []
-    again = ["--resume", folder, "--device", "cpu", "--cache", tmp_path / "cache"] if folder.exists() else begin
+    again = (
+        ["--resume", folder, "--device", "cpu", "--cache", tmp_path / "cache"] if folder.exists() else begin
+    )
     assert folder.exists() == (name == "encode_latents")
     assert run_train(*again) == 0
     assert_same_run(folder, whole)
@@ -184,7 +191,14 @@ def test_the_handlers_that_were_there_come_back(whole, begun):
 
 def test_a_state_that_is_cut_or_has_a_flipped_bit_is_never_taken_for_another(tmp_path):
     path, rng = tmp_path / "state.pt", random.Random(0)
-    state = {"format": 1, "stage": "vae", "step": 3, "elapsed": 1.5, "config": {"lr": 0.5}, "vae": torch.randn(40)}
+    state = {
+        "format": 1,
+        "stage": "vae",
+        "step": 3,
+        "elapsed": 1.5,
+        "config": {"lr": 0.5},
+        "vae": torch.randn(40),
+    }
     expected = digest_of(state)
     save_state(path, {**state, "sha256": expected})
     data = path.read_bytes()
@@ -214,7 +228,11 @@ def test_a_damaged_state_is_told_and_the_one_before_it_used(kind, steps, before,
         path.unlink()
     capsys.readouterr()
     assert resume(folder, whole) == 0
-    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ") and "state" in line]
+    warned = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("warning: ") and "state" in line
+    ]
     assert len(warned) == (kind != "gone")
     assert kind == "gone" or ("state.pt is damaged" in warned[0] and before in warned[0])
     assert_same_run(folder, whole)
@@ -285,13 +303,15 @@ def test_a_state_that_may_not_be_read_is_not_called_damaged(begun, whole, monkey
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     folder = begun(5)
-    monkeypatch.setattr(ddpm.run, "check_not_packed", refuse)
+    monkeypatch.setattr(ddpm.training.run, "check_not_packed", refuse)
     assert resume(folder, whole) == 2
     told = one_error(capsys)
     assert "Permission denied" in told and "damaged" not in told
 
 
-def test_weights_that_the_loss_cannot_get_are_told_before_there_is_a_folder(tmp_path, whole, monkeypatch, capsys):
+def test_weights_that_the_loss_cannot_get_are_told_before_there_is_a_folder(
+    tmp_path, whole, monkeypatch, capsys
+):
     def refuse(device):
         raise UserError("could not get VGG16's weights")
 
@@ -311,7 +331,7 @@ def test_a_new_run_does_not_take_the_text_tower_that_a_killed_one_left(tmp_path,
 
 def test_a_state_of_a_newer_version_says_so(begun, whole, capsys):
     folder = begun(5)
-    state = {"format": ddpm.run.FORMAT + 1, "levels": []}
+    state = {"format": ddpm.training.run.FORMAT + 1, "levels": []}
     torch.save({**state, "sha256": digest_of(state)}, folder / "state.pt")
     assert resume(folder, whole) == 2
     assert "a newer version of ddpm made it" in one_error(capsys)
@@ -364,7 +384,7 @@ def test_metrics_that_are_damaged_do_not_stop_a_run(begun, whole):
 def test_a_second_training_in_the_folder_is_refused_in_one_line(begun, whole, capsys):
     folder = begun(5)
     with Run(folder, Config.read(folder / "config.json"), True, 0.0) as run:
-        if ddpm.files.flock(run.lock) is None:
+        if ddpm.tools.files.flock(run.lock) is None:
             pytest.skip("no locks here")
         assert resume(folder, whole) == 2
         told = one_error(capsys)
@@ -375,9 +395,12 @@ def test_a_second_training_in_the_folder_is_refused_in_one_line(begun, whole, ca
 
 def test_of_two_that_make_one_folder_the_second_is_refused(tmp_path):
     config = Config.from_preset("tiny")
-    with Run(tmp_path / "run", config, False, 0.0) as first, Run(tmp_path / "run", config, False, 0.0) as second:
+    with (
+        Run(tmp_path / "run", config, False, 0.0) as first,
+        Run(tmp_path / "run", config, False, 0.0) as second,
+    ):
         first.create()
-        assert "is there already" in refusal_of(second.create) or ddpm.files.fcntl is None
+        assert "is there already" in refusal_of(second.create) or ddpm.tools.files.fcntl is None
 
 
 def test_a_folder_in_which_nothing_but_the_lock_was_made_may_be_begun_again(whole, tmp_path):
@@ -395,10 +418,13 @@ def test_a_folder_in_which_nothing_but_the_lock_was_made_may_be_begun_again(whol
 @pytest.mark.parametrize(
     "name, number",
     [
-        ("state.pt", errno.ENOSPC), ("state.pt", errno.EROFS), ("metrics.csv", errno.EDQUOT),
-        ("unet.safetensors", errno.EFBIG), ("step_000004.png", errno.EACCES),
+        ("state.pt", errno.ENOSPC),
+        ("state.pt", errno.EROFS),
+        ("metrics.csv", errno.EDQUOT),
+        ("unet.safetensors", errno.EFBIG),
+        ("step_000004.png", errno.EACCES),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_written_leaves_the_checkpoint_and_says_how_to_go_on(
     name, number, begun, whole, monkeypatch, capsys
 ):
@@ -412,10 +438,12 @@ def test_a_file_that_cannot_be_written_leaves_the_checkpoint_and_says_how_to_go_
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ddpm.files.os, "replace", fail)
+        patch.setattr(ddpm.tools.files.os, "replace", fail)
         assert resume(folder, whole) == 2
     told = one_error(capsys)
-    assert name in told and os.strerror(number) in told and f"--resume {folder}" in told and "is saved" in told
+    assert (
+        name in told and os.strerror(number) in told and f"--resume {folder}" in told and "is saved" in told
+    )
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         assert re.search(r"needs [0-9.,]+ MB, [0-9.,]+ MB are free", told)
     assert leftovers(folder) == []
@@ -425,13 +453,17 @@ def test_a_file_that_cannot_be_written_leaves_the_checkpoint_and_says_how_to_go_
     assert_same_run(folder, whole)
 
 
-def test_a_disk_that_fills_in_a_checkpoint_is_told_and_the_run_goes_on_when_there_is_room(whole, tmp_path, capsys):
+def test_a_disk_that_fills_in_a_checkpoint_is_told_and_the_run_goes_on_when_there_is_room(
+    whole, tmp_path, capsys
+):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
     if (
         not mount
-        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True).returncode
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True
+        ).returncode
     ):
         pytest.skip("only root can mount a small disk, and not in every container")
     try:
@@ -444,7 +476,9 @@ def test_a_disk_that_fills_in_a_checkpoint_is_told_and_the_run_goes_on_when_ther
         assert resume(folder, whole) == 2
         told = one_error(capsys)
         assert os.strerror(errno.ENOSPC) in told and "unet step 2 is saved" in told
-        needed, free = (float(x) for x in re.search(r"needs ([0-9.]+) MB, ([0-9.]+) MB are free", told).groups())
+        needed, free = (
+            float(x) for x in re.search(r"needs ([0-9.]+) MB, ([0-9.]+) MB are free", told).groups()
+        )
         assert needed > 1 > free > 0.1
         assert {name: (folder / name).read_bytes() for name in STATES} == before
         (disk / "filler").unlink()
@@ -500,16 +534,25 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_pictures_and_tim
     times = [int(t) for t in told[2].split()]
     assert len(times) == 8 and all(0 <= t < 1000 for t in times)
     assert [row[:2] for row in metrics(folder)] == [row[:2] for row in metrics(whole)]
-    assert [row[2] for row in metrics(folder)][6:] == [metrics(whole)[6][2], *["nan"] * 4, metrics(folder)[-1][2]]
+    assert [row[2] for row in metrics(folder)][6:] == [
+        metrics(whole)[6][2],
+        *["nan"] * 4,
+        metrics(folder)[-1][2],
+    ]
 
 
 def test_files_are_told_by_their_names(tmp_path, monkeypatch, capsys):
     write_celeba(tmp_path / "celeba", 60, seed=1)
     broken_loss(monkeypatch, "vae_loss", range(1, 2))
     assert (
-        run_train(*QUICK, *FP32, "--data", tmp_path / "celeba", "--out", tmp_path / "runs" / "x", "--stage", "vae") == 0
+        run_train(
+            *QUICK, *FP32, "--data", tmp_path / "celeba", "--out", tmp_path / "runs" / "x", "--stage", "vae"
+        )
+        == 0
     )
-    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped vae step 1"))
+    told = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped vae step 1")
+    )
     assert len(re.findall(r"\d{6}\.jpg", told)) == 8 and "; t " not in told
 
 
@@ -523,11 +566,17 @@ def test_several_such_steps_in_a_row_stop_the_run_saved_with_advice(
         assert start(folder, whole, "--max-steps", 30) == 2
     told = one_error(capsys)
     last = first + BAD_STEPS - 1
-    assert f"not finite for {BAD_STEPS} steps" in told and "--precision fp32" in told and f"--resume {folder}" in told
+    assert (
+        f"not finite for {BAD_STEPS} steps" in told
+        and "--precision fp32" in told
+        and f"--resume {folder}" in told
+    )
     state = read_state(folder / "state.pt")
     assert (state["stage"], state["step"]) == (stage, last)
     assert [row[1] for row in metrics(folder) if row[0] == stage] == [str(n + 1) for n in range(last)]
     for name, tensor in state[stage]["network"].items():
         assert torch.isfinite(tensor).all(), name
-    assert resume(folder, whole, "--max-steps", last + 1, "--precision", "bf16") == 0  # another precision may be tried
+    assert (
+        resume(folder, whole, "--max-steps", last + 1, "--precision", "bf16") == 0
+    )  # another precision may be tried
     assert np.isfinite(float(metrics(folder)[-1][2]))

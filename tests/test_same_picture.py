@@ -18,15 +18,26 @@ from conftest import TINY, without_zeros
 from safetensors import safe_open
 
 import train
-from ddpm import cli
 from ddpm.model import TextToImage
-from ddpm.pictures import to_uint8
-from ddpm.text import TextTower
+from ddpm.tools import command as cli
+from ddpm.tools import text_weights
+from ddpm.tools.grids import to_uint8
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a bald man", "a smiling woman with blond hair", "", "a bald man", "an older man wearing a hat"]
 SETTINGS = {"dpm++": {}, "ddpm": {}, "ddim": {"eta": 0.5}}
-QUICK = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "40", "--device", "cpu"]
+QUICK = [
+    "--preset",
+    "tiny",
+    "--image-size",
+    "16",
+    "--channels",
+    "32,32",
+    "--drawn-images",
+    "40",
+    "--device",
+    "cpu",
+]
 QUICK += ["--precision", "fp32", "--max-steps", "3", "--warmup", "2"]
 
 
@@ -42,7 +53,7 @@ def levels(x, y) -> int:
 def global_state():
     r"""Of the three global generators that a careless line would draw from."""
     kind, keys, *place = np.random.get_state()
-    return random.getstate(), (kind, keys.tobytes(), *place), torch.get_rng_state().numpy().tobytes()
+    return (random.getstate(), (kind, keys.tobytes(), *place), torch.get_rng_state().numpy().tobytes())
 
 
 def content(path):
@@ -108,7 +119,11 @@ print(torch.backends.cpu.get_cpu_capability())
 """
 OLDER = {  # what the libraries below are told to see; other machines know fewer of these words, and ignore them
     "the same": {},
-    "without AVX": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+    "without AVX": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_CBWR": "COMPATIBLE",
+    },
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
 }
 
@@ -137,11 +152,13 @@ def test_another_process_gives_the_same_bits_and_another_cpu_the_same_pictures(r
 # ----------------------------------------------------------------------------------------------- trainings
 
 
-def test_two_trainings_of_one_seed_write_the_same_whatever_the_global_generators_say(tower, tmp_path, monkeypatch):
+def test_two_trainings_of_one_seed_write_the_same_whatever_the_global_generators_say(
+    tower, tmp_path, monkeypatch
+):
     r"""They are poisoned, a different way each time, as soon as the weights are drawn: from there to the last picture
     nothing may draw from them. What the clock writes (metrics.csv, loss.png, state.pt) is left out.
     """
-    monkeypatch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+    monkeypatch.setattr(text_weights, "random_tower", (lambda: tower))
     begin, poisons = train.Trainer.__init__, iter([1, 2])
 
     def poisoned(*arguments):
@@ -155,7 +172,11 @@ def test_two_trainings_of_one_seed_write_the_same_whatever_the_global_generators
         folder = tmp_path / name / "run"  # with a cache of its own
         assert cli.run(train.main, [*QUICK, "--out", str(folder)]) == 0
         assert global_state() == states[-1]
-        paths = [*folder.glob("*.safetensors"), *folder.glob("samples/*"), *(tmp_path / name / "cache").iterdir()]
+        paths = [
+            *folder.glob("*.safetensors"),
+            *folder.glob("samples/*"),
+            *(tmp_path / name / "cache").iterdir(),
+        ]
         files.append({path.relative_to(tmp_path / name): content(path) for path in paths})
     assert {path.name for path in files[0]} > {"vae.safetensors", "unet.safetensors", "ema.safetensors"}
     assert len(files[0]) == 3 + 1 + 3  # weights, a sheet of samples, caches
@@ -164,7 +185,7 @@ def test_two_trainings_of_one_seed_write_the_same_whatever_the_global_generators
 
 
 def test_another_seed_is_another_training(tower, tmp_path, monkeypatch):
-    monkeypatch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+    monkeypatch.setattr(text_weights, "random_tower", (lambda: tower))
     weights = []
     for seed in ("0", "1"):
         folder = tmp_path / seed / "run"

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from ddpm import schedule as schedule_file
-from ddpm.diffusion import PREDICTIONS, q_posterior, score_from, training_target, x_0_and_eps
+from ddpm.diffusion import PREDICTIONS, q_posterior, score_from, x_0_and_eps
+from ddpm.losses import training_target
 from ddpm.sampling import (
     SAMPLERS,
     SPACINGS,
@@ -104,7 +105,9 @@ def test_with_the_exact_score_every_sampler_ends_at_the_datas_mean_and_variance(
     schedule, m, s = Schedule.named(name), 0.6, 0.5
     ab = alpha_bar(schedule, 999)
     start = math.sqrt(ab) * m, math.sqrt(ab * s**2 + 1 - ab)
-    *_, (time, mean, variance) = moments(schedule, m, s, sampler, 200 if sampler == "dpm++" else 500, start, **settings)
+    *_, (time, mean, variance) = moments(
+        schedule, m, s, sampler, 200 if sampler == "dpm++" else 500, start, **settings
+    )
     assert time == -1
     assert abs(mean - m) < 1e-9
     assert abs(variance - s**2) < 0.01
@@ -191,10 +194,14 @@ def test_the_sample_does_not_depend_on_what_a_perfect_network_predicts(sampler, 
     for prediction in PREDICTIONS:
         drawn = iter(noise)
         network = best_network(LINEAR, 0.6, 0.5, prediction)
-        *_, last = sample_loop(LINEAR, network, x_T, lambda d=drawn: next(d), sampler, 30, prediction, **settings)
+        *_, last = sample_loop(
+            LINEAR, network, x_T, lambda d=drawn: next(d), sampler, 30, prediction, **settings
+        )
         results.append(last.x)
     for other in results[1:]:
-        assert (results[0] - other).abs().max().item() < 1e-9  # eps is divided by a_T = 6e-3 at the first step
+        assert (
+            results[0] - other
+        ).abs().max().item() < 1e-9  # eps is divided by a_T = 6e-3 at the first step
 
 
 # ------------------------------------------------------------------------------------------- one step
@@ -241,7 +248,9 @@ def test_a_ddpm_step_has_the_variance_that_was_asked_for(t, s):
     by_hand = {"beta": beta_ts if s >= 0 else 0.0, "posterior": (1 - ab_s) / (1 - ab_t) * beta_ts}
     mean, _ = q_posterior(LINEAR, x_0, x_t, at(t), at(s))
     for variance, expected in by_hand.items():
-        assert ddpm_step(LINEAR, x_t, at(t), at(s), x_0, zero, variance).item() == pytest.approx(mean.item(), abs=1e-14)
+        assert ddpm_step(LINEAR, x_t, at(t), at(s), x_0, zero, variance).item() == pytest.approx(
+            mean.item(), abs=1e-14
+        )
         shift = ddpm_step(LINEAR, x_t, at(t), at(s), x_0, one, variance) - mean
         assert shift.item() ** 2 == pytest.approx(expected, abs=1e-12)
 
@@ -260,7 +269,9 @@ def test_the_first_step_of_dpm_solver_is_a_ddim_step(t, s, eta):
 
 @pytest.mark.equation("dpm-solver-step")
 @pytest.mark.parametrize("before, t, s", [(999, 949, 899), (999, 600, 500), (2, 1, 0)])
-def test_a_dpm_solver_step_is_algorithm_2_by_hand_and_with_noise_that_of_the_stochastic_equation(before, t, s):
+def test_a_dpm_solver_step_is_algorithm_2_by_hand_and_with_noise_that_of_the_stochastic_equation(
+    before, t, s
+):
     r"""Lu et al. 2022, algorithm 2, and SDE-DPM-Solver++ 2M for eta = 1."""
     x_t, x_0, x_0_before, noise = 0.7, -1.3, 0.4, 0.9
 
@@ -274,7 +285,9 @@ def test_a_dpm_solver_step_is_algorithm_2_by_hand_and_with_noise_that_of_the_sto
     a_s, kept = math.sqrt(alpha_bar(LINEAR, s)), math.exp(-h)
     by_hand = {
         0.0: sigma_s / sigma_t * x_t - a_s * (kept - 1) * D,
-        1.0: sigma_s / sigma_t * kept * x_t + a_s * (1 - kept**2) * D + sigma_s * math.sqrt(1 - kept**2) * noise,
+        1.0: sigma_s / sigma_t * kept * x_t
+        + a_s * (1 - kept**2) * D
+        + sigma_s * math.sqrt(1 - kept**2) * noise,
     }
     x = [torch.tensor([value], dtype=torch.float64) for value in (x_t, x_0, x_0_before, noise)]
     for eta, expected in by_hand.items():
@@ -309,7 +322,13 @@ def test_a_variance_that_cannot_be_is_refused():
 
 def test_a_network_with_twice_the_channels_takes_its_variance_along_and_the_other_samplers_ignore_it():
     r"""Raw numbers of -1 and 1 are the two ends; 0 is the geometric mean of the two variances."""
-    x, t, s, x_0, noise = normal(3, 2), at(600, 300, 20), at(400, 299, 3), normal(3, 2, seed=1), normal(3, 2, seed=2)
+    x, t, s, x_0, noise = (
+        normal(3, 2),
+        at(600, 300, 20),
+        at(400, 299, 3),
+        normal(3, 2, seed=1),
+        normal(3, 2, seed=2),
+    )
     for nu, form in ((0.0, "posterior"), (1.0, "beta")):
         learned = ddpm_step(LINEAR, x, t, s, x_0, noise, "learned", torch.full((3, 2), nu))
         assert (learned - ddpm_step(LINEAR, x, t, s, x_0, noise, form)).abs().max() < 1e-12
@@ -345,7 +364,9 @@ def test_with_the_exact_mean_and_variance_every_step_of_ddpm_has_the_datas_margi
     def network(x_t, t):
         ab_t, ab_s = alpha_bar(LINEAR, t[0].item()), alpha_bar(LINEAR, earlier[t[0].item()])
         spread_t, spread_s, a = ab_t * s**2 + 1 - ab_t, ab_s * s**2 + 1 - ab_s, ab_t / ab_s
-        exact = spread_s * (1 - a) / spread_t  # Bayes' rule for x_s ~ N(., spread_s), x_t = sqrt(a) x_s + noise
+        exact = (
+            spread_s * (1 - a) / spread_t
+        )  # Bayes' rule for x_s ~ N(., spread_s), x_t = sqrt(a) x_s + noise
         raw = 0.0
         if ab_s < 1:
             tilde, beta = (1 - ab_s) / (1 - ab_t) * (1 - a), 1 - a
@@ -583,9 +604,11 @@ def test_guidance_one_is_conditional_and_zero_unconditional_with_half_the_work(s
 @pytest.mark.equation("guidance")
 def test_guidance_leaves_the_learned_variance_to_the_conditional_model():
     def network(z_t, t, context):
-        return torch.cat([z_t * context.mean(dim=(1, 2))[:, None], context.mean(dim=(1, 2))[:, None] + z_t], dim=1)
+        return torch.cat(
+            [z_t * context.mean(dim=(1, 2))[:, None], context.mean(dim=(1, 2))[:, None] + z_t], dim=1
+        )
 
-    z, t, context, negative = normal(2, 3), at(1, 2), normal(2, 4, 5, seed=1), normal(2, 4, 5, seed=2)
+    z, t, context, negative = (normal(2, 3), at(1, 2), normal(2, 4, 5, seed=1), normal(2, 4, 5, seed=2))
     both, cond, uncond = (guided(network, context, negative, scale)(z, t) for scale in (3.0, 1.0, 0.0))
     assert (both[:, :3] - (uncond[:, :3] + 3 * (cond[:, :3] - uncond[:, :3]))).abs().max() < 1e-12
     assert torch.equal(both[:, 3:], cond[:, 3:])
@@ -641,7 +664,9 @@ def test_the_loop_asks_the_network_once_a_step_at_the_times_of_the_spacing(sampl
         return torch.zeros_like(x_t)
 
     x = normal(2, 3)
-    states = list(sample_loop(LINEAR, denoise, x, lambda: torch.zeros_like(x), sampler, 6, spacing=spacing, **settings))
+    states = list(
+        sample_loop(LINEAR, denoise, x, lambda: torch.zeros_like(x), sampler, 6, spacing=spacing, **settings)
+    )
     times = timesteps(LINEAR, 6, spacing)
     assert asked == [[time, time] for time in times]
     assert [state.i for state in states] == list(range(6))
@@ -652,7 +677,13 @@ def test_the_loop_asks_the_network_once_a_step_at_the_times_of_the_spacing(sampl
 
 @pytest.mark.parametrize(
     "sampler, settings, draws",
-    [("ddpm", {}, 5), ("ddim", {}, 0), ("ddim", {"eta": 0.5}, 5), ("dpm++", {}, 0), ("dpm++", {"eta": 0.5}, 5)],
+    [
+        ("ddpm", {}, 5),
+        ("ddim", {}, 0),
+        ("ddim", {"eta": 0.5}, 5),
+        ("dpm++", {}, 0),
+        ("dpm++", {"eta": 0.5}, 5),
+    ],
 )
 def test_noise_is_drawn_once_a_step_by_the_samplers_that_add_it(sampler, settings, draws):
     drawn = []
@@ -701,11 +732,13 @@ def test_the_sample_keeps_the_type_of_the_noise_whatever_the_network_computes_in
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_device_without_float64_gives_the_same_sample(sampler, name, monkeypatch):
     r"""MPS has none: tables are looked up in float32 there. 1e-4: 20 steps of float32 numbers about 1, 6e-8 each."""
-    schedule, x_T, noise = Schedule.named(name), normal(8, seed=1).float(), normal(20, 8, seed=2).float()
+    schedule, x_T, noise = (Schedule.named(name), normal(8, seed=1).float(), normal(20, 8, seed=2).float())
 
     def run():
         drawn = iter(noise)
-        *_, last = sample_loop(schedule, best_network(schedule, 0.6, 0.5), x_T, lambda: next(drawn), sampler, 20)
+        *_, last = sample_loop(
+            schedule, best_network(schedule, 0.6, 0.5), x_T, lambda: next(drawn), sampler, 20
+        )
         return last.x
 
     exact, lookup = run(), schedule_file._lookup
@@ -719,7 +752,9 @@ def test_each_element_of_a_batch_walks_by_itself(sampler):
 
     def run(part):
         drawn = iter(noise[:, part])
-        *_, last = sample_loop(LINEAR, best_network(LINEAR, 0.6, 0.5), x_T[part], lambda: next(drawn), sampler, 10)
+        *_, last = sample_loop(
+            LINEAR, best_network(LINEAR, 0.6, 0.5), x_T[part], lambda: next(drawn), sampler, 10
+        )
         return last.x
 
     assert torch.equal(run(slice(0, 3))[1:2], run(slice(1, 2)))

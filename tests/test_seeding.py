@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.seeding import generator, seed_of
+from ddpm.tools.seeding import generator, seed_of
 
 
 def test_one_name_always_gives_one_seed():

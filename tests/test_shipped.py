@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ddpm import TextToImage
-from ddpm.faces import draw_many, drawn_rows
-from ddpm.metrics import psnr
+from ddpm.celeba.faces import draw_many, drawn_rows
 from ddpm.model import SHIPPED
-from ddpm.text import TextTower
+from ddpm.tools import text_weights
+from ddpm.training.validation import psnr
 
 MEGABYTE = 1_000_000
 
@@ -17,7 +17,7 @@ MEGABYTE = 1_000_000
 @pytest.fixture(scope="module")
 def model(tower):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextTower, "random", classmethod(lambda cls: tower))
+        patch.setattr(text_weights, "random_tower", (lambda: tower))
         return TextToImage.load()
 
 
@@ -28,7 +28,7 @@ def test_the_folder_has_a_model_card_and_weights_of_at_most_12_megabytes():
 
 
 def test_the_card_names_the_numbers_that_the_command_was_given():
-    card, config = (SHIPPED / "README.md").read_text(), json.loads((SHIPPED / "config.json").read_text())
+    card, config = ((SHIPPED / "README.md").read_text(), json.loads((SHIPPED / "config.json").read_text()))
     for name in ("vae_steps", "unet_steps", "drawn_images", "ema_decay"):
         assert f"--{name.replace('_', '-')} {config['training'][name]}" in card
 
@@ -42,7 +42,9 @@ def test_faces_that_it_never_saw_pass_the_vae(model):
 
 def test_hair_has_the_colour_that_was_asked_for(model):
     colours = ("black", "brown", "gray", "blond")  # from dark to light
-    x = model.sample([f"a woman with {colour} hair" for colour in colours for _ in range(4)], precision="fp32")
+    x = model.sample(
+        [f"a woman with {colour} hair" for colour in colours for _ in range(4)], precision="fp32"
+    )
     crown = x[:, :, 8:14, 26:38].mean(dim=(1, 2, 3)).reshape(4, 4).median(dim=1).values
     assert crown[0] < crown[1] < crown[2:].min()
     yellow = (x[:, 0] - x[:, 2])[:, 8:14, 26:38].mean(dim=(1, 2)).reshape(4, 4).median(dim=1).values

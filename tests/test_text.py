@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from ddpm import text as text_file
 from ddpm.text import TextTower
+from ddpm.tools import text_weights
 
 FINGERPRINT = "68ae6f99df6f14024a2dcaf75495fcf0a2f5f72deaf2dadfcb5122d317140d5c"
 PROMPTS = ["a smiling woman with blond hair and eyeglasses", "a bald man"]
@@ -46,7 +47,9 @@ def test_every_prompt_becomes_77_vectors_of_width_512(states):
 def test_the_states_are_those_of_open_clips_own_text_tower(tower, states):
     r"""Built by open_clip from its own description of ViT-B-32, projection and all, with the same weights."""
     settings = json.loads((Path(open_clip.__file__).parent / "model_configs" / "ViT-B-32.json").read_text())
-    theirs = open_clip.model._build_text_tower(settings["embed_dim"], settings["text_cfg"] | {"output_tokens": True})
+    theirs = open_clip.model._build_text_tower(
+        settings["embed_dim"], settings["text_cfg"] | {"output_tokens": True}
+    )
     missing, unexpected = theirs.load_state_dict(tower.tower.state_dict(), strict=False)
     assert (missing, unexpected) == (["text_projection"], [])
     with torch.no_grad():
@@ -88,7 +91,9 @@ def test_the_states_are_those_of_a_text_tower_written_by_hand(tower, quick_gelu)
         asked.tower.load_state_dict(tower.tower.state_dict())
     tokens = tower.tokenize(PROMPTS[:1])[0]
     # 1e-4: float32 through twelve layers, states about 1
-    assert (asked(PROMPTS[:1])[0] - by_hand(tower.tower.state_dict(), tokens, quick_gelu)).abs().max().item() < 1e-4
+    assert (
+        asked(PROMPTS[:1])[0] - by_hand(tower.tower.state_dict(), tokens, quick_gelu)
+    ).abs().max().item() < 1e-4
 
 
 def test_the_two_activations_give_different_states(tower):
@@ -172,13 +177,22 @@ def test_prompts_that_are_no_list_of_strings_are_refused(tower, prompts):
 
 
 def test_the_random_weights_are_the_same_bits_on_every_machine(tower):
-    assert tower.fingerprint() == FINGERPRINT
+    assert text_weights.fingerprint(tower) == FINGERPRINT
 
 
 def test_the_fingerprint_tells_weights_and_activation_apart():
     first, second, quick = (small_tower(seed, q) for seed, q in ((0, False), (1, False), (0, True)))
-    assert first.fingerprint() == small_tower(0, False).fingerprint()
-    assert len({first.fingerprint(), second.fingerprint(), quick.fingerprint()}) == 3
+    assert text_weights.fingerprint(first) == text_weights.fingerprint(small_tower(0, False))
+    assert (
+        len(
+            {
+                text_weights.fingerprint(first),
+                text_weights.fingerprint(second),
+                text_weights.fingerprint(quick),
+            }
+        )
+        == 3
+    )
 
 
 def test_random_weights_have_the_spread_that_is_said(tower):
@@ -235,7 +249,7 @@ def no_network(monkeypatch):
         raise ConnectionError("a test reached out")
 
     monkeypatch.setattr(text_file, "getproxies", lambda: {"https": "http://proxy"})
-    monkeypatch.setattr(text_file.socket, "create_connection", refuse)
+    monkeypatch.setattr(text_weights.socket, "create_connection", refuse)
 
 
 def fail_with(error, seen=None):
@@ -250,7 +264,7 @@ def fail_with(error, seen=None):
 def test_a_tag_that_cannot_be_downloaded_is_one_line_that_says_what_to_do(monkeypatch):
     error = OSError("403 from 'https://huggingface.co'\nfor these files\nand more lines")
     monkeypatch.setattr(pretrained, "download_pretrained", fail_with(error))
-    told = refusal_of(lambda: TextTower.named("laion2b_s34b_b79k"))
+    told = refusal_of(lambda: text_weights.named_tower("laion2b_s34b_b79k"))
     assert "laion2b_s34b_b79k" in told
     assert "403 from 'https://huggingface.co'" in told
     assert "--text-weights random" in told
@@ -259,15 +273,17 @@ def test_a_tag_that_cannot_be_downloaded_is_one_line_that_says_what_to_do(monkey
 
 def test_a_download_that_fails_without_a_word_is_still_explained(monkeypatch):
     monkeypatch.setattr(pretrained, "download_pretrained", fail_with(TimeoutError()))
-    assert "TimeoutError" in refusal_of(lambda: TextTower.named("openai"))
+    assert "TimeoutError" in refusal_of(lambda: text_weights.named_tower("openai"))
 
 
 def test_without_a_connection_the_hub_is_asked_for_its_cache_alone_and_left_as_it_was(monkeypatch):
     logger, seen = logging.getLogger("huggingface_hub"), []
     before = logger.level, constants.HF_HUB_OFFLINE
     monkeypatch.setattr(text_file, "getproxies", dict)
-    monkeypatch.setattr(pretrained, "download_pretrained", fail_with(OSError("offline mode is enabled"), seen))
-    told = refusal_of(lambda: TextTower.named("laion2b_s34b_b79k"))
+    monkeypatch.setattr(
+        pretrained, "download_pretrained", fail_with(OSError("offline mode is enabled"), seen)
+    )
+    told = refusal_of(lambda: text_weights.named_tower("laion2b_s34b_b79k"))
     assert "no connection, and not in the cache" in told
     assert "--text-weights random" in told
     assert seen == [True]
@@ -279,12 +295,12 @@ def test_weights_in_the_cache_need_no_connection(small_towers, tmp_path, monkeyp
     save_file(both_towers(small_tower(3), "plain"), path)
     monkeypatch.setattr(text_file, "getproxies", dict)
     monkeypatch.setattr(pretrained, "download_pretrained", lambda settings: str(path))
-    assert same_weights(TextTower.named("laion2b_s34b_b79k"), small_tower(3))
+    assert same_weights(text_weights.named_tower("laion2b_s34b_b79k"), small_tower(3))
 
 
 @pytest.mark.parametrize("weights", ["laion9b", "", "no/such/file.safetensors"])
 def test_an_unknown_tag_is_refused_and_some_known_ones_are_named(weights):
-    told = refusal_of(lambda: TextTower.named(weights))
+    told = refusal_of(lambda: text_weights.named_tower(weights))
     assert "random" in told and "file" in told and "openai" in told
     assert repr(weights) in told
 
@@ -333,54 +349,60 @@ def test_the_text_tower_is_picked_out_of_a_file_with_both_towers(small_towers, t
     tower, path = small_tower(3), tmp_path / f"open_clip{suffix}"
     state = both_towers(tower, form)
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    assert same_weights(TextTower.named(str(path)), tower)
+    assert same_weights(text_weights.named_tower(str(path)), tower)
 
 
 def test_a_training_checkpoint_with_a_state_dict_inside_is_understood(small_towers, tmp_path):
     tower, path = small_tower(3), tmp_path / "epoch_32.pt"
     torch.save({"epoch": 32, "name": "run", "state_dict": both_towers(tower, "module")}, path)
-    assert same_weights(TextTower.named(str(path)), tower)
+    assert same_weights(text_weights.named_tower(str(path)), tower)
 
 
 def test_half_precision_files_become_float32(small_towers, tmp_path):
     tower, path = small_tower(3), tmp_path / "half.safetensors"
     save_file({name: tensor.half() for name, tensor in both_towers(tower, "plain").items()}, path)
-    loaded = TextTower.from_file(path).tower.state_dict()
+    loaded = text_weights.tower_from_file(path).tower.state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
-    assert all(torch.equal(loaded[name], tensor.half().float()) for name, tensor in tower.tower.state_dict().items())
+    assert all(
+        torch.equal(loaded[name], tensor.half().float()) for name, tensor in tower.tower.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_a_saved_tower_comes_back_with_its_activation(small_towers, tmp_path, quick_gelu):
     tower, path = small_tower(3, quick_gelu), tmp_path / "text.safetensors"
-    tower.save(path)
+    text_weights.save_tower(tower, path)
     for told_otherwise in (False, True):  # what the file says holds
-        loaded = TextTower.from_file(path, told_otherwise)
+        loaded = text_weights.tower_from_file(path, told_otherwise)
         assert loaded.quick_gelu == quick_gelu
         assert same_weights(loaded, tower)
-        assert loaded.fingerprint() == tower.fingerprint()
+        assert text_weights.fingerprint(loaded) == text_weights.fingerprint(tower)
 
 
 def activation(tower):
     return type(tower.tower.transformer.resblocks[0].mlp.gelu).__name__
 
 
-@pytest.mark.parametrize("tag, quick", [("laion2b_s34b_b79k", False), ("openai", True), ("laion400m_e32", True)])
+@pytest.mark.parametrize(
+    "tag, quick", [("laion2b_s34b_b79k", False), ("openai", True), ("laion400m_e32", True)]
+)
 def test_a_tag_brings_the_activation_it_was_trained_with(small_towers, tmp_path, monkeypatch, tag, quick):
     path = tmp_path / "open_clip_model.safetensors"
     save_file(both_towers(small_tower(3), "plain"), path)
     monkeypatch.setattr(pretrained, "download_pretrained", lambda settings: str(path))
-    tower = TextTower.named(tag)
+    tower = text_weights.named_tower(tag)
     assert tower.quick_gelu == quick
     assert activation(tower) == ("QuickGELU" if quick else "GELU")
     assert same_weights(tower, small_tower(3))
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_a_file_that_does_not_say_is_read_with_the_activation_that_was_asked_for(small_towers, tmp_path, quick):
+def test_a_file_that_does_not_say_is_read_with_the_activation_that_was_asked_for(
+    small_towers, tmp_path, quick
+):
     path = tmp_path / "open_clip.bin"
     torch.save(both_towers(small_tower(3), "plain"), path)
-    assert activation(TextTower.named(str(path), quick)) == ("QuickGELU" if quick else "GELU")
+    assert activation(text_weights.named_tower(str(path), quick)) == ("QuickGELU" if quick else "GELU")
 
 
 def test_tensors_of_the_wrong_shape_are_refused_with_both_shapes(small_towers, tmp_path):
@@ -388,7 +410,7 @@ def test_tensors_of_the_wrong_shape_are_refused_with_both_shapes(small_towers, t
     state = both_towers(small_tower(3), "plain")
     state["ln_final.weight"] = torch.ones(128)
     save_file(state, path)
-    told = refusal_of(lambda: TextTower.named(str(path)))
+    told = refusal_of(lambda: text_weights.named_tower(str(path)))
     assert str(path) in told
     assert "ln_final.weight should be (64,), got (128,)" in told
     assert "1 of 28 tensors" in told
@@ -397,7 +419,7 @@ def test_tensors_of_the_wrong_shape_are_refused_with_both_shapes(small_towers, t
 def test_a_file_of_another_model_is_refused(small_towers, tmp_path):
     path = tmp_path / "vae.safetensors"
     save_file({"encoder.conv_in.weight": torch.zeros(3)}, path)
-    told = refusal_of(lambda: TextTower.named(str(path)))
+    told = refusal_of(lambda: text_weights.named_tower(str(path)))
     assert "ViT-B-32 text tower" in told
     assert "got nothing" in told
 
@@ -406,7 +428,7 @@ def test_a_file_of_another_model_is_refused(small_towers, tmp_path):
 def test_a_file_that_holds_no_tensors_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"this is not a file of tensors\n" * 10)
-    assert f"(.safetensors, .bin or .pt) at {path}" in refusal_of(lambda: TextTower.named(str(path)))
+    assert f"(.safetensors, .bin or .pt) at {path}" in refusal_of(lambda: text_weights.named_tower(str(path)))
 
 
 def test_a_file_cut_short_is_refused(small_towers, tmp_path):
@@ -414,14 +436,14 @@ def test_a_file_cut_short_is_refused(small_towers, tmp_path):
         path = tmp_path / name
         write(both_towers(small_tower(3), "plain"), path)
         path.write_bytes(path.read_bytes()[:-1000])
-        assert "could not read it" in refusal_of(lambda path=path: TextTower.named(str(path)))
+        assert "could not read it" in refusal_of(lambda path=path: text_weights.named_tower(str(path)))
 
 
 @pytest.mark.parametrize("content", [[torch.ones(3)], {"state_dict": [1, 2]}, {"a": 1}, torch.ones(3)])
 def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     path = tmp_path / "other.pt"
     torch.save(content, path)
-    assert "expected a dictionary of tensors" in refusal_of(lambda: TextTower.named(str(path)))
+    assert "expected a dictionary of tensors" in refusal_of(lambda: text_weights.named_tower(str(path)))
 
 
 class Dropper:
@@ -442,7 +464,7 @@ def plain_pickle(content, path):
 def test_code_in_a_pickle_is_not_executed(tmp_path, write):
     mark, path = tmp_path / "executed", tmp_path / "open_clip.bin"
     write({"token_embedding.weight": Dropper(mark)}, path)
-    told = refusal_of(lambda: TextTower.named(str(path)))
+    told = refusal_of(lambda: text_weights.named_tower(str(path)))
     assert "could not read it" in told
     assert not mark.exists()
     pickle.loads(pickle.dumps(Dropper(mark)))  # the trap does work

@@ -7,23 +7,24 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm import training
-from ddpm.cache import Latents, Texts, drawn_pictures
-from ddpm.config import Config, UserError
-from ddpm.data import TRAIN
-from ddpm.metrics import loss_by_timestep, measure_latent_scale, psnr, reconstruction_quality, ssim
+from ddpm.celeba.dataset import drawn_pictures
+from ddpm.celeba.lists import TRAIN
+from ddpm.config import Config
 from ddpm.model import TextToImage
-from ddpm.seeding import seed_of
-from ddpm.training import (
-    EMA,
-    Bound,
-    Optimization,
-    batch_rows,
-    perceptual_loss,
-    timestep_batch,
-    to_device,
-    train_unet,
-    train_vae,
+from ddpm.tools.errors import UserError
+from ddpm.tools.seeding import seed_of
+from ddpm.training import loops as training
+from ddpm.training.batches import batch_rows, timestep_batch, to_device
+from ddpm.training.caches import Latents, Texts
+from ddpm.training.loops import train_unet, train_vae
+from ddpm.training.optimization import EMA, Bound, Optimization
+from ddpm.training.perceptual import perceptual_loss
+from ddpm.training.validation import (
+    loss_by_timestep,
+    measure_latent_scale,
+    psnr,
+    reconstruction_quality,
+    ssim,
 )
 
 SMALL = {"image_size": 16, "channels": (32, 32), "drawn_images": 32, "accumulation": 1, "warmup": 2}
@@ -119,7 +120,9 @@ def test_times_of_a_batch_are_spread_over_the_chain_and_uniform():
         gaps = t.sort().values.diff()
         assert gaps.min() >= 99 and gaps.max() <= 101
     counts = torch.bincount(torch.cat(batches) // 10, minlength=100)
-    assert counts.min() > 0.7 * 200 and counts.max() < 1.3 * 200  # 200 expected; 0.3 is four standard deviations
+    assert (
+        counts.min() > 0.7 * 200 and counts.max() < 1.3 * 200
+    )  # 200 expected; 0.3 is four standard deviations
 
 
 def test_progress_is_whichever_bound_comes_first():
@@ -143,9 +146,13 @@ def test_the_learning_rate_warms_up_and_comes_down(small):
 
 def test_with_a_rate_for_muon_the_inner_matrices_are_under_it_and_all_rates_come_down_together(small):
     config, model = small
-    opt = Optimization(model.unet, config.with_training(muon_lr=0.02), 1.0, Bound(100), ema=False, precision="bf16")
+    opt = Optimization(
+        model.unet, config.with_training(muon_lr=0.02), 1.0, Bound(100), ema=False, precision="bf16"
+    )
     adamw, muon = opt.optimizers
-    counts = [sum(p.numel() for g in optimizer.param_groups for p in g["params"]) for optimizer in (adamw, muon)]
+    counts = [
+        sum(p.numel() for g in optimizer.param_groups for p in g["params"]) for optimizer in (adamw, muon)
+    ]
     assert sum(counts) == sum(p.numel() for p in model.unet.parameters()) and counts[1] > 9 * counts[0]
     assert muon.dtype == torch.bfloat16 and muon.defaults["weight_decay"] == config.training.weight_decay
     opt.step = 50
@@ -197,7 +204,10 @@ def test_the_vae_learns_to_give_pictures_back(small, pictures):
     after, _ = reconstruction_quality(model, pictures, pictures.rows(TRAIN))
     assert after > before + 4  # decibels
     assert [r.step for r in reports] == list(range(1, 81))
-    assert set(np.concatenate([r.rows for r in reports])) == set(pictures.rows(TRAIN)) and reports[0].times is None
+    assert (
+        set(np.concatenate([r.rows for r in reports])) == set(pictures.rows(TRAIN))
+        and reports[0].times is None
+    )
 
 
 def test_the_unet_learns_a_latent_by_heart(small, pictures, tmp_path):
@@ -211,7 +221,9 @@ def test_the_unet_learns_a_latent_by_heart(small, pictures, tmp_path):
 
 
 @pytest.mark.equation("training-path")
-def test_a_step_asks_the_unet_about_scaled_latents_with_noise_and_about_their_captions(small, pictures, tmp_path):
+def test_a_step_asks_the_unet_about_scaled_latents_with_noise_and_about_their_captions(
+    small, pictures, tmp_path
+):
     r"""Certain latents of 4 or -4 at a scale of 1/8: z_0 is 0.5 or -0.5, and what stands beside it in z_t is standard
     normal. 10,240 numbers: a mean is off by 0.01, a variance by 0.014, each allowed four times."""
     config, _ = small
@@ -299,9 +311,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run(smal
 
 def test_in_fp16_an_overflow_moves_nothing_halves_the_scale_and_is_no_failure(small):
     config, model = small
-    opt = Optimization(model.unet, config.with_training(muon_lr=0.02), 1e-3, Bound(100), ema=True, precision="fp16")
+    opt = Optimization(
+        model.unet, config.with_training(muon_lr=0.02), 1e-3, Bound(100), ema=True, precision="fp16"
+    )
     networks = [[p for g in o.param_groups for p in g["params"] if p.any()] for o in opt.optimizers]
-    before, scale = [[p.detach().clone() for p in part] for part in networks], opt.scaler.get_scale()
+    before, scale = ([[p.detach().clone() for p in part] for part in networks], opt.scaler.get_scale())
     total = sum(p.sum() for p in model.unet.parameters())
     report = opt.update("unet", iter([total * 1e34]))  # finite, but not times the scale
     assert math.isfinite(report.loss) and not report.finite and opt.bad == 0
@@ -323,7 +337,9 @@ def test_the_latent_scale_makes_the_mean_square_one():
     assert abs(scale - 1 / 5) < 2e-3  # variance 9 of mu and 16 of the noise
 
 
-def test_validation_loss_is_the_same_each_time_and_one_for_a_network_that_says_nothing(small, pictures, tmp_path):
+def test_validation_loss_is_the_same_each_time_and_one_for_a_network_that_says_nothing(
+    small, pictures, tmp_path
+):
     config, model = small
     latents, texts = prepared_unet(tmp_path, config, model, pictures)
     rows = pictures.rows(TRAIN)
@@ -332,7 +348,9 @@ def test_validation_loss_is_the_same_each_time_and_one_for_a_network_that_says_n
     assert np.mean(losses) == pytest.approx(1.0, abs=0.1)  # conv_out starts at zero and v has mean square one
 
 
-def test_the_last_time_of_validation_is_one_of_the_chain_however_it_is_rounded(small, pictures, tmp_path, monkeypatch):
+def test_the_last_time_of_validation_is_one_of_the_chain_however_it_is_rounded(
+    small, pictures, tmp_path, monkeypatch
+):
     config, model = small
     latents, texts = prepared_unet(tmp_path, config, model, pictures)
     monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))
@@ -357,7 +375,7 @@ def test_ssim_is_one_for_equal_pictures_and_falls_with_noise_and_blur():
 
 @pytest.mark.equation("ssim")
 def test_ssim_of_two_flat_pictures_is_the_luminance_term():
-    x, y = torch.full((1, 3, 16, 16), 0.0), torch.full((1, 3, 16, 16), 0.5)  # 0.5 and 0.75 in [0, 1]
+    x, y = (torch.full((1, 3, 16, 16), 0.0), torch.full((1, 3, 16, 16), 0.5))  # 0.5 and 0.75 in [0, 1]
     expected = (2 * 0.5 * 0.75 + 1e-4) / (0.5**2 + 0.75**2 + 1e-4)
     assert ssim(x, y).item() == pytest.approx(expected, abs=1e-4)
 

@@ -15,7 +15,12 @@ def normal(*shape, seed=0):
 
 def small(**changes):
     torch.manual_seed(0)
-    settings = {"channels": (32, 64), "attention_levels": (1,), "res_blocks": 1, "context_width": 16} | changes
+    settings = {
+        "channels": (32, 64),
+        "attention_levels": (1,),
+        "res_blocks": 1,
+        "context_width": 16,
+    } | changes
     return without_zeros(UNet(**settings))
 
 
@@ -139,10 +144,14 @@ def test_a_skip_stands_behind_what_comes_from_below_and_the_last_one_down_is_the
     r"""Checkpoints of Stable Diffusion count on this order of channels."""
     seen = {}
     parts = {"middle": unet.mid_block, "last": unet.down_blocks[-1].attentions[-1], "first": unet.conv_in}
-    hooks = [m.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o})) for name, m in parts.items()]
+    hooks = [
+        m.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o}))
+        for name, m in parts.items()
+    ]
     ends = {"up": unet.up_blocks[0].resnets[0], "top": unet.up_blocks[-1].resnets[-1]}
     hooks += [
-        m.register_forward_pre_hook(lambda m, i, name=name: seen.update({name: i[0]})) for name, m in ends.items()
+        m.register_forward_pre_hook(lambda m, i, name=name: seen.update({name: i[0]}))
+        for name, m in ends.items()
     ]
     unet(Z, T, C)
     for hook in hooks:

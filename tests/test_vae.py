@@ -25,7 +25,10 @@ def small():
 
 @pytest.mark.equation("kl")
 def test_kl_is_that_of_torch_distributions_summed_over_each_latent():
-    mu, logvar = normal(3, 4, 5, 6, seed=1, dtype=torch.float64), normal(3, 4, 5, 6, seed=2, dtype=torch.float64)
+    mu, logvar = (
+        normal(3, 4, 5, 6, seed=1, dtype=torch.float64),
+        normal(3, 4, 5, 6, seed=2, dtype=torch.float64),
+    )
     oracle = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(torch.zeros_like(mu), torch.ones_like(mu)))
     kl = DiagonalGaussian(mu, logvar).kl()
     assert kl.shape == (3,)
@@ -39,7 +42,10 @@ def test_the_standard_normal_is_at_distance_zero_from_itself():
 
 @pytest.mark.equation("entropy")
 def test_entropy_is_that_of_torch_distributions_summed_over_each_latent():
-    mu, logvar = normal(3, 4, 5, 6, seed=1, dtype=torch.float64), normal(3, 4, 5, 6, seed=2, dtype=torch.float64)
+    mu, logvar = (
+        normal(3, 4, 5, 6, seed=1, dtype=torch.float64),
+        normal(3, 4, 5, 6, seed=2, dtype=torch.float64),
+    )
     oracle = Normal(mu, (logvar / 2).exp()).entropy().sum(dim=(1, 2, 3))
     assert (DiagonalGaussian(mu, logvar).entropy() - oracle).abs().max().item() < 1e-10
 
@@ -163,12 +169,18 @@ def test_every_parameter_is_learned_from():
     q = vae.encode(x)
     _, loss = vae_loss(x, vae.decode(q.sample(torch.Generator().manual_seed(0))), q, kl_weight=1.0)
     loss.backward()
-    still = [name for name, parameter in vae.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    still = [
+        name
+        for name, parameter in vae.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
     # softmax does not see a number added to all scores, so this bias alone has gradient 0, up to rounding
     assert [name for name in still if not name.endswith("to_k.bias")] == []
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 16, 16), (2, 4, 16, 16), (3, 16, 16), (2, 3, 15, 16), (2, 3, 16, 15)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 16, 16), (2, 4, 16, 16), (3, 16, 16), (2, 3, 15, 16), (2, 3, 16, 15)]
+)
 def test_pictures_that_cannot_be_coded_are_refused(small, shape):
     with pytest.raises(ValueError, match=r"shape \(B, 3, H, W\) with H and W multiples of 2, got") as refusal:
         small.encode(torch.zeros(shape))
@@ -222,7 +234,13 @@ def test_the_docstrings_balance_with_latent_diffusion_holds():
 
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="l1 or l2, got 'huber'"):
-        vae_loss(torch.zeros(1), torch.zeros(1), DiagonalGaussian(torch.zeros(1, 1), torch.zeros(1, 1)), 1.0, "huber")
+        vae_loss(
+            torch.zeros(1),
+            torch.zeros(1),
+            DiagonalGaussian(torch.zeros(1, 1), torch.zeros(1, 1)),
+            1.0,
+            "huber",
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8])

@@ -18,24 +18,74 @@ from test_docs import blocks, commands
 
 import sample
 import train
-from ddpm import classifier, cli, evaluation, export
-from ddpm.faces import write_celeba
-from ddpm.text import TextTower
+from ddpm import export
+from ddpm.celeba.faces import write_celeba
+from ddpm.evaluation import classifier
+from ddpm.evaluation import parts as evaluation
+from ddpm.tools import command as cli
+from ddpm.tools import text_weights
 
-MAINS = {"train.py": train.main, "sample.py": sample.main, "ddpm.export": export.main,
-         "ddpm.evaluation": evaluation.main, "tests/benchmarks": benchmarks.main,
-         "tests/trials.py": trials.main}  # fmt: skip
+MAINS = {
+    "train.py": train.main,
+    "sample.py": sample.main,
+    "ddpm.export": export.main,
+    "ddpm.evaluation": evaluation.main,
+    "tests/benchmarks": benchmarks.main,
+    "tests/trials.py": trials.main,
+}
 BY_CI = ("python3 -m venv", "pip install", "python -m pytest", "python -m sphinx")
 SMALL_MODEL = [
-    "--image-size", "16", "--vae-channels", "32,32", "--vae-layers", "1", "--latent-channels", "4",
-    "--channels", "32,32", "--attention-levels", "1", "--res-blocks", "1", "--head-width", "32",
-    "--text-weights", "random", "--drawn-images", "400",
-]  # fmt: skip
+    "--image-size",
+    "16",
+    "--vae-channels",
+    "32,32",
+    "--vae-layers",
+    "1",
+    "--latent-channels",
+    "4",
+    "--channels",
+    "32,32",
+    "--attention-levels",
+    "1",
+    "--res-blocks",
+    "1",
+    "--head-width",
+    "32",
+    "--text-weights",
+    "random",
+    "--drawn-images",
+    "400",
+]
 SMALL_TRAINING = [
-    "--batch-size", "8", "--vae-batch-size", "8", "--vae-steps", "3", "--unet-steps", "3", "--steps-per-epoch", "0",
-    "--epochs", "0", "--max-minutes", "0", "--warmup", "1", "--save-every", "2", "--sample-every", "3",
-]  # fmt: skip
-SMALLER = {"--steps": "2", "--num": "2", "--n": "8", "--stop-after": "2", "--max-steps": "8", "--max-minutes": "1"}
+    "--batch-size",
+    "8",
+    "--vae-batch-size",
+    "8",
+    "--vae-steps",
+    "3",
+    "--unet-steps",
+    "3",
+    "--steps-per-epoch",
+    "0",
+    "--epochs",
+    "0",
+    "--max-minutes",
+    "0",
+    "--warmup",
+    "1",
+    "--save-every",
+    "2",
+    "--sample-every",
+    "3",
+]
+SMALLER = {
+    "--steps": "2",
+    "--num": "2",
+    "--n": "8",
+    "--stop-after": "2",
+    "--max-steps": "8",
+    "--max-minutes": "1",
+}
 
 
 def shown() -> list:
@@ -70,10 +120,19 @@ def runs(tmp_path_factory, tower) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         make_runs_cheap(patch)
-        begin = ["--preset", "tiny", *SMALL_MODEL, *SMALL_TRAINING, "--cache", str(folder / "cache"), "--device", "cpu"]
+        begin = [
+            "--preset",
+            "tiny",
+            *SMALL_MODEL,
+            *SMALL_TRAINING,
+            "--cache",
+            str(folder / "cache"),
+            "--device",
+            "cpu",
+        ]
         for name, more in {"whole": [], "begun": ["--stop-after", "4"], "vae": ["--stage", "vae"]}.items():
             assert cli.run(train.main, [*begin, "--timesteps", "50", "--out", str(folder / name), *more]) == 0
-        patch.setattr(TextTower, "random", classmethod(lambda cls: tower))  # an export writes it
+        patch.setattr(text_weights, "random_tower", (lambda: tower))  # an export writes it
         assert cli.run(export.main, [str(folder / "whole"), str(folder / "exported")]) == 0
     return folder
 
@@ -110,7 +169,12 @@ def at_hand(words: list[str], runs: Path, place: Path) -> list[str]:
     for before, word in zip(words, words[1:], strict=False):
         if before == "--reverse":
             shutil.copytree(runs / "exported", place / word)
-        elif word == "ddpm/weights" or word.startswith("runs/") and before != "--out" and "--reverse" not in words:
+        elif (
+            word == "ddpm/weights"
+            or word.startswith("runs/")
+            and before != "--out"
+            and "--reverse" not in words
+        ):
             shutil.copytree(runs / kind, place / word)
     return words
 
@@ -125,7 +189,7 @@ MAKES = {"train.py": ".csv", "sample.py": ".png", "ddpm.export": ".json", "ddpm.
 @pytest.mark.parametrize("words", shown())
 def test_every_command_that_the_docs_show_runs(words, runs, place, tower, monkeypatch, capsys):
     if words[0] == "ddpm.export":
-        monkeypatch.setattr(TextTower, "random", classmethod(lambda cls: copy.deepcopy(tower)))  # --half changes it
+        monkeypatch.setattr(text_weights, "random_tower", (lambda: copy.deepcopy(tower)))  # --half changes it
     if "--download" in words:
         monkeypatch.setattr("torchvision.datasets.CelebA", lambda *_, **__: None)  # the pictures are there
     arguments = small(at_hand(words, runs, place))

@@ -15,21 +15,19 @@ from pathlib import Path
 
 import torch
 
-from ddpm import cli
-from ddpm.cache import Texts, encode_latents, load_pictures, open_data
-from ddpm.classifier import EXTRACTORS, attribute_classifier, feature_extractor, truths
+from ddpm.celeba.dataset import load_pictures, open_data
+from ddpm.celeba.lists import TEST, TRAIN, VALID
 from ddpm.config import Config
-from ddpm.data import TEST, TRAIN, VALID
-from ddpm.metrics import (
-    balanced_accuracy,
-    frechet_distance,
-    gaussian_of,
-    measure_latent_scale,
-    reconstruction_quality,
-)
+from ddpm.evaluation.classifier import attribute_classifier, truths
+from ddpm.evaluation.features import EXTRACTORS, feature_extractor
+from ddpm.evaluation.metrics import balanced_accuracy, frechet_distance, gaussian_of
 from ddpm.model import TextToImage
-from ddpm.text import TextTower
-from ddpm.training import Bound, Optimization, train_unet, train_vae
+from ddpm.tools import command as cli
+from ddpm.tools import devices, text_weights
+from ddpm.training.caches import Texts, encode_latents
+from ddpm.training.loops import train_unet, train_vae
+from ddpm.training.optimization import Bound, Optimization
+from ddpm.training.validation import measure_latent_scale, reconstruction_quality
 
 CPU = torch.device("cpu")
 TRIALS = {  # settings over those of the preset, which is drawn64 without --run; names that begin with vae train the VAE
@@ -74,9 +72,11 @@ def trial(name: str, a: argparse.Namespace, precision: str) -> str:
     config = Config.from_preset(preset, **{"data": data, "seed": a.seed} | TRIALS[name])
     pictures = load_pictures(config, open_data(config), a.cache, cli.progress_bar)
     torch.manual_seed(a.seed)
-    model = TextToImage(config.model, TextTower.random())
+    model = TextToImage(config.model, text_weights.random_tower())
     if name.startswith("vae"):
-        opt = Optimization(model.vae, config, config.training.vae_lr, seconds_bound(60 * a.minutes), False, precision)
+        opt = Optimization(
+            model.vae, config, config.training.vae_lr, seconds_bound(60 * a.minutes), False, precision
+        )
         for _ in train_vae(model, pictures, config, opt, precision):
             pass
         model.vae.eval()
@@ -97,7 +97,9 @@ def trial(name: str, a: argparse.Namespace, precision: str) -> str:
     with opt.ema.applied(model.unet), torch.no_grad():
         x = model.sample(prompts, seed=a.seed, precision=precision)
         seen = torch.cat([classifier(part) for part in x.split(64)]) > 0
-        of = [gaussian_of(torch.cat([extract(part) for part in y.split(64)])) for y in (x, pictures.batch(held))]
+        of = [
+            gaussian_of(torch.cat([extract(part) for part in y.split(64)])) for y in (x, pictures.batch(held))
+        ]
     accuracy = balanced_accuracy(truths(pictures, held)[:, classifier.columns], seen)
     late = ", ".join(n for n, v in zip(classifier.names, accuracy.tolist(), strict=True) if v < 0.75)
     distance = frechet_distance(*of[0], *of[1])
@@ -115,16 +117,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("trials", nargs="*", type=known, metavar="TRIAL", help=", ".join(TRIALS))
     p.add_argument("--minutes", type=float, default=2.5, help="of training [2.5]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
-    p.add_argument("--run", type=Path, help="a run whose data, preset and VAE they take; without, drawn faces")
-    p.add_argument("--extractor", choices=EXTRACTORS, default="classifier", help="of the distance [classifier]")
+    p.add_argument(
+        "--run", type=Path, help="a run whose data, preset and VAE they take; without, drawn faces"
+    )
+    p.add_argument(
+        "--extractor", choices=EXTRACTORS, default="classifier", help="of the distance [classifier]"
+    )
     p.add_argument("--cache", type=Path, default=Path("runs/cache"), help="[runs/cache]")
     return p
 
 
 def main(argv: list[str] | None = None):
     a = parser().parse_args(argv)
-    cli.keep_freed_memory()
-    precision = cli.choose_precision("auto", CPU)
+    devices.keep_freed_memory()
+    precision = devices.choose_precision("auto", CPU)
     for name in a.trials:
         print(f"{name}: {trial(name, a, precision)}", flush=True)
     if not a.trials:

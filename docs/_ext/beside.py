@@ -89,9 +89,15 @@ class Beside(SphinxDirective):
 
     def link(self, name: str, text: str) -> addnodes.pending_xref:
         link = addnodes.pending_xref(
-            "", nodes.literal(text, text), refdomain="py", reftype="obj", reftarget=name, refdoc=self.env.docname,
-            refwarn=True, refexplicit=True,
-        )  # fmt: skip
+            "",
+            nodes.literal(text, text),
+            refdomain="py",
+            reftype="obj",
+            reftarget=name,
+            refdoc=self.env.docname,
+            refwarn=True,
+            refexplicit=True,
+        )
         return link
 
     # ------------------------------------------------------------------------------------------- docstrings
@@ -101,7 +107,9 @@ class Beside(SphinxDirective):
         for i, part in enumerate(text.split("$$")):
             if i % 2:
                 for equation in QUAD.split(part.strip()):  # set as inline math, which breaks lines at = and +
-                    yield nodes.paragraph("", "", nodes.math("", rf"\displaystyle {equation}"), classes=["equation"])
+                    yield nodes.paragraph(
+                        "", "", nodes.math("", rf"\displaystyle {equation}"), classes=["equation"]
+                    )
             else:
                 yield from self.blocks(part)
 
@@ -159,7 +167,9 @@ class Beside(SphinxDirective):
         r"""The full name of what `name` means here: in this file, or the only one of that name in the house."""
         found = [full for full in self.known if full.endswith("." + name)]
         own = [full for full in found if full.startswith(self.module.name + ".")]
-        found = own or [full for full in found if full.count(".") == 2 or "." in name]  # no stranger's bare method
+        found = own or [
+            full for full in found if full.count(".") == 2 or "." in name
+        ]  # no stranger's bare method
         return found[0] if len(found) == 1 else None
 
 
@@ -174,7 +184,9 @@ def python(code: str) -> nodes.literal_block:
 
 def write_pages(app: Sphinx):
     r"""A page for each file of the house, below docs/code, and README's table over them."""
-    house = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The house\n")[2].partition("\n```")[0]
+    house = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("## The house\n")[2].partition("\n```")[0]
+    )
     house = house.replace("](", "](../").replace("](../docs/", "](../")
     order = "\n".join(f"/{page_of(file)}" for file in files())
     pages = {"code/index": f"# The code\n{house}\n\n```{{toctree}}\n:hidden:\n\n{order}\n```\n"}
@@ -184,7 +196,9 @@ def write_pages(app: Sphinx):
     for name, text in pages.items():
         path = app.srcdir / f"{name}.md"
         path.parent.mkdir(exist_ok=True)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:  # what is the same is not built again
+        if (
+            not path.exists() or path.read_text(encoding="utf-8") != text
+        ):  # what is the same is not built again
             path.write_text(text, encoding="utf-8")
 
 

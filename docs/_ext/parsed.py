@@ -51,7 +51,11 @@ class Module:
 
 def files() -> list[str]:
     r"""The files of the house, in the order of README's table; what it does not name comes last."""
-    rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
+    rows = [
+        line
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| [")
+    ]
     named = re.findall(r"\]\(((?:ddpm/)?\w+\.py)\)", "\n".join(rows))
     return named + sorted({f"ddpm/{path.name}" for path in (ROOT / "ddpm").glob("*.py")} - set(named))
 
@@ -97,7 +101,10 @@ def _definition(node: ast.stmt, parent: str, lines: list[str], kind: str = "func
             if ast.get_docstring(method):
                 members.append(
                     _definition(
-                        method, name, lines, "property" if marks & {"property", "cached_property"} else "method"
+                        method,
+                        name,
+                        lines,
+                        "property" if marks & {"property", "cached_property"} else "method",
                     )
                 )
                 out.append((_begin(method, lines), method.end_lineno))

@@ -17,7 +17,7 @@ import time
 import warnings
 from pathlib import Path
 
-from ddpm import cli
+from ddpm.tools import command as cli
 
 PARTS = {  # name: the module and the function
     "train": ("networks", "train"),
@@ -38,11 +38,17 @@ BY_DEFAULT = [name for name in PARTS if name != "compile"]  # which takes minute
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     p.prog = "python tests/benchmarks"
-    p.add_argument("--only", metavar="PART,...", default=",".join(BY_DEFAULT),
-                   help=f"out of {', '.join(PARTS)} [all but the last]")  # fmt: skip
+    p.add_argument(
+        "--only",
+        metavar="PART,...",
+        default=",".join(BY_DEFAULT),
+        help=f"out of {', '.join(PARTS)} [all but the last]",
+    )
     p.add_argument("--quick", action="store_true", help="fewer rounds: wider ranges")
     p.add_argument("--out", metavar="FILE", help="write the figures as JSON too")
-    p.add_argument("--model", metavar="RUN", help="the run folder that the part `start` draws from [shipped weights]")
+    p.add_argument(
+        "--model", metavar="RUN", help="the run folder that the part `start` draws from [shipped weights]"
+    )
     return p
 
 
@@ -62,7 +68,9 @@ def main(argv: list[str] | None = None):
         module, function = PARTS[name]
         try:
             part = getattr(importlib.import_module(f"benchmarks.{module}"), function)
-            for row in part(quick=a.quick, machine=about, model=a.model, celeba=os.environ.get("DDPM_CELEBA")):
+            for row in part(
+                quick=a.quick, machine=about, model=a.model, celeba=os.environ.get("DDPM_CELEBA")
+            ):
                 rows.append(row)
                 print(" | ".join(row.cells()), flush=True)
         except (ImportError, FileNotFoundError) as error:  # a package or data that is not here

@@ -9,8 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from ddpm.cache import photographs
-from ddpm.data import open_table
+from ddpm.celeba.dataset import photographs
+from ddpm.celeba.lists import open_table
 from ddpm.model import TextToImage
 
 from .measure import ROOT, Row, alternate, compared
@@ -27,7 +27,9 @@ def decode(quick: bool, celeba: str | None, **_) -> Iterator[Row]:
     table = open_table(celeba)
     table = table.subset(slice(0, 1500 if quick else 3000))
     paths = [str(table.root / name) for name in table.files]
-    two = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))  # a fork would take our threads' locks along
+    two = ProcessPoolExecutor(
+        2, multiprocessing.get_context("spawn")
+    )  # a fork would take our threads' locks along
     with two, tempfile.TemporaryDirectory() as folder:
         made = iter(range(10**6))
 
@@ -35,8 +37,16 @@ def decode(quick: bool, celeba: str | None, **_) -> Iterator[Row]:
             photographs(Path(folder) / str(next(made)), table)
 
         a, b = alternate([ours, lambda: list(two.map(load, paths, chunksize=32))], rounds=3 if quick else 7)
-    yield compared("decode", f"{len(table):,} JPEGs decoded, cropped, resized, cached; other: two processes "
-                   "of Pillow that decode them alone", a, b, len(table), "pictures/s", 0.9)  # fmt: skip
+    yield compared(
+        "decode",
+        f"{len(table):,} JPEGs decoded, cropped, resized, cached; other: two processes "
+        "of Pillow that decode them alone",
+        a,
+        b,
+        len(table),
+        "pictures/s",
+        0.9,
+    )
 
 
 def run(*words: str) -> None:
@@ -54,14 +64,25 @@ def start(quick: bool, model: str | None, **_) -> Iterator[Row]:
     flags = ["--model", model] if model else []
     with tempfile.TemporaryDirectory() as folder:
         sample = ["sample.py", PROMPT, "--steps", "20", *flags, "--out", f"{folder}/sample.png"]
-        actions = [lambda: run(*sample), lambda: run("-c", "import torch, open_clip"),
-                   lambda: loaded.sample([PROMPT], steps=20)]  # fmt: skip
+        actions = [
+            lambda: run(*sample),
+            lambda: run("-c", "import torch, open_clip"),
+            lambda: loaded.sample([PROMPT], steps=20),
+        ]
         whole, imports, network = alternate(actions, rounds)
     floor = [i + n for i, n in zip(imports, network, strict=True)]
     ratios = [w / f for w, f in zip(whole, floor, strict=True)]
-    yield Row("start", "sample.py PROMPT --steps 20, whole process, against `import torch, open_clip` and the network",
-              f"{median(whole):.2f} s", f"{median(imports):.2f} s + {median(network):.2f} s", median(ratios),
-              min(ratios), max(ratios), 1.5, at_least=False)  # fmt: skip
+    yield Row(
+        "start",
+        "sample.py PROMPT --steps 20, whole process, against `import torch, open_clip` and the network",
+        f"{median(whole):.2f} s",
+        f"{median(imports):.2f} s + {median(network):.2f} s",
+        median(ratios),
+        min(ratios),
+        max(ratios),
+        1.5,
+        at_least=False,
+    )
     for words in HELPS:
         yield help_of(words, rounds)
 
@@ -69,5 +90,15 @@ def start(quick: bool, model: str | None, **_) -> Iterator[Row]:
 def help_of(words: Sequence[str], rounds: int) -> Row:
     r"""How long --help takes, beside Python that does nothing."""
     times, bare = alternate([lambda: run(*words, "--help"), lambda: run("-c", "pass")], rounds)
-    return Row("start", f"{' '.join(words)} --help", f"{median(times):.2f} s", f"python: {median(bare):.2f} s",
-               median(times), min(times), max(times), 0.5, at_least=False, unit="s")  # fmt: skip
+    return Row(
+        "start",
+        f"{' '.join(words)} --help",
+        f"{median(times):.2f} s",
+        f"python: {median(bare):.2f} s",
+        median(times),
+        min(times),
+        max(times),
+        0.5,
+        at_least=False,
+        unit="s",
+    )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm.cli import keep_freed_memory
+from ddpm.tools.devices import keep_freed_memory
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "Pillow")
@@ -59,7 +59,11 @@ class Row:
 
     def cells(self) -> list[str]:
         r"""The row as text."""
-        limit = "" if self.goal is None else f"{'at least' if self.at_least else 'at most'} {self.told(self.goal)}"
+        limit = (
+            ""
+            if self.goal is None
+            else f"{'at least' if self.at_least else 'at most'} {self.told(self.goal)}"
+        )
         met = {None: "", True: "yes", False: "**no**"}[self.met]
         spread = self.told(self.value)
         if self.low < self.high:
@@ -84,12 +88,17 @@ def table(rows: Iterable[Row]) -> str:
     lines = [list(HEAD), *(row.cells() for row in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(HEAD))]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 
 def as_json(rows: Iterable[Row]) -> list[dict]:
     r"""The rows as plain values."""
-    return [dataclasses.asdict(row) | {"met": row.met, "times": [list(side) for side in row.times]} for row in rows]
+    return [
+        dataclasses.asdict(row) | {"met": row.met, "times": [list(side) for side in row.times]}
+        for row in rows
+    ]
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -100,7 +109,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def give_memory_back():
-    r"""Undo `cli.keep_freed_memory`: glibc gives memory back, from the sizes to which it comes by itself in the end."""
+    r"""Undo `devices.keep_freed_memory`: glibc gives memory back, from the sizes to which it comes by itself in the end."""
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
@@ -142,12 +151,21 @@ def alternate(
     return times
 
 
-def compared(part: str, what: str, ours: Sequence[float], other: Sequence[float], amount: float, unit: str,
-             goal: float | None) -> Row:  # fmt: skip
+def compared(
+    part: str,
+    what: str,
+    ours: Sequence[float],
+    other: Sequence[float],
+    amount: float,
+    unit: str,
+    goal: float | None,
+) -> Row:
     r"""How many times faster we are: `amount` of `unit` was done in the seconds of each round."""
     ratios = [b / a for a, b in zip(ours, other, strict=True)]
     sides = (f"{digits(amount / statistics.median(times))} {unit}" for times in (ours, other))
-    return Row(part, what, *sides, statistics.median(ratios), min(ratios), max(ratios), goal, times=(ours, other))
+    return Row(
+        part, what, *sides, statistics.median(ratios), min(ratios), max(ratios), goal, times=(ours, other)
+    )
 
 
 def matmul_peak(dtype: torch.dtype, quick: bool) -> float:
@@ -156,7 +174,9 @@ def matmul_peak(dtype: torch.dtype, quick: bool) -> float:
     for n in (1024, 2048, 4096):
         a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
         out = torch.empty(n, n, dtype=dtype)
-        (times,) = alternate([lambda a=a, b=b, out=out: torch.mm(a, b, out=out)], rounds=5 if quick else 15, warm=2)
+        (times,) = alternate(
+            [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)], rounds=5 if quick else 15, warm=2
+        )
         best = max(best, 2 * n**3 / min(times))
     return best
 
@@ -172,7 +192,8 @@ def machine(quick: bool) -> dict:
         "packages": {name: installed(name) for name in PACKAGES},
         "commit": commit(),
         "matmul_gflops": {
-            name: matmul_peak(dtype, quick) / 1e9 for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+            name: matmul_peak(dtype, quick) / 1e9
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
         },
     }
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm.cli import choose_precision, keep_freed_memory
 from ddpm.config import ModelConfig, TrainConfig
 from ddpm.export import RENAMES, their_names, unet_config, vae_config
-from ddpm.model import autocast, networks
+from ddpm.model import networks
+from ddpm.tools.devices import autocast, choose_precision, keep_freed_memory
 from ddpm.vae import vae_loss
 
 from .measure import Row, alternate, by_themselves, compared, seconds
@@ -85,7 +85,10 @@ def unet_step(unet: nn.Module, mine: bool, precision: str, channels_last: bool) 
     r"""One training step of either UNet on made-up latents and captions."""
     g = torch.Generator().manual_seed(1)
     z_t, eps = torch.randn(2, BATCH, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
-    context, t = torch.randn(BATCH, 77, 512, generator=g), torch.randint(0, SPEC.timesteps, (BATCH,), generator=g)
+    context, t = (
+        torch.randn(BATCH, 77, 512, generator=g),
+        torch.randint(0, SPEC.timesteps, (BATCH,), generator=g),
+    )
     z_t = laid_out(unet, z_t, channels_last)
 
     def loss() -> Tensor:
@@ -107,7 +110,9 @@ def train(quick: bool, **_) -> Iterator[Row]:
     keep_freed_memory()
     yield compared("train", f"{what}, memory kept; theirs fp32, 8 heads)", a, b, BATCH, "images/s", 3.0)
     a, b = alternate([ours, other], rounds)
-    yield compared("train", f"{what}; theirs fp32, 8 heads), memory kept on both sides", a, b, BATCH, "images/s", None)
+    yield compared(
+        "train", f"{what}; theirs fp32, 8 heads), memory kept on both sides", a, b, BATCH, "images/s", None
+    )
 
 
 PRODUCTS, SIDE = 3, 4096
@@ -141,16 +146,25 @@ def train_like(quick: bool, **_) -> Iterator[Row]:
         for channels_last in (True,) if quick else (True, False):
             (a, b, _), _ = like_for_like(precision, channels_last, quick)
             layout = "channels-last" if channels_last else "plain layout"
-            yield compared("train-like", f"UNet training step, {LIKE}: {precision}, {layout}", a, b, BATCH, "images/s",
-                           1.25)  # fmt: skip
+            yield compared(
+                "train-like",
+                f"UNet training step, {LIKE}: {precision}, {layout}",
+                a,
+                b,
+                BATCH,
+                "images/s",
+                1.25,
+            )
 
 
 def compiled(quick: bool, **_) -> Iterator[Row]:
     r"""Our training step by torch.compile against the same as it is, and how long it takes until it is compiled."""
     precision = choose_precision(TrainConfig().precision, CPU)
     _, unet = spec_networks()
-    step, plain = (unet_step(net, True, precision, channels_last=True) for net in
-                   (torch.compile(unet, dynamic=False), unet))  # fmt: skip
+    step, plain = (
+        unet_step(net, True, precision, channels_last=True)
+        for net in (torch.compile(unet, dynamic=False), unet)
+    )
     waited = seconds(step)
     a, b = alternate([step, plain], rounds=3 if quick else 7)
     told = f"UNet training step, {precision}, by torch.compile ({waited:.0f} s to begin), against as it is"
@@ -171,9 +185,18 @@ def peak(quick: bool, **_) -> Iterator[Row]:
         best = [PRODUCTS * 2 * SIDE**3 / t for t in products_alone]
         shares = [100 * work / t / limit for t, limit in zip(a, best, strict=True)]
         sides = (f"{work / median(t) / 1e9:.0f} of {median(best) / 1e9:.0f} GFLOP/s" for t in (a, b))
-        yield Row("peak", f"share of the {precision} matmul peak, UNet training step of {work / 1e9:.0f} GFLOP, "
-                  "channels-last", *sides, median(shares), min(shares), max(shares), 50.0, unit="%",
-                  times=(a, b, products_alone))  # fmt: skip
+        yield Row(
+            "peak",
+            f"share of the {precision} matmul peak, UNet training step of {work / 1e9:.0f} GFLOP, "
+            "channels-last",
+            *sides,
+            median(shares),
+            min(shares),
+            max(shares),
+            50.0,
+            unit="%",
+            times=(a, b, products_alone),
+        )
 
 
 def vae_step(vae: nn.Module, mine: bool, precision: str, channels_last: bool) -> Callable[[], None]:
@@ -203,5 +226,13 @@ def vae(quick: bool, **_) -> Iterator[Row]:
             steps = [vae_step(net, net is ours, precision, channels_last) for net in (ours, other)]
             a, b = alternate(steps, rounds=3 if quick else 7)
             layout = "channels-last" if channels_last else "plain layout"
-            yield compared("vae", f"VAE training step, batch {BATCH}, same weights, precision and layout: {precision}, "
-                           f"{layout}", a, b, BATCH, "images/s", 1.25)  # fmt: skip
+            yield compared(
+                "vae",
+                f"VAE training step, batch {BATCH}, same weights, precision and layout: {precision}, "
+                f"{layout}",
+                a,
+                b,
+                BATCH,
+                "images/s",
+                1.25,
+            )

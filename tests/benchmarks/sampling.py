@@ -7,17 +7,21 @@ from pathlib import Path
 
 import torch
 
-from ddpm.cli import choose_precision, keep_freed_memory
 from ddpm.config import ModelConfig
 from ddpm.export import export
-from ddpm.model import TextToImage, autocast
+from ddpm.model import TextToImage
+from ddpm.tools.devices import autocast, choose_precision, keep_freed_memory
 
 from .measure import Row, alternate, by_themselves, compared
 from .networks import CPU, nowhere_zero
 
 STEPS, GUIDANCE = 20, 3.0
-PROMPTS = [f"a {age} {who} with {hair} hair" for age in ("young", "old") for who in ("man", "woman")
-           for hair in ("black", "blond", "brown", "gray")]  # fmt: skip
+PROMPTS = [
+    f"a {age} {who} with {hair} hair"
+    for age in ("young", "old")
+    for who in ("man", "woman")
+    for hair in ("black", "blond", "brown", "gray")
+]
 
 
 def pipeline(model: TextToImage):
@@ -27,7 +31,9 @@ def pipeline(model: TextToImage):
     diffusers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         export(model, Path(folder) / "exported")
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(Path(folder) / "exported", local_files_only=True)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+            Path(folder) / "exported", local_files_only=True
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -40,8 +46,13 @@ def ours_and_theirs(model: TextToImage, pipe, ours: str, other: str, steps: int)
 
     def diffusers():
         with autocast(CPU, other):
-            pipe(PROMPTS, num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="pt",
-                 generator=torch.Generator().manual_seed(0))  # fmt: skip
+            pipe(
+                PROMPTS,
+                num_inference_steps=steps,
+                guidance_scale=GUIDANCE,
+                output_type="pt",
+                generator=torch.Generator().manual_seed(0),
+            )
 
     return [mine, diffusers]
 
@@ -54,10 +65,14 @@ def sample(quick: bool, **_) -> Iterator[Row]:
         nowhere_zero(network)
     pipe, steps = pipeline(model), 4 if quick else STEPS
     chosen = choose_precision(importlib.import_module("sample").parser().get_default("precision"), CPU)
-    what = f"{len(PROMPTS)} prompts to pixels, {steps} steps, guidance {GUIDANCE:.0f}, text tower on both sides"
+    what = (
+        f"{len(PROMPTS)} prompts to pixels, {steps} steps, guidance {GUIDANCE:.0f}, text tower on both sides"
+    )
     cases = [(f"as each comes out of the box (ours {chosen})", chosen, "fp32", 2.5, False)]
     if (faster := choose_precision("auto", CPU)) != chosen:
-        cases += [(f"ours by --precision auto ({faster}), theirs out of the box", faster, "fp32", None, False)]
+        cases += [
+            (f"ours by --precision auto ({faster}), theirs out of the box", faster, "fp32", None, False)
+        ]
     cases += [(f"{p}, channels-last", p, p, 1.25, True) for p in (["bf16"] if quick else ["fp32", "bf16"])]
     for told, ours, other, goal, alike in cases:
         if alike:
@@ -66,7 +81,11 @@ def sample(quick: bool, **_) -> Iterator[Row]:
         one_step = ours_and_theirs(model, pipe, ours, other, 1)
         for warm in one_step:
             warm()
-        a, b = alternate(ours_and_theirs(model, pipe, ours, other, steps), rounds=2 if quick else 3, warm=0,
-                         before=() if alike else by_themselves(*one_step))  # fmt: skip
+        a, b = alternate(
+            ours_and_theirs(model, pipe, ours, other, steps),
+            rounds=2 if quick else 3,
+            warm=0,
+            before=() if alike else by_themselves(*one_step),
+        )
         keep_freed_memory()
         yield compared("sample", f"{what}: {told}", a, b, len(PROMPTS), "pictures/s", goal)

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm.cache import Latents, Pictures, Texts
-from ddpm.cli import choose_precision
+from ddpm.celeba.dataset import Pictures
 from ddpm.config import Config
-from ddpm.model import TextToImage, autocast
-from ddpm.run import Run
-from ddpm.training import Bound, Optimization, batch_rows, permutation, train_unet
+from ddpm.model import TextToImage
+from ddpm.tools.devices import autocast, choose_precision
+from ddpm.training.batches import batch_rows, permutation
+from ddpm.training.caches import Latents, Texts
+from ddpm.training.loops import train_unet
+from ddpm.training.optimization import Bound, Optimization
+from ddpm.training.run import Run
 
 from .measure import ROOT, Row, alternate, seconds
 from .networks import CPU, SPEC, nowhere_zero, spec_networks
@@ -102,7 +105,9 @@ def clocked(owner, name: str) -> Iterator[list[float]]:
 
 def spec(**changes) -> Config:
     r"""The spec's configuration, with random text weights: none are used."""
-    return Config.from_preset("celeba64", text_weights="random", save_every=10**6, sample_every=10**6, **changes)
+    return Config.from_preset(
+        "celeba64", text_weights="random", save_every=10**6, sample_every=10**6, **changes
+    )
 
 
 def overhead(quick: bool, **_) -> Iterator[Row]:
@@ -118,16 +123,25 @@ def overhead(quick: bool, **_) -> Iterator[Row]:
             wholes.append(whole)
             rests.append(whole - sum(update) + sum(ema))
             shares.append(100 * rests[-1] / whole)
-    yield Row("overhead", "share of a logged training step, batch 16, that is not UNet, loss, backward or optimizer",
-              f"{1000 * statistics.median(rests):.1f} ms", f"of {1000 * statistics.median(wholes):.0f} ms",
-              statistics.median(shares), min(shares), max(shares), 3.0, at_least=False, unit="%")  # fmt: skip
+    yield Row(
+        "overhead",
+        "share of a logged training step, batch 16, that is not UNet, loss, backward or optimizer",
+        f"{1000 * statistics.median(rests):.1f} ms",
+        f"of {1000 * statistics.median(wholes):.0f} ms",
+        statistics.median(shares),
+        min(shares),
+        max(shares),
+        3.0,
+        at_least=False,
+        unit="%",
+    )
 
 
 def kept_and_step(unet: nn.Module, on: bool, precision: str) -> tuple[Callable[[], None], dict[int, int]]:
     r"""Forward and backward pass of batch 2, and the storages that its forward pass keeps for the backward one."""
     g = torch.Generator().manual_seed(1)
     z = torch.randn(2, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
-    z, context = z.contiguous(memory_format=torch.channels_last), torch.randn(2, 77, 512, generator=g)
+    z, context = (z.contiguous(memory_format=torch.channels_last), torch.randn(2, 77, 512, generator=g))
     own, kept = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -156,22 +170,43 @@ def checkpointing(quick: bool, **_) -> Iterator[Row]:
     (with_, kept), (without, all_kept) = (kept_and_step(unet, on, precision) for on in (True, False))
     share = 100 * sum(kept.values()) / sum(all_kept.values())
     sides = (f"{sum(storages.values()) / 2**20:.1f} MiB" for storages in (kept, all_kept))
-    yield Row("checkpointing", f"memory kept for the backward pass, batch 2, {precision}, with checkpointing against "
-              "without", *sides, share, share, share, 30.0, at_least=False, unit="%")  # fmt: skip
+    yield Row(
+        "checkpointing",
+        f"memory kept for the backward pass, batch 2, {precision}, with checkpointing against without",
+        *sides,
+        share,
+        share,
+        share,
+        30.0,
+        at_least=False,
+        unit="%",
+    )
     a, b = alternate([with_, without], rounds=5 if quick else 15)
     ratios = [x / y for x, y in zip(a, b, strict=True)]
-    yield Row("checkpointing", "time of forward and backward pass, with checkpointing against without",
-              f"{statistics.median(a):.3f} s", f"{statistics.median(b):.3f} s", statistics.median(ratios), min(ratios),
-              max(ratios), 1.35, at_least=False)  # fmt: skip
+    yield Row(
+        "checkpointing",
+        "time of forward and backward pass, with checkpointing against without",
+        f"{statistics.median(a):.3f} s",
+        f"{statistics.median(b):.3f} s",
+        statistics.median(ratios),
+        min(ratios),
+        max(ratios),
+        1.35,
+        at_least=False,
+    )
 
 
-RESIDENT = "import sys; sys.path[:1] = ['tests', '.']; from benchmarks.training import grown; print(grown({count}))"
+RESIDENT = (
+    "import sys; sys.path[:1] = ['tests', '.']; from benchmarks.training import grown; print(grown({count}))"
+)
 
 
 def resident(count: int) -> float:
     r"""MiB that a process of its own grows to in a few steps with `count` pictures, imports included."""
     words = [sys.executable, "-c", RESIDENT.format(count=count)]
-    return float(subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return float(
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
 def grown(count: int) -> float:
@@ -190,19 +225,46 @@ def data_size(quick: bool, **_) -> Iterator[Row]:
     what = f"with {MANY:,} pictures against {FEW:,}"
     many, few = resident(MANY), resident(FEW)
     more = 100 * (many / few - 1)
-    yield Row("data-size", f"resident memory at its peak, spec, batch 2, {what}", f"{many:.0f} MiB", f"{few:.0f} MiB",
-              more, more, more, 5.0, at_least=False, unit="%")  # fmt: skip
+    yield Row(
+        "data-size",
+        f"resident memory at its peak, spec, batch 2, {what}",
+        f"{many:.0f} MiB",
+        f"{few:.0f} MiB",
+        more,
+        more,
+        more,
+        5.0,
+        at_least=False,
+        unit="%",
+    )
     with tempfile.TemporaryDirectory() as folder:
         config = spec(batch_size=2, text_cache_gb=0.0)
         runs = [Training(Path(folder), config, count, captions=count) for count in (MANY, FEW)]
         a, b = alternate([lambda run=run: run.steps(4) for run in runs], rounds=6 if quick else 20)
     more = [100 * (x / y - 1) for x, y in zip(a, b, strict=True)]
-    yield Row("data-size", f"time of four training steps, spec, batch 2, {what}", f"{statistics.median(a):.3f} s",
-              f"{statistics.median(b):.3f} s", statistics.median(more), min(more), max(more), 5.0, at_least=False,
-              unit="%")  # fmt: skip
+    yield Row(
+        "data-size",
+        f"time of four training steps, spec, batch 2, {what}",
+        f"{statistics.median(a):.3f} s",
+        f"{statistics.median(b):.3f} s",
+        statistics.median(more),
+        min(more),
+        max(more),
+        5.0,
+        at_least=False,
+        unit="%",
+    )
     a, b = (first_rows(count) for count in (MANY, FEW))
-    yield Row("data-size", f"batch_rows where an epoch begins, {what}", f"{statistics.median(a):.2f} ms",
-              f"{statistics.median(b):.2f} ms", statistics.median(a), min(a), max(a), unit="ms")  # fmt: skip
+    yield Row(
+        "data-size",
+        f"batch_rows where an epoch begins, {what}",
+        f"{statistics.median(a):.2f} ms",
+        f"{statistics.median(b):.2f} ms",
+        statistics.median(a),
+        min(a),
+        max(a),
+        unit="ms",
+    )
 
 
 def first_rows(count: int) -> list[float]:

@@ -59,7 +59,21 @@ class Visit:
 def site(tmp_path_factory) -> Path:
     r"""The site, built as strictly as Sphinx can."""
     out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-n", "-E", "-b", "html", "-d", out / ".trees", "docs", out]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "-n",
+        "-E",
+        "-b",
+        "html",
+        "-d",
+        out / ".trees",
+        "docs",
+        out,
+    ]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return out
@@ -176,7 +190,9 @@ def test_every_formula_is_rendered(visits):
 def test_katexs_script_and_style_sheet_have_one_version(site, address, browser):
     tab = watched(browser, address, [], [])
     tab.goto(address + "notation.html")
-    assert f'"{tab.evaluate("katex.version")}"' in (site / "_static/katex/katex.min.css").read_text(encoding="utf-8")
+    assert f'"{tab.evaluate("katex.version")}"' in (site / "_static/katex/katex.min.css").read_text(
+        encoding="utf-8"
+    )
     tab.context.close()
 
 
@@ -237,7 +253,9 @@ def test_the_search_finds_symbols_and_words(query, page, browser, address):
     tab = watched(browser, address, [], [], viewport=WIDE)
     tab.goto(f"{address}search.html?q={query.replace(' ', '+')}")
     tab.wait_for_selector("#search-results ul.search li a", timeout=60_000)
-    tab.wait_for_function("document.querySelector('#search-results .search-summary')?.innerText.includes('found')")
+    tab.wait_for_function(
+        "document.querySelector('#search-results .search-summary')?.innerText.includes('found')"
+    )
     links = [a.get_attribute("href") for a in tab.locator("ul.search li > a").all()]
     assert any(page in link for link in links), links
     tab.context.close()

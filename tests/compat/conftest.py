@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddpm.export import export
 from ddpm.model import TextToImage
-from ddpm.seeding import generator
+from ddpm.tools.seeding import generator
 
 
 def randomised(module: nn.Module, *keys) -> nn.Module:

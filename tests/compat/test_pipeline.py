@@ -13,7 +13,7 @@ import torch
 
 from compat.conftest import largest
 from ddpm.export import import_diffusers
-from ddpm.seeding import generator
+from ddpm.tools.seeding import generator
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -80,7 +80,9 @@ def test_default_sampling_gives_our_default_picture(pipe, tiny_model, steps, gui
     ours = our_pictures(tiny_model, steps=steps, guidance_scale=guidance)
     assert ours.shape == (2, 3, 16, 16)
     assert ours.std() > 0.05  # not grey
-    assert largest(ours, our_pictures(tiny_model, steps=steps, guidance_scale=0.0)) > 10 * PIXEL  # the prompt is heard
+    assert (
+        largest(ours, our_pictures(tiny_model, steps=steps, guidance_scale=0.0)) > 10 * PIXEL
+    )  # the prompt is heard
     assert largest(theirs, ours) < PIXEL
 
 
@@ -97,7 +99,9 @@ def test_the_other_samplers_give_our_pictures_too(pipe, tiny_model, sampler):
 
 
 def test_a_negative_prompt_is_led_away_from_alike(pipe, tiny_model):
-    theirs = their_pictures(pipe, tiny_model, num_inference_steps=5, guidance_scale=9.0, negative_prompt=["a hat"] * 2)
+    theirs = their_pictures(
+        pipe, tiny_model, num_inference_steps=5, guidance_scale=9.0, negative_prompt=["a hat"] * 2
+    )
     ours = our_pictures(tiny_model, steps=5, guidance_scale=9.0, negative="a hat")
     assert largest(theirs, ours) < PIXEL
     assert largest(ours, our_pictures(tiny_model, steps=5, guidance_scale=9.0)) > 100 * PIXEL  # it is heard

@@ -22,8 +22,9 @@ import torch
 
 from compat.conftest import largest
 from ddpm.config import ModelConfig
-from ddpm.diffusion import q_sample, split_output, training_target, x_0_and_eps
+from ddpm.diffusion import q_sample, x_0_and_eps
 from ddpm.export import SAMPLER, schedule_config
+from ddpm.losses import split_output, training_target
 from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, sample_loop, timesteps
 from ddpm.schedule import Schedule
 
@@ -82,8 +83,9 @@ def start(dtype=torch.float32):
 def test_each_ddpm_step_is_equal(name, prediction, table, spacing, n, variance):
     r"""DDPMScheduler looks the next time up, so any n will do. `beta` but for the noise on a finished sample."""
     kind = {"posterior": "fixed_small", "beta": "fixed_large"}[variance]
-    theirs = scheduler("DDPMScheduler", name, prediction, table,
-                       timestep_spacing=spacing, steps_offset=0, variance_type=kind)  # fmt: skip
+    theirs = scheduler(
+        "DDPMScheduler", name, prediction, table, timestep_spacing=spacing, steps_offset=0, variance_type=kind
+    )
     theirs.set_timesteps(n)
     schedule, (g, x) = Schedule.named(name), start(size_of(table))
     steps = timesteps(schedule, n, spacing)
@@ -105,8 +107,15 @@ def test_each_ddpm_step_is_equal(name, prediction, table, spacing, n, variance):
 def test_each_ddpm_step_with_a_learned_variance_is_equal(name, prediction, table):
     r"""Theirs reads the second half of the channels as ours does, and interpolates from the clamped posterior."""
     n = 25
-    theirs = scheduler("DDPMScheduler", name, prediction, table,
-                       timestep_spacing="leading", steps_offset=0, variance_type="learned_range")  # fmt: skip
+    theirs = scheduler(
+        "DDPMScheduler",
+        name,
+        prediction,
+        table,
+        timestep_spacing="leading",
+        steps_offset=0,
+        variance_type="learned_range",
+    )
     theirs.set_timesteps(n)
     schedule, (g, x) = Schedule.named(name), start(size_of(table))
     steps = timesteps(schedule, n, "leading")
@@ -136,7 +145,10 @@ def test_each_ddim_step_is_equal(name, prediction, table, spacing, n, eta):
     assert theirs.timesteps.tolist() == steps
     for i in range(n):
         t, s = times_of(steps, i, x)
-        output, noise = output_of(schedule, x, t, prediction, g), torch.randn(x.shape, generator=g, dtype=x.dtype)
+        output, noise = (
+            output_of(schedule, x, t, prediction, g),
+            torch.randn(x.shape, generator=g, dtype=x.dtype),
+        )
         expected = theirs.step(output, steps[i], x, eta=eta, variance_noise=noise).prev_sample
         x_0, eps = x_0_and_eps(schedule, x, t, output, prediction)
         x = ddim_step(schedule, x, t, s, x_0, eps, noise, eta)
@@ -147,7 +159,9 @@ def test_each_ddim_step_is_equal(name, prediction, table, spacing, n, eta):
 @pytest.mark.equation("dpm-solver-step")
 @cases
 @tables
-@pytest.mark.parametrize(("spacing", "n"), [("trailing", 20), ("trailing", 7), ("leading", 20), ("linspace", 12)])
+@pytest.mark.parametrize(
+    ("spacing", "n"), [("trailing", 20), ("trailing", 7), ("leading", 20), ("linspace", 12)]
+)
 @pytest.mark.parametrize(("eta", "algorithm"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
 def test_each_dpmpp_step_is_equal(name, prediction, table, spacing, n, eta, algorithm):
     r"""Their `leading` and `linspace` leave out one of n + 1 times, so those two are given as a list."""
@@ -163,7 +177,9 @@ def test_each_dpmpp_step_is_equal(name, prediction, table, spacing, n, eta, algo
         expected = theirs.step(output, steps[i], x, variance_noise=noise).prev_sample
         x_0, _ = x_0_and_eps(schedule, x, t, output, prediction)
         x, previous = dpmpp_2m_step(schedule, x, t, s, x_0, previous, noise, eta), (t, x_0)
-        assert largest(expected, x) < (ROUNDED if table == "ours" else THEIR_TABLE * (1 + eta)), i  # e^-2h for e^-h
+        assert largest(expected, x) < (ROUNDED if table == "ours" else THEIR_TABLE * (1 + eta)), (
+            i
+        )  # e^-2h for e^-h
     assert 0.1 < x.std() < 2
 
 
@@ -182,10 +198,14 @@ def test_the_tables_are_equal(name, length):
     assert (off / (1 - schedule.alpha_bar)).max() < 1e-3
 
 
-@pytest.mark.parametrize(("name", "theirs", "ends"), [
-    ("linear", "linear", (1e-4, 0.02)), ("scaled_linear", "scaled_linear", (0.00085, 0.012)),
-    ("cosine", "squaredcos_cap_v2", (0.0, 0.0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "theirs", "ends"),
+    [
+        ("linear", "linear", (1e-4, 0.02)),
+        ("scaled_linear", "scaled_linear", (0.00085, 0.012)),
+        ("cosine", "squaredcos_cap_v2", (0.0, 0.0)),
+    ],
+)
 def test_the_named_schedules_have_the_published_ends(name, theirs, ends):
     r"""DDPM's and Stable Diffusion's; the export would carry any others along."""
     made = diffusers.DDIMScheduler(beta_schedule=theirs, beta_start=ends[0], beta_end=ends[1])
@@ -206,7 +226,9 @@ def test_our_whole_loop_ends_where_theirs_ends(sampler, n):
     expected, g, h = x_T, torch.Generator().manual_seed(9), torch.Generator().manual_seed(9)
     for t in theirs.timesteps:
         eps = exact_eps(schedule, expected, t.expand(len(x_T)))
-        expected = theirs.step(eps, t, expected, **({"generator": g} if sampler == "ddpm" else {})).prev_sample
+        expected = theirs.step(
+            eps, t, expected, **({"generator": g} if sampler == "ddpm" else {})
+        ).prev_sample
 
     def draw():
         return torch.randn(x_T.shape, generator=h)
@@ -233,7 +255,7 @@ def test_ddims_next_time_is_the_one_the_network_is_asked_at_next(spacing, n):
     theirs_is_off = []
     for i in range(n):
         t, s = times_of(steps, i, eps)
-        x, landed = q_sample(schedule, x_0, t, eps), (q_sample(schedule, x_0, s, eps) if s[0] >= 0 else x_0)
+        x, landed = (q_sample(schedule, x_0, t, eps), (q_sample(schedule, x_0, s, eps) if s[0] >= 0 else x_0))
         assert largest(landed, ddim_step(schedule, x, t, s, x_0, eps, torch.zeros_like(x))) < EXACT
         theirs_is_off.append(largest(landed, theirs.step(eps, steps[i], x).prev_sample))
     assert max(theirs_is_off) > 1e-3

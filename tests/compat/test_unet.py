@@ -21,7 +21,9 @@ from ddpm.unet import UNet
 diffusers = pytest.importorskip("diffusers")
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
-ODD = ModelConfig(channels=(32, 64, 96, 96), attention_levels=(0, 3), res_blocks=3, head_width=16, latent_channels=5)
+ODD = ModelConfig(
+    channels=(32, 64, 96, 96), attention_levels=(0, 3), res_blocks=3, head_width=16, latent_channels=5
+)
 CONFIGS = {name: Config.from_preset(name).model for name in PRESETS} | {"odd": ODD}
 
 
@@ -31,7 +33,15 @@ def pair(request, tmp_path_factory):
     c = CONFIGS[request.param]
     torch.manual_seed(0)
     ours = randomised(
-        UNet(c.latent_channels, c.latent_channels, c.channels, c.attention_levels, c.res_blocks, WIDTH, c.head_width)
+        UNet(
+            c.latent_channels,
+            c.latent_channels,
+            c.channels,
+            c.attention_levels,
+            c.res_blocks,
+            WIDTH,
+            c.head_width,
+        )
     )
     path = tmp_path_factory.mktemp("unet") / "weights.safetensors"
     write_weights(path, ours, RENAMES)
@@ -78,7 +88,9 @@ def test_time_and_caption_are_heard(pair):
         assert largest(y, ours(z, t, context.flip(0))) > 1e-2
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels-last"])
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels-last"]
+)
 def test_gradients_are_equal_for_every_weight_and_input(pair, layout):
     r"""Channels-last maps of 256 pixels and more take the hand-written backward pass of the group norm."""
     ours, theirs = pair

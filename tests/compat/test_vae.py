@@ -85,7 +85,10 @@ def test_decoded_pictures_are_equal(pair):
 
 @pytest.mark.equation("latent-gaussian")
 def test_extreme_variances_are_clamped_alike():
-    mu, logvar = torch.zeros(4, 2, 1, 1), torch.tensor([-1e3, -29.0, 19.0, 1e3]).reshape(4, 1, 1, 1).expand(4, 2, 1, 1)
+    mu, logvar = (
+        torch.zeros(4, 2, 1, 1),
+        torch.tensor([-1e3, -29.0, 19.0, 1e3]).reshape(4, 1, 1, 1).expand(4, 2, 1, 1),
+    )
     expected = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(torch.cat([mu, logvar], dim=1))
     ours = DiagonalGaussian(mu, logvar)
     assert torch.equal(ours.logvar, expected.logvar)

@@ -32,11 +32,13 @@ with contextlib.ExitStack() as instrumented:
         import atheris
 
         instrumented.enter_context(atheris.instrument_imports(include=["ddpm", "PIL", "csv", "json"]))
-    from ddpm.captions import parse
-    from ddpm.config import Config, UserError
-    from ddpm.data import BadImage, open_table, read_image
+    from ddpm.celeba.captions import parse
+    from ddpm.celeba.images import BadImage, read_image
+    from ddpm.celeba.lists import open_table
+    from ddpm.config import Config
     from ddpm.export import Settings
-    from ddpm.model import load_weights
+    from ddpm.tools.errors import UserError
+    from ddpm.tools.weights import load_weights
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
@@ -50,7 +52,7 @@ def fuzz_list(data: bytes):
 
 def fuzz_partition(data: bytes):
     r"""list_eval_partition.txt beside a good list of attributes"""
-    from ddpm.captions import ATTRIBUTES
+    from ddpm.celeba.captions import ATTRIBUTES
 
     rows = "".join(f"{name} {' '.join(['-1'] * 40)}\n" for name in NAMES)
     good = f"{len(NAMES)}\n{' '.join(ATTRIBUTES)}\n{rows}"
@@ -102,7 +104,9 @@ def fuzz_prompt(data: bytes):
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    name.removeprefix("fuzz_"): function for name, function in list(globals().items()) if name.startswith("fuzz_")
+    name.removeprefix("fuzz_"): function
+    for name, function in list(globals().items())
+    if name.startswith("fuzz_")
 }
 
 
@@ -117,8 +121,24 @@ def _opened(name: str, files: dict[str, bytes]):
     open_table(folder)
 
 
-KINDS = (b"IHDR", b"IDAT", b"IEND", b"tEXt", b"zTXt", b"iTXt", b"PLTE", b"tRNS", b"eXIf", b"iCCP", b"gAMA", b"acTL",
-         b"fcTL", b"fdAT", b"pHYs", b"sRGB")  # fmt: skip
+KINDS = (
+    b"IHDR",
+    b"IDAT",
+    b"IEND",
+    b"tEXt",
+    b"zTXt",
+    b"iTXt",
+    b"PLTE",
+    b"tRNS",
+    b"eXIf",
+    b"iCCP",
+    b"gAMA",
+    b"acTL",
+    b"fcTL",
+    b"fdAT",
+    b"pHYs",
+    b"sRGB",
+)
 HEADER = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
 
 
@@ -134,7 +154,8 @@ def png(data: bytes) -> bytes:
         chunks.append((kind, content))
     chunks += [(b"IDAT", zlib.compress(bytes(8 * 25))), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(c)) + kind + c + struct.pack(">I", binascii.crc32(kind + c)) for kind, c in chunks
+        struct.pack(">I", len(c)) + kind + c + struct.pack(">I", binascii.crc32(kind + c))
+        for kind, c in chunks
     )
 
 
@@ -167,12 +188,21 @@ def fuzz(target: str, flags: list[str]):
 def main():
     if sys.argv[1:2] == ["--here"]:
         return fuzz(sys.argv[2], sys.argv[3:])
-    chosen, flags = sys.argv[1:2] or list(TARGETS), sys.argv[2:] or [f"-max_total_time={SECONDS // len(TARGETS)}"]
+    chosen, flags = (
+        sys.argv[1:2] or list(TARGETS),
+        sys.argv[2:] or [f"-max_total_time={SECONDS // len(TARGETS)}"],
+    )
     for target in chosen:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as home:
             command = [sys.executable, __file__, "--here", target, *flags]
-            done = subprocess.run(command, env=os.environ | {"TMPDIR": home}, stderr=subprocess.PIPE, text=True)
-        print(target, next((line for line in done.stderr.splitlines() if line.startswith("Done")), ""), flush=True)
+            done = subprocess.run(
+                command, env=os.environ | {"TMPDIR": home}, stderr=subprocess.PIPE, text=True
+            )
+        print(
+            target,
+            next((line for line in done.stderr.splitlines() if line.startswith("Done")), ""),
+            flush=True,
+        )
         if done.returncode:
             print(done.stderr[-5000:])
             sys.exit(1)

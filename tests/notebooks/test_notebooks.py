@@ -101,7 +101,9 @@ def test_it_ends_with_exercises_and_their_hidden_solutions(notebook):
     prose = prose_of(notebook)
     assert prose.count("\n## Exercises") == 1
     exercises = prose.partition("\n## Exercises")[2]
-    solutions = re.findall(r"<details><summary>Solution</summary>\n\n(.+?)\n\n</details>", exercises.strip(), re.DOTALL)
+    solutions = re.findall(
+        r"<details><summary>Solution</summary>\n\n(.+?)\n\n</details>", exercises.strip(), re.DOTALL
+    )
     assert 2 <= len(solutions) == prose.count("<details>") <= 3
     for solution in solutions:
         for source in re.findall(r"```python\n(.+?)```", solution, re.DOTALL):
@@ -135,7 +137,9 @@ def write(folder: Path, *sources: str, **metadata) -> Path:
 
 
 def test_two_runs_write_the_same_bytes_which_name_no_address_and_no_time(folder):
-    drawing = "import matplotlib.pyplot as plt\nplt.rcParams['figure.dpi'] = 36\nplt.plot([1, 2])\nplt.show()\n"
+    drawing = (
+        "import matplotlib.pyplot as plt\nplt.rcParams['figure.dpi'] = 36\nplt.plot([1, 2])\nplt.show()\n"
+    )
     drawing += "print(1)\nobject()"
     path = write(folder, drawing, tags=["eq-kl"], trusted=True, execution={"iopub.status.busy": "2020-01-01"})
     assert make.main([]) == 0
@@ -155,7 +159,10 @@ def test_two_runs_write_the_same_bytes_which_name_no_address_and_no_time(folder)
     [
         ("raise ValueError('expected 1,\\ngot 2')", "cell 3: ValueError: expected 1, got 2"),
         ("import os\nos._exit(1)", "cell 3: the kernel died"),
-        ("import warnings\nwarnings.warn('old')", "cell 3: expected nothing on stderr, got 'UserWarning: old'"),
+        (
+            "import warnings\nwarnings.warn('old')",
+            "cell 3: expected nothing on stderr, got 'UserWarning: old'",
+        ),
         ("import os\nprint(os.getcwd())", "cell 3: expected no path of this machine in an output, got"),
     ],
 )
@@ -183,7 +190,10 @@ def test_check_writes_nothing_and_demands_committed_outputs_and_a_small_file(fol
 
 def test_photographs_are_seen_by_check_alone(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("DDPM_CELEBA", str(tmp_path))
-    write(folder, "import os\nfrom pathlib import Path\nPath('seen').write_text(os.environ.get('DDPM_CELEBA', 'none'))")
+    write(
+        folder,
+        "import os\nfrom pathlib import Path\nPath('seen').write_text(os.environ.get('DDPM_CELEBA', 'none'))",
+    )
     for arguments, seen in (([], "none"), (["--check"], str(tmp_path))):
         assert make.main(arguments) == 0
         assert (folder / "seen").read_text() == seen

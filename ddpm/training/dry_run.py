@@ -11,17 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ddpm.cache import AT_ONCE
 from ddpm.config import Config
-from ddpm.model import TextToImage, autocast, wait_for
+from ddpm.model import TextToImage
 from ddpm.text import TOKENS, WIDTH, TextTower
-from ddpm.training import Bound, Optimization
+from ddpm.tools.devices import autocast, wait_for
+from ddpm.training.caches import AT_ONCE
+from ddpm.training.optimization import Bound, Optimization
 
 MIB = 2**20
 ATTENTION_ON_CPU = {  # torch's counter knows the fused attention of GPUs alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: sdpa_backward_flop_count(
-        *gqkv[:4]
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: (
+        sdpa_backward_flop_count(*gqkv[:4])
     ),
 }
 
@@ -129,7 +130,9 @@ def estimate(config: Config, device: torch.device, precision: str, steps: int = 
 def measure(stage: str, model: TextToImage, config: Config, precision: str, steps: int = 4) -> Need:
     r"""Take `steps` steps (3 or more) of a stage, vae or unet, on random numbers: two are counted, the others timed."""
     t, device = config.training, model.device
-    network, lr, batch = (model.vae, t.vae_lr, t.vae_batch_size) if stage == "vae" else (model.unet, t.lr, t.batch_size)
+    network, lr, batch = (
+        (model.vae, t.vae_lr, t.vae_batch_size) if stage == "vae" else (model.unet, t.lr, t.batch_size)
+    )
     network.train()
     opt = Optimization(network, config, lr, Bound(steps), stage == "unet", precision)
 
@@ -149,16 +152,25 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
     moments = sum(state.nbytes for state in states if isinstance(state, Tensor) and state.ndim)
     with LiveBytes() as live:
         step()
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:  # it holds on to tensors itself
+    with FlopCounterMode(
+        display=False, custom_mapping=ATTENTION_ON_CPU
+    ) as counter:  # it holds on to tensors itself
         step()
     seconds += [step() for _ in range(steps - 3)]
     parameters = sum(p.numel() for p in network.parameters())
     gradients, average = 4 * parameters, 4 * parameters * (stage == "unet")
     weights = sum(tensor.nbytes for part in model.children() for tensor in part.state_dict().values())
     return Need(
-        parameters, counter.get_total_flops(), min(seconds), weights, gradients, moments, average, kept,
+        parameters,
+        counter.get_total_flops(),
+        min(seconds),
+        weights,
+        gradients,
+        moments,
+        average,
+        kept,
         weights + moments + average + live.peak,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -166,8 +178,10 @@ def measure_caches(model: TextToImage, precision: str) -> tuple[int, int]:
     r"""The most bytes at once, weights not counted, while pictures become latents and captions states (cache.py)."""
     x = torch.zeros(AT_ONCE, 3, *[model.config.image_size] * 2, device=model.device)
     most = []
-    for work in (lambda: model.vae.encode(x.contiguous(memory_format=torch.channels_last)),
-                 lambda: model.text(["a man"] * AT_ONCE)):  # fmt: skip
+    for work in (
+        lambda: model.vae.encode(x.contiguous(memory_format=torch.channels_last)),
+        lambda: model.text(["a man"] * AT_ONCE),
+    ):
         with autocast(model.device, precision), LiveBytes() as live:
             work()
         most.append(live.peak)
@@ -181,7 +195,9 @@ def _made_up_loss(stage: str, model: TextToImage, batch: int) -> Tensor:
         return torch.randn(batch, *shape, device=model.device)
 
     if stage == "vae":
-        x = normal(3, model.config.image_size, model.config.image_size).contiguous(memory_format=torch.channels_last)
+        x = normal(3, model.config.image_size, model.config.image_size).contiguous(
+            memory_format=torch.channels_last
+        )
         return (model.vae.decode(model.vae.encode(x).mode()).float() - x).square().mean()
     z = normal(*model.latent_shape).contiguous(memory_format=torch.channels_last)
     t = torch.zeros(batch, dtype=torch.long, device=model.device)

@@ -4,8 +4,7 @@ A face is drawn by hand with Pillow: four times too large, then averaged down, s
 caption can say is drawn large, as in a caricature, so that it stays to be seen at 64 x 64 and behind a VAE. What
 the attributes leave open (background, skin within its range, eyes, clothes, position) follows from the seed.
 Points are complex numbers in units of one sixty-fourth of the picture, x to the right and y down: one complex
-multiplication tilts and scales a shape, one addition moves it.
-"""
+multiplication tilts and scales a shape, one addition moves it."""
 
 import argparse
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
-from ddpm.captions import ATTRIBUTES, FACIAL_HAIR, consistent
+from ddpm.celeba.captions import ATTRIBUTES, FACIAL_HAIR, consistent
 
 VISIBLE: tuple[str, ...] = (
     *("Bald", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Bangs", "Straight_Hair", "Wavy_Hair"),
@@ -402,7 +401,7 @@ def draw_glasses(pen: Pen, look: Look) -> None:
 
 def draw_hat(pen: Pen, look: Look) -> None:
     r"""A knitted cap with a bobble, a peaked cap, or a hat with a brim."""
-    colour, dark, light = look.hat_colour, mix(look.hat_colour, INK, 0.35), mix(look.hat_colour, WHITE, 0.4)
+    colour, dark, light = (look.hat_colour, mix(look.hat_colour, INK, 0.35), mix(look.hat_colour, WHITE, 0.4))
     dome = [-16.4 - 8j, -15.4 - 17j, -8 - 23.4j, -24.6j, 8 - 23.4j, 15.4 - 17j, 16.4 - 8j, -7j]
     if look.hat_style < 0.34:
         pen.ellipse(-25j, 4.2, 4.0, light)

@@ -1,8 +1,7 @@
 r"""Muon, for the inner matrices of `drawn64` and `celeba64-laptop`: every direction learns at the same speed.
 
 A word about the mouth moves a twentieth of a picture, a word about a hat half of it. Under AdamW the small thing waits
-for the large ones; under Muon no direction is small. What that is worth is measured in docs/experiments.md.
-"""
+for the large ones; under Muon no direction is small. What that is worth is measured in docs/experiments.md."""
 
 import math
 from collections import defaultdict
@@ -58,9 +57,13 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter] | Iterable[dict], lr: float, momentum: float = 0.95,
-        weight_decay: float = 0.0, dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
+        self,
+        parameters: Iterable[nn.Parameter] | Iterable[dict],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
 

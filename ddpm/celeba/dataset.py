@@ -2,14 +2,12 @@ r"""What is computed once: pictures decoded, latents encoded, captions embedded;
 
 Each file's name holds a hash of everything its content depends on, so a change makes a new file and never a wrong one.
 A file appears under its name only when it is whole. Pixels, latents and states stay in the files; in memory a picture
-costs its name and its caption.
-"""
+costs its name and its caption."""
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,52 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.captions import describe
-from ddpm.config import Config, UserError, parse_json
-from ddpm.data import TEST, TRAIN, VALID, BadImage, ImageTable, open_table, read_image
-from ddpm.faces import draw_many, drawn_rows
-from ddpm.files import reserve, write_atomically
-from ddpm.model import autocast
-from ddpm.text import TOKENS, WIDTH, TextTower
-from ddpm.vae import KLVAE, DiagonalGaussian
+from ddpm.celeba.captions import describe
+from ddpm.celeba.faces import draw_many, drawn_rows
+from ddpm.celeba.images import BadImage, read_image
+from ddpm.celeba.lists import TEST, TRAIN, VALID, ImageTable, open_table
+from ddpm.config import Config
+from ddpm.tools.arrays import Progress, cached_array, key_of, silent
+from ddpm.tools.errors import UserError
+from ddpm.tools.files import write_atomically
+from ddpm.tools.strict_json import parse_json
 
-VERSION = 2  # of the files' layout, of the crop and of the drawing
-AT_ONCE = 64  # pictures encoded, and captions embedded, in one go
 PER_ROW = 4  # drawn faces that share one row of attributes, and so one caption
-Progress = Callable[[Iterable, int, str], Iterable]
-
-
-def silent(things: Iterable, total: int, label: str) -> Iterable:
-    r"""The progress display of a caller that wants none."""
-    return things
-
-
-def key_of(*parts) -> str:
-    r"""A short hash of everything a cache depends on."""
-    return hashlib.sha256(repr((VERSION, *parts)).encode()).hexdigest()[:16]
-
-
-def cached_array(path: Path, shape: tuple[int, ...], dtype, fill: Callable[[np.ndarray], None]) -> np.ndarray:
-    r"""The array in `path`, read-only and memory-mapped; `fill` writes it first where the file is not there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-        def build(temporary: Path):
-            array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-            reserve(temporary)
-            fill(array)
-            array.flush()
-
-        write_atomically(path, build, math.prod(shape) * np.dtype(dtype).itemsize)
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")  # no pickles, and no more than the file holds
-    except (ValueError, OSError, OverflowError) as error:
-        raise UserError(f"expected an array of numbers in the cache {path}, got {error}; delete the file") from None
-    if array.shape != shape or array.dtype != dtype:
-        raise UserError(
-            f"expected {shape} {np.dtype(dtype)} in the cache {path}, got {array.shape} {array.dtype}; delete the file"
-        )
-    return array
 
 
 @dataclass(frozen=True)
@@ -118,7 +81,9 @@ def open_data(config: Config) -> ImageTable | None:
     return None if config.training.data == "drawn" else open_table(config.training.data)
 
 
-def load_pictures(config: Config, table: ImageTable | None, folder: Path, progress: Progress = silent) -> Pictures:
+def load_pictures(
+    config: Config, table: ImageTable | None, folder: Path, progress: Progress = silent
+) -> Pictures:
     r"""The run's data set, decoded or drawn at its size; `table` is what `open_data` found."""
     t, size = config.training, config.model.image_size
     if table is None:
@@ -126,7 +91,9 @@ def load_pictures(config: Config, table: ImageTable | None, folder: Path, progre
     return photographs(folder, table, size, t.crop, t.max_bad_images, progress)
 
 
-def drawn_pictures(folder: Path, count: int, seed: int, size: int = 64, progress: Progress = silent) -> Pictures:
+def drawn_pictures(
+    folder: Path, count: int, seed: int, size: int = 64, progress: Progress = silent
+) -> Pictures:
     r"""`count` drawn faces: 90 % train, 5 % valid, 5 % test.
 
     They are split by groups of PER_ROW pictures that share a row of attributes. Rows are drawn independently, so equal
@@ -135,7 +102,9 @@ def drawn_pictures(folder: Path, count: int, seed: int, size: int = 64, progress
     """
     attributes = drawn_rows(count, seed, PER_ROW)
     first = next(draw_many(attributes, seed, size))  # another way of drawing is another cache
-    key = key_of("drawn", count, seed, size, hashlib.sha256(attributes.tobytes() + first.tobytes()).hexdigest())
+    key = key_of(
+        "drawn", count, seed, size, hashlib.sha256(attributes.tobytes() + first.tobytes()).hexdigest()
+    )
 
     def fill(pixels: np.ndarray):
         for i, face in enumerate(progress(draw_many(attributes, seed, size), count, "drawing faces")):
@@ -150,7 +119,12 @@ def drawn_pictures(folder: Path, count: int, seed: int, size: int = 64, progress
 
 
 def photographs(
-    folder: Path, table: ImageTable, size: int = 64, crop: int = 0, max_bad: float = 0.01, progress: Progress = silent
+    folder: Path,
+    table: ImageTable,
+    size: int = 64,
+    crop: int = 0,
+    max_bad: float = 0.01,
+    progress: Progress = silent,
 ) -> Pictures:
     r"""The pictures of a table that `data.open_table` read, each decoded once.
 
@@ -158,7 +132,10 @@ def photographs(
     """
     stats = [os.stat(table.root / name) for name in table.files]
     key = key_of(
-        "photographs", size, crop, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(table.files, stats, strict=True)]
+        "photographs",
+        size,
+        crop,
+        [(n, s.st_size, s.st_mtime_ns) for n, s in zip(table.files, stats, strict=True)],
     )
     listing = folder / f"pictures-{key}.json"
 
@@ -173,7 +150,9 @@ def photographs(
     try:
         bad = tuple((name, reason) for name, reason in parse_json(listing.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"expected skipped pictures and reasons in {listing}, got {error}; delete the file") from None
+        raise UserError(
+            f"expected skipped pictures and reasons in {listing}, got {error}; delete the file"
+        ) from None
     _refuse_bad(table, bad, max_bad, of=len(table))
     skipped = {name for name, _ in bad}
     good = np.array([name not in skipped for name in table.files])
@@ -185,7 +164,9 @@ def photographs(
     return pictures
 
 
-def _decode(table: ImageTable, pixels: np.ndarray, size: int, crop: int, max_bad: float, progress: Progress) -> list:
+def _decode(
+    table: ImageTable, pixels: np.ndarray, size: int, crop: int, max_bad: float, progress: Progress
+) -> list:
     r"""Fill `pixels`; Pillow leaves Python's lock while it decodes, so threads are enough; each takes a run of them."""
     threads = os.cpu_count() or 1
 
@@ -216,84 +197,3 @@ def _refuse_bad(table: ImageTable, bad: Sequence, max_bad: float, of: int):
             f"expected at most {max_bad:.1%} unreadable pictures of {of} in {table.root}, got {len(bad)} so far: "
             f"{few}; mend them, or raise --max-bad-images"
         )
-
-
-@dataclass(frozen=True)
-class Latents:
-    r"""Every picture and its mirror image as the VAE sees them.
-
-    Attributes: `moments`, (N, 2, 2, c, h, w) float16, memory-mapped: picture, mirrored or not, mu or logvar.
-    """
-
-    moments: np.ndarray
-
-    def gaussian(self, rows: np.ndarray, flip: Tensor) -> DiagonalGaussian:
-        r"""q(z | x) of some pictures, mirrored where `flip` (B,) says so; not scaled."""
-        mu, logvar = torch.from_numpy(self.moments[rows, flip.long().numpy()]).float().unbind(1)
-        return DiagonalGaussian(mu, logvar)
-
-
-@torch.no_grad()
-def encode_latents(
-    folder: Path, vae: KLVAE, pictures: Pictures, precision: str = "fp32", progress: Progress = silent,
-    batch: int = AT_ONCE,
-) -> Latents:  # fmt: skip
-    r"""Encode all pictures, both ways round, once."""
-    device = next(vae.parameters()).device
-    digest = hashlib.sha256()
-    for _, tensor in sorted(vae.state_dict().items()):
-        digest.update(tensor.cpu().contiguous().numpy())
-    count, side = len(pictures.pixels), pictures.pixels.shape[1] // vae.factor
-    key = key_of("latents", pictures.key, digest.hexdigest(), precision)
-
-    def fill(moments: np.ndarray):
-        for begin in progress(range(0, count, batch), -(-count // batch), f"encoding pictures, {batch} at a time"):
-            x = pictures.batch(np.arange(begin, min(begin + batch, count))).to(device)
-            for flipped, view in enumerate((x, x.flip(3))):
-                with autocast(device, precision):
-                    z = vae.encode(view.contiguous(memory_format=torch.channels_last))
-                both = torch.stack([z.mu, z.logvar], dim=1)
-                moments[begin : begin + batch, flipped] = both.float().cpu().numpy()
-
-    shape = (count, 2, 2, vae.latent_channels, side, side)
-    return Latents(cached_array(folder / f"latents-{key}.npy", shape, np.float16, fill))
-
-
-class Texts:
-    r"""Sentences to context vectors, each distinct sentence embedded once, the empty one among them.
-
-    Callable: sentences -> (B, 77, 512) float32. When `limit_gb` is less than the file would take, sentences go through
-    the tower at every call instead. In bf16 a CPU with matrix units embeds more than three times as many a second, and
-    of what tells one sentence from another a hundredth is rounded away.
-    """
-
-    def __init__(
-        self, folder: Path, tower: TextTower, sentences: Iterable[str], precision: str = "fp32", limit_gb: float = 8.0,
-        progress: Progress = silent, batch: int = AT_ONCE,
-    ):  # fmt: skip
-        self.tower, self.precision = tower, precision
-        self.device = next(tower.parameters(), torch.empty(0)).device
-        distinct = sorted({"", *sentences})
-        self.cached = len(distinct) * TOKENS * WIDTH * 2 <= limit_gb * 2**30
-        if not self.cached:
-            return
-        self.row = {sentence: i for i, sentence in enumerate(distinct)}
-        key = key_of("texts", tower.fingerprint(), precision, distinct)
-
-        def fill(states: np.ndarray):
-            starts = range(0, len(distinct), batch)
-            for begin in progress(starts, len(starts), f"embedding captions, {batch} at a time"):
-                states[begin : begin + batch] = self.embed(distinct[begin : begin + batch]).cpu().numpy()
-
-        shape = (len(distinct), TOKENS, WIDTH)
-        self.states = cached_array(folder / f"texts-{key}.npy", shape, np.float16, fill)
-
-    def embed(self, sentences: Sequence[str]) -> Tensor:
-        r"""Through the tower."""
-        with autocast(self.device, self.precision):
-            return self.tower(list(sentences))
-
-    def __call__(self, sentences: Sequence[str]) -> Tensor:
-        if not self.cached or any(s not in self.row for s in sentences):
-            return self.embed(sentences)
-        return torch.from_numpy(self.states[[self.row[s] for s in sentences]]).float()

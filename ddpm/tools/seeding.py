@@ -2,8 +2,7 @@ r"""Random numbers from counters.
 
 Every random draw of the project belongs to a name such as `(seed, "unet", step)` or `(seed, picture)`. The
 draw follows from the name alone, so nothing depends on what was drawn before it: a resumed run goes on with
-the same numbers, and picture 3 is the same picture in any batch.
-"""
+the same numbers, and picture 3 is the same picture in any batch."""
 
 import hashlib
 import operator

@@ -5,8 +5,7 @@ r"""Forty CelebA attributes <-> one English sentence.
     consistent attributes -> the attributes once their contradictions are resolved
 
 One table, `PHRASES`, holds every wording. `describe` reads it from left to right, `parse` from right to left,
-and for every row of attributes they agree: what `parse(describe(row))` states is true of `consistent(row)`.
-"""
+and for every row of attributes they agree: what `parse(describe(row))` states is true of `consistent(row)`."""
 
 import re
 from collections import defaultdict
@@ -52,7 +51,9 @@ FACIAL_HAIR = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns")
 PHRASES: tuple[Phrase, ...] = (
     Phrase("Male", True, "noun man | noun man | noun gentleman | noun guy", "male, boy, he, his, him"),
     Phrase("Male", False, "noun woman | noun woman | noun lady", "female, girl, she, her, hers"),
-    Phrase("Blurry", True, "photo a blurry photo of | photo a blurry picture of", "blurry, blurred, out of focus"),
+    Phrase(
+        "Blurry", True, "photo a blurry photo of | photo a blurry picture of", "blurry, blurred, out of focus"
+    ),
     Phrase("Attractive", True, "is attractive | is good-looking", "handsome, beautiful, pretty, gorgeous"),
     Phrase("Smiling", True, "is smiling | is smiling | with a smile", "smiles, grin, grinning, laughing"),
     Phrase("Smiling", False, "", "unsmiling, frowning"),
@@ -86,9 +87,13 @@ PHRASES: tuple[Phrase, ...] = (
     Phrase("Sideburns", True, "with sideburns", "sideburn"),
     Phrase("Goatee", True, "with a goatee"),
     Phrase("Mustache", True, "with a mustache | with a moustache"),
-    Phrase("5_o_Clock_Shadow", True, "with a five o'clock shadow | with stubble", "o'clock shadow, clock shadow"),
+    Phrase(
+        "5_o_Clock_Shadow", True, "with a five o'clock shadow | with stubble", "o'clock shadow, clock shadow"
+    ),
     Phrase("No_Beard", False, "with a beard", "facial hair"),
-    Phrase("Eyeglasses", True, "wearing eyeglasses | wearing glasses | with glasses", "sunglasses, spectacles"),
+    Phrase(
+        "Eyeglasses", True, "wearing eyeglasses | wearing glasses | with glasses", "sunglasses, spectacles"
+    ),
     Phrase("Wearing_Hat", True, "wearing a hat", "cap, beanie, fedora"),
     Phrase("Wearing_Hat", False, "", "hatless"),
     Phrase("Wearing_Earrings", True, "wearing earrings", "earring"),

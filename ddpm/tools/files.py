@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.config import UserError
+from ddpm.tools.errors import UserError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-LEFTOVER = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")  # name, process, chance: several may write one file at a time
+LEFTOVER = re.compile(
+    r"\..+\.\d+\.[0-9a-f]{8}\.tmp"
+)  # name, process, chance: several may write one file at a time
 CANNOT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -29,7 +31,9 @@ class CannotWrite(UserError):
     r"""A file that the disk has no room for, or the folder no leave; what was there before still is."""
 
 
-def write_atomically(path: Path, content: bytes | Callable[[Path], None], size: int = 0, keep: Path | None = None):
+def write_atomically(
+    path: Path, content: bytes | Callable[[Path], None], size: int = 0, keep: Path | None = None
+):
     r"""Write a file under a temporary name in its folder, then rename it: it is there whole or not at all.
 
     Args:
@@ -118,7 +122,9 @@ def digest_of(value) -> str:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict | list | tuple):
             digest.update(f"{'dict' if isinstance(value, dict) else 'list'} {len(value)};".encode())
-            for part in sorted(value.items(), key=lambda item: repr(item[0])) if isinstance(value, dict) else value:
+            for part in (
+                sorted(value.items(), key=lambda item: repr(item[0])) if isinstance(value, dict) else value
+            ):
                 add(part)
         else:
             digest.update(f"{type(value).__name__} {value!r};".encode())
@@ -135,7 +141,11 @@ def _held(path: Path) -> Iterator[None]:
         return
     while True:
         with open(path, "wb") as file:  # a cleaner may come between this and the lock, and take the file away
-            if flock(file) is not False and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if (
+                flock(file) is not False
+                and path.exists()
+                and os.path.samestat(os.fstat(file.fileno()), path.stat())
+            ):
                 yield
                 return
 

@@ -1,8 +1,7 @@
 r"""The folder of a run: configuration, resume state, metrics and their plot; each file is whole or not there.
 
 A process may be killed between any two lines here. So the metrics are written before the state, and rows beyond the
-state are dropped when a run goes on; the state before the last is kept; and a state carries a digest of its content.
-"""
+state are dropped when a run goes on; the state before the last is kept; and a state carries a digest of its content."""
 
 import contextlib
 import csv
@@ -19,11 +18,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.config import MOVABLE, Config, UserError
-from ddpm.files import CANNOT, CannotWrite, check_not_packed, digest_of, flock, remove_leftovers, write_atomically
+from ddpm.config import MOVABLE, Config
+from ddpm.tools.errors import UserError
+from ddpm.tools.files import (
+    CANNOT,
+    CannotWrite,
+    check_not_packed,
+    digest_of,
+    flock,
+    remove_leftovers,
+    write_atomically,
+)
 
 STAGES = ("vae", "unet")
-COLUMNS = ("stage", "step", "seconds", "loss", "lr", "grad_norm", "images_per_second", "psnr", "ssim", "val_loss")
+COLUMNS = (
+    "stage",
+    "step",
+    "seconds",
+    "loss",
+    "lr",
+    "grad_norm",
+    "images_per_second",
+    "psnr",
+    "ssim",
+    "val_loss",
+)
 FORMAT = 1  # of the state; what `digest_of` makes of it stays the same in all formats
 STATE, PREVIOUS = "state.pt", "state.previous.pt"
 LOCK = ".lock"
@@ -72,7 +91,9 @@ class Run:
             self.lock.close()
 
     def _check_new(self):
-        begun = (self.folder / LOCK).exists() and not (self.folder / "config.json").exists()  # killed in `create`
+        begun = (self.folder / LOCK).exists() and not (
+            self.folder / "config.json"
+        ).exists()  # killed in `create`
         if self.folder.exists() and not begun and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(
                 f"expected a new folder for the run, {self.folder} is there already; "
@@ -86,7 +107,9 @@ class Run:
         try:
             self.lock = open(self.folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (held until `close`)
         except OSError as error:
-            raise CannotWrite(f"could not write to {self.folder}: {error.strerror}; let it be written to") from None
+            raise CannotWrite(
+                f"could not write to {self.folder}: {error.strerror}; let it be written to"
+            ) from None
         if flock(self.lock) is False:
             self.lock.seek(0)
             who = self.lock.read(200).decode("utf-8", "replace") or "another process"
@@ -111,13 +134,19 @@ class Run:
                     damaged.append(f"{self.folder / name} is damaged ({error})")
         if self.state is None:
             if damaged:
-                raise UserError(f"{' and '.join(damaged)}, no checkpoint is left to go on from; start anew with --out")
+                raise UserError(
+                    f"{' and '.join(damaged)}, no checkpoint is left to go on from; start anew with --out"
+                )
             return  # killed before its first checkpoint
         self._check_config()
         self.saved = (self.state["stage"], self.state["step"])
         if damaged:
-            warnings.warn(f"{damaged[0]}; going on from the checkpoint before, {told(self.saved)}", stacklevel=3)
-        self.rows = [row for row in read_metrics(self.folder / "metrics.csv") if place(row) <= place(self.state)]
+            warnings.warn(
+                f"{damaged[0]}; going on from the checkpoint before, {told(self.saved)}", stacklevel=3
+            )
+        self.rows = [
+            row for row in read_metrics(self.folder / "metrics.csv") if place(row) <= place(self.state)
+        ]
 
     def _check_config(self):
         now = settings(self.config)
@@ -148,7 +177,9 @@ class Run:
             self.write("text.safetensors", text)
         self.write("config.json", self.config.to_json().encode())
 
-    def write(self, name: str, content: bytes | Callable[[Path], None], size: int = 0, keep: Path | None = None):
+    def write(
+        self, name: str, content: bytes | Callable[[Path], None], size: int = 0, keep: Path | None = None
+    ):
         r"""Write a file of the run, as `write_atomically` does."""
         write_atomically(self.folder / name, content, size, keep)
 
@@ -182,16 +213,23 @@ class Run:
             self.saved = (stage, optimization.step)
             return
         state = {
-            "format": FORMAT, "stage": stage, "step": optimization.step, "elapsed": self.clock(),
-            "config": settings(self.config), stage: optimization.state_dict(), **more,
-        }  # fmt: skip
+            "format": FORMAT,
+            "stage": stage,
+            "step": optimization.step,
+            "elapsed": self.clock(),
+            "config": settings(self.config),
+            stage: optimization.state_dict(),
+            **more,
+        }
         state["sha256"] = digest_of(state)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()
         writer.writerows(self.rows)
         self.write("metrics.csv", text.getvalue().encode())
-        keep = self.folder / PREVIOUS if self.newest_is_whole else None  # a damaged one must not push out the whole
+        keep = (
+            self.folder / PREVIOUS if self.newest_is_whole else None
+        )  # a damaged one must not push out the whole
         self.write(STATE, lambda to: save_state(to, state), size_of(state), keep)
         self.newest_is_whole, self.saved = True, (stage, optimization.step)
         self.write("loss.png", lambda to: plot_losses(to, self.rows))
@@ -209,7 +247,9 @@ class Run:
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"expected the state of this configuration in {self.folder}: {str(error)[:300]}") from None
+            raise UserError(
+                f"expected the state of this configuration in {self.folder}: {str(error)[:300]}"
+            ) from None
 
 
 def settings(config: Config) -> dict:
@@ -241,7 +281,9 @@ def read_state(path: Path) -> dict:
         if size_of(state) > path.stat().st_size:
             raise ValueError("it claims more numbers than it holds")
         if "sha256" not in state and "format" not in state:
-            raise UserError(f"expected a state with a checksum in {path}, an older version of ddpm made it; use that")
+            raise UserError(
+                f"expected a state with a checksum in {path}, an older version of ddpm made it; use that"
+            )
         if state.pop("sha256") != digest_of(state):
             raise ValueError("its checksum does not fit")
         if state["format"] != FORMAT:
@@ -249,7 +291,7 @@ def read_state(path: Path) -> dict:
                 f"expected a state of format {FORMAT} in {path}, got {state['format']}, "
                 "a newer version of ddpm made it; use that"
             )
-        STAGES.index(state["stage"]), int(state["step"]), float(state["elapsed"]), state["config"].items()
+        (STAGES.index(state["stage"]), int(state["step"]), float(state["elapsed"]), state["config"].items())
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a cut or foreign file fails in many ways

@@ -2,7 +2,6 @@ r"""What the commands share: one line for what a person can mend, exit code 2, l
 
 import argparse
 import contextlib
-import ctypes
 import math
 import os
 import signal
@@ -11,7 +10,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
-from ddpm.config import UserError, escaped, printable
+from ddpm.tools.devices import is_out_of_memory, keep_freed_memory
+from ddpm.tools.errors import UserError, escaped, printable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -45,7 +45,9 @@ class StopRequest:
         self.signum = signum
         _next_ends()
         with contextlib.suppress(OSError):
-            os.write(2, b"\nfinishing the step and saving; once more leaves at once\n")  # print is not for handlers
+            os.write(
+                2, b"\nfinishing the step and saving; once more leaves at once\n"
+            )  # print is not for handlers
 
 
 @contextlib.contextmanager
@@ -86,13 +88,18 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # one printable line by its making
     except OSError as error:
-        print(printable(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")), file=sys.stderr)
+        print(
+            printable(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")),
+            file=sys.stderr,
+        )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
-              "--preset lowvram (train.py --dry-run tells what is needed); to draw, ask for fewer pictures at once",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "error: out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
+            "--preset lowvram (train.py --dry-run tells what is needed); to draw, ask for fewer pictures at once",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
@@ -107,51 +114,6 @@ def check_drawing(a: argparse.Namespace):
         raise UserError(f"expected a finite --guidance, such as 3, got {a.guidance}")
     if not 0 <= a.eta <= 1:
         raise UserError(f"expected --eta in [0, 1], got {a.eta}")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    r"""Whether the memory of the machine or of its card did not suffice."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)
-
-
-def choose_device(name: str):
-    r"""The torch device called `name`; auto takes cuda (ROCm too), then mps, then the CPU; raises UserError."""
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(n for n, is_there in there.items() if is_there)
-    if not there.get(name, False):
-        raise UserError(
-            f"expected a device out of {', '.join(n for n, ok in there.items() if ok)} on this machine, got {name!r}"
-        )
-    return torch.device(name)
-
-
-def choose_precision(name: str, device) -> str:
-    r"""`auto` becomes bf16 where the device computes in it natively, fp32 elsewhere."""
-    import torch
-
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    return "fp32"
-
-
-def keep_freed_memory():
-    r"""Let this process keep what it frees for what it takes next, where the C library is glibc; elsewhere nothing.
-
-    Left alone, glibc gives every large tensor back to the system and takes the next one from it page by page: a
-    quarter of a training step on the CPU. The numbers are the same.
-    """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        set_option = ctypes.CDLL("libc.so.6").mallopt
-        set_option(mmap_max, 0)
-        set_option(trim_threshold, 2**31 - 1)
 
 
 def be_quiet():

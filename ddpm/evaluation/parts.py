@@ -4,8 +4,7 @@ python -m ddpm.evaluation runs/NAME              391 held-out prompts; says firs
 python -m ddpm.evaluation runs/NAME --quick      128 prompts, short curves
 python -m ddpm.evaluation runs/NAME --full       every curve with all prompts, and DDPM at all steps; hours on a CPU
 
-An evaluation that is in the folder already is replaced; its figures stay as result.previous.json.
-"""
+An evaluation that is in the folder already is replaced; its figures stay as result.previous.json."""
 
 import argparse
 import json
@@ -20,9 +19,47 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ddpm import __version__, cli
-from ddpm.cli import progress_bar, say
-from ddpm.config import Config, UserError
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddpm import __version__
+from ddpm.celeba.dataset import Pictures, load_pictures, open_data
+from ddpm.celeba.lists import TEST, TRAIN, VALID
+from ddpm.celeba.refusals import DataError
+from ddpm.config import Config
+from ddpm.evaluation import metrics
+from ddpm.evaluation.classifier import (
+    AttributeClassifier,
+    NothingToLearn,
+    attribute_classifier,
+    classifier_path,
+    gaussian_blur,
+    learnable_names,
+    training_seconds,
+    truths,
+)
+from ddpm.evaluation.features import feature_extractor
+from ddpm.evaluation.metrics import (
+    bits_per_dimension,
+    frechet_distance,
+    gaussian_of,
+    nearest,
+    precision_recall,
+)
+from ddpm.model import SHIPPED, TextToImage
+from ddpm.tools import command as cli
+from ddpm.tools import devices
+from ddpm.tools.arrays import key_of
+from ddpm.tools.command import progress_bar, say
+from ddpm.tools.devices import autocast, wait_for
+from ddpm.tools.errors import UserError
+from ddpm.tools.files import digest_of, write_atomically
+from ddpm.tools.grids import labelled_grid, save_png
+from ddpm.tools.seeding import generator
+from ddpm.training.caches import Texts, encode_latents
+from ddpm.training.validation import loss_by_timestep, psnr, ssim
 
 PARTS = ("adherence", "frechet", "neighbours", "vae", "latents", "loss", "bits", "guidance", "steps")
 SAMPLERS = ("ddpm", "ddim", "dpm++")
@@ -34,26 +71,39 @@ def parser() -> argparse.ArgumentParser:
     p = cli.Parser(__doc__)
     p.prog = "python -m ddpm.evaluation"
     p.add_argument("run", metavar="RUN", help="a run folder")
-    p.add_argument("--n", type=int, help=f"held-out pictures, whose captions are the prompts [{PROMPTS}, or all]")
+    p.add_argument(
+        "--n", type=int, help=f"held-out pictures, whose captions are the prompts [{PROMPTS}, or all]"
+    )
     p.add_argument("--split", choices=("valid", "test"), default="test", help="where they come from [test]")
     p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
     p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
     p.add_argument("--guidance", type=float, default=3.0, help="how strongly to follow the prompt [3]")
     p.add_argument("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
-    p.add_argument("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
+    p.add_argument(
+        "--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]"
+    )
     p.add_argument("--seed", type=int, default=0, help="[0]")
-    p.add_argument("--extractor", choices=EXTRACTORS, default="classifier",
-                   help="whose features the Frechet distance compares [classifier]")  # fmt: skip
+    p.add_argument(
+        "--extractor",
+        choices=EXTRACTORS,
+        default="classifier",
+        help="whose features the Frechet distance compares [classifier]",
+    )
     scope = p.add_mutually_exclusive_group()
     for name, told in (("quick", "fewer prompts, short curves"), ("full", "whole curves, DDPM at all steps")):
         scope.add_argument(f"--{name}", action="store_const", dest="scope", const=name, help=told)
     p.add_argument("--only", metavar="PART,...", help=f"only some of {','.join(PARTS)}")
     p.add_argument("--data", metavar="PATH", help="where the run's data is now [where it was]")
-    p.add_argument("--cache", metavar="DIR", help="folder of decoded pictures and classifiers [beside the run: cache]")
+    p.add_argument(
+        "--cache", metavar="DIR", help="folder of decoded pictures and classifiers [beside the run: cache]"
+    )
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")
     p.add_argument("--device", choices=cli.DEVICES, default="auto", help="[auto]")
-    p.add_argument("--out", metavar="DIR",
-                   help="folder to write to [RUN/evaluation; of what ships, runs/shipped-evaluation]")  # fmt: skip
+    p.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder to write to [RUN/evaluation; of what ships, runs/shipped-evaluation]",
+    )
     p.set_defaults(scope="normal")
     return p
 
@@ -61,44 +111,18 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     parser().parse_args()  # --help and a mistyped flag are answered without what follows
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from ddpm import metrics
-from ddpm.cache import Pictures, Texts, encode_latents, key_of, load_pictures, open_data
-from ddpm.classifier import (
-    AttributeClassifier,
-    NothingToLearn,
-    attribute_classifier,
-    classifier_path,
-    feature_extractor,
-    gaussian_blur,
-    learnable_names,
-    training_seconds,
-    truths,
-)
-from ddpm.data import TEST, TRAIN, VALID, DataError
-from ddpm.files import digest_of, write_atomically
-from ddpm.metrics import (
-    bits_per_dimension,
-    frechet_distance,
-    gaussian_of,
-    loss_by_timestep,
-    nearest,
-    precision_recall,
-    psnr,
-    ssim,
-)
-from ddpm.model import SHIPPED, TextToImage, autocast, wait_for
-from ddpm.pictures import labelled_grid, save_png
-from ddpm.seeding import generator
-
 CHANNELS_LAST = torch.channels_last
 SPLITS = {"valid": VALID, "test": TEST}
-FILES = ("result.json", "pictures.png", "neighbours.png", "adherence.png", "latents.png", "loss.png", "guidance.png",
-         "steps.png")  # fmt: skip
+FILES = (
+    "result.json",
+    "pictures.png",
+    "neighbours.png",
+    "adherence.png",
+    "latents.png",
+    "loss.png",
+    "guidance.png",
+    "steps.png",
+)
 MIN_EACH, MIN_READ = 8, 0.8
 RULE = (
     f"counted are attributes that the captions of at least {MIN_EACH} held-out pictures want and of {MIN_EACH} do not, "
@@ -174,7 +198,9 @@ def enough(wanted: Tensor, each: int = MIN_EACH) -> Tensor:
     return (wanted.sum(dim=0) >= each) & ((~wanted).sum(dim=0) >= each)
 
 
-def adherence(wanted: Tensor, seen: Tensor, names: tuple[str, ...], groups: Tensor, countable: Tensor) -> dict:
+def adherence(
+    wanted: Tensor, seen: Tensor, names: tuple[str, ...], groups: Tensor, countable: Tensor
+) -> dict:
     r"""Balanced accuracy of what the classifier sees against what the prompts want, by attribute, and its mean.
 
     Args:
@@ -191,17 +217,26 @@ def adherence(wanted: Tensor, seen: Tensor, names: tuple[str, ...], groups: Tens
     interval = None
     if counted.any():
         interval = metrics.bootstrap_interval(wanted[:, counted], seen[:, counted], groups)
-    by_name = zip(names, positive.tolist(), accuracy.tolist(), low.tolist(), high.tolist(), counted.tolist(),
-                  strict=True)  # fmt: skip
+    by_name = zip(
+        names,
+        positive.tolist(),
+        accuracy.tolist(),
+        low.tolist(),
+        high.tolist(),
+        counted.tolist(),
+        strict=True,
+    )
     return {
         "n": len(wanted),
         "prompts": len(sizes),
         "mean": accuracy[counted].mean().item() if counted.any() else None,
         "interval": interval,
         "counted": int(counted.sum()),
-        "attributes": {name: {"wanted": k, "balanced_accuracy": p, "interval": [a, b], "counted": c}
-                       for name, k, p, a, b, c in by_name},
-    }  # fmt: skip
+        "attributes": {
+            name: {"wanted": k, "balanced_accuracy": p, "interval": [a, b], "counted": c}
+            for name, k, p, a, b, c in by_name
+        },
+    }
 
 
 def subset(pictures: Pictures, rows: np.ndarray) -> Pictures:
@@ -209,9 +244,14 @@ def subset(pictures: Pictures, rows: np.ndarray) -> Pictures:
     captions = None if pictures.captions is None else tuple(pictures.captions[i] for i in rows)
     attributes = None if pictures.attributes is None else pictures.attributes[rows]
     return Pictures(
-        pictures.pixels[rows], pictures.good[rows], pictures.split[rows], attributes, captions, (),
+        pictures.pixels[rows],
+        pictures.good[rows],
+        pictures.split[rows],
+        attributes,
+        captions,
+        (),
         key_of(pictures.key, "rows", rows.tolist()),
-    )  # fmt: skip
+    )
 
 
 class Evaluation:
@@ -223,9 +263,13 @@ class Evaluation:
         files: name -> function of the path to write to, for all files but the JSON.
     """
 
-    def __init__(self, model: TextToImage, pictures: Pictures, rows: np.ndarray, cache: Path, a, precision: str):
-        self.model, self.pictures, self.cache, self.a, self.precision = model, pictures, cache, a, precision
-        self.judging = "fp32" if precision == "fp16" else precision  # the classifier's training scales no loss
+    def __init__(
+        self, model: TextToImage, pictures: Pictures, rows: np.ndarray, cache: Path, a, precision: str
+    ):
+        self.model, self.pictures, self.cache, self.a, self.precision = (model, pictures, cache, a, precision)
+        self.judging = (
+            "fp32" if precision == "fp16" else precision
+        )  # the classifier's training scales no loss
         self.scope, self.main = SCOPES[a.scope], Setting(a.sampler, a.steps, a.guidance, a.eta)
         self.held, self.n = subset(pictures, rows), len(rows)
         self.x = self.held.batch(np.arange(self.n))
@@ -268,10 +312,17 @@ class Evaluation:
             label = f"{setting.name}, {setting.steps} steps, guidance {setting.guidance:g}"
             with tqdm(total=setting.steps * batches, desc=label, leave=False, disable=None) as bar:
                 new = self.model.sample(
-                    self.prompts[len(have) : n], setting.sampler, setting.steps, setting.guidance, self.a.seed,
-                    callback=lambda state: bar.update(), eta=setting.eta, precision=self.precision, batch_size=BATCH,
+                    self.prompts[len(have) : n],
+                    setting.sampler,
+                    setting.steps,
+                    setting.guidance,
+                    self.a.seed,
+                    callback=lambda state: bar.update(),
+                    eta=setting.eta,
+                    precision=self.precision,
+                    batch_size=BATCH,
                     first=len(have),
-                )  # fmt: skip
+                )
             self.drawn[setting] = torch.cat([have, new.cpu()])
         return self.drawn[setting][:n]
 
@@ -291,7 +342,9 @@ class Evaluation:
 
         def network(x: Tensor) -> Tensor:
             with autocast(self.model.device, self.precision):
-                x_hat = self.model.vae.decode(self.model.vae.encode(x.contiguous(memory_format=CHANNELS_LAST)).mode())
+                x_hat = self.model.vae.decode(
+                    self.model.vae.encode(x.contiguous(memory_format=CHANNELS_LAST)).mode()
+                )
             return x_hat.clamp(-1, 1)
 
         return self.through(network, x, "encoding and decoding")
@@ -341,8 +394,11 @@ class Evaluation:
 
         `reconstructed` says what the VAE alone costs: pictures that are the prompt's own, but for the VAE.
         """
-        seen = {"real": self.seen(self.x), "reconstructed": self.seen(self.reconstructed),
-                "generated": self.seen(self.draw(self.main, self.n))}  # fmt: skip
+        seen = {
+            "real": self.seen(self.x),
+            "reconstructed": self.seen(self.reconstructed),
+            "generated": self.seen(self.draw(self.main, self.n)),
+        }
         apart = attributes_apart(self.pictures, self.held)
         result = {"rule": RULE, "unseen_means": UNSEEN, "far_means": FAR}
         for name, rows in (("held_out", apart >= 0), ("unseen", apart >= 1), ("far", apart >= 2)):
@@ -358,7 +414,9 @@ class Evaluation:
             "generated": self.draw(self.main, self.n),
             "train pictures": self.others,
             "train pictures through the VAE": self.decoded(self.others),
-            "train pictures, blurred by 2 pixels of 64": gaussian_blur(self.others, S / 32, reach=max(6, 6 * S // 64)),
+            "train pictures, blurred by 2 pixels of 64": gaussian_blur(
+                self.others, S / 32, reach=max(6, 6 * S // 64)
+            ),
             "their mean": self.others.mean(dim=0, keepdim=True),
         }
         result = {}
@@ -366,7 +424,12 @@ class Evaluation:
             features = self.features(x).expand(len(x) if len(x) > 1 else self.n, -1)
             precision, recall = precision_recall(self.real_features, features)
             distance = frechet_distance(*self.real_gaussian, *gaussian_of(features))
-            result[name] = {"n": len(features), "distance": distance, "precision": precision, "recall": recall}
+            result[name] = {
+                "n": len(features),
+                "distance": distance,
+                "precision": precision,
+                "recall": recall,
+            }
         return result
 
     def neighbours(self) -> dict:
@@ -386,8 +449,9 @@ class Evaluation:
 
         spaces = {"pixels": lambda x: x.flatten(1)}
         if self.classifier is not None:
-            spaces["features"] = lambda x: torch.cat([self.classifier.features(b.to(self.model.device)).cpu()
-                                                      for b in x.split(BATCH)])  # fmt: skip
+            spaces["features"] = lambda x: torch.cat(
+                [self.classifier.features(b.to(self.model.device)).cpu() for b in x.split(BATCH)]
+            )
         for name, network in spaces.items():
             with torch.no_grad():
                 queries = network(torch.cat([generated, self.x, self.reconstructed]))
@@ -398,9 +462,11 @@ class Evaluation:
             result[name] = {"n_train": len(train), "generated_median": mine.median().item()}
             for of, theirs in (("held_out", held_out), ("reconstructed", smooth)):
                 nearer = (mine < theirs.quantile(0.01)).double().mean().item()
-                result[name] |= {f"{of}_median": theirs.median().item(),
-                                 f"ratio_to_{of}": (mine.median() / theirs.median()).item(),
-                                 f"nearer_than_1_percent_of_{of}": nearer}  # fmt: skip
+                result[name] |= {
+                    f"{of}_median": theirs.median().item(),
+                    f"ratio_to_{of}": (mine.median() / theirs.median()).item(),
+                    f"nearer_than_1_percent_of_{of}": nearer,
+                }
         self.files["neighbours.png"] = self.neighbour_grid(generated, train, found)
         return result
 
@@ -426,7 +492,11 @@ class Evaluation:
     def latent_health(self) -> dict:
         r"""Mean, variance, KL and correlation of the channels of the scaled latents."""
         q = self.latents.gaussian(np.arange(self.n), torch.zeros(self.n, dtype=torch.bool))
-        result = {"n": self.n, "scale": self.model.latent_scale, **metrics.latent_health(q, self.model.latent_scale)}
+        result = {
+            "n": self.n,
+            "scale": self.model.latent_scale,
+            **metrics.latent_health(q, self.model.latent_scale),
+        }
         self.files["latents.png"] = lambda to: plot_latents(to, result)
         return result
 
@@ -437,7 +507,12 @@ class Evaluation:
             self.model, self.latents, self.texts, self.held, np.arange(n), self.precision, seed=self.a.seed
         )
         self.files["loss.png"] = lambda to: plot_loss(to, tenths, self.model.config.prediction)
-        return {"n": n, "prediction": self.model.config.prediction, "tenths": tenths, "mean": sum(tenths) / len(tenths)}
+        return {
+            "n": n,
+            "prediction": self.model.config.prediction,
+            "tenths": tenths,
+            "mean": sum(tenths) / len(tenths),
+        }
 
     def bits(self) -> dict:
         r"""Bits a dimension, by the variational bound; the decoder's width is its mean error on train pictures."""
@@ -445,7 +520,14 @@ class Evaluation:
         width = (self.others[:n] - self.decoded(self.others[:n])).abs().mean().item()
         rows = np.arange(n)
         found = bits_per_dimension(
-            self.model, self.latents, self.texts, self.held, rows, width, precision=self.precision, seed=self.a.seed
+            self.model,
+            self.latents,
+            self.texts,
+            self.held,
+            rows,
+            width,
+            precision=self.precision,
+            seed=self.a.seed,
         )
         return {"n": n, "variance": self.model.config.variance, "width": width, **found}
 
@@ -479,15 +561,21 @@ class Evaluation:
         first = sorted({self.prompts.index(p) for p in self.prompts})[:32]
         prompts = [self.prompts[i] for i in first]
         sheet = labelled_grid(self.draw(self.main, self.n)[first], prompts, 8)
-        settings = {"prompt": json.dumps(prompts), "seed": str(self.a.seed), **{k: str(v) for k, v in
-                    self.main._asdict().items()}}  # fmt: skip
+        settings = {
+            "prompt": json.dumps(prompts),
+            "seed": str(self.a.seed),
+            **{k: str(v) for k, v in self.main._asdict().items()},
+        }
         return lambda to: save_png(to, sheet, settings)
 
 
 def attributes_apart(pictures: Pictures, held: Pictures) -> Tensor:
     r"""(n,) in how many of the forty attributes, as full captions say them, a held-out picture's row differs from the
     training picture's that is the nearest; 0: it has been seen."""
-    mine, known = truths(held, np.arange(len(held.pixels))), truths(pictures, pictures.rows(TRAIN)).unique(dim=0)
+    mine, known = (
+        truths(held, np.arange(len(held.pixels))),
+        truths(pictures, pictures.rows(TRAIN)).unique(dim=0),
+    )
     mine, known = mine.double(), known.double()
     return (mine @ (1 - known).T + (1 - mine) @ known.T).min(dim=1).values.long()
 
@@ -499,17 +587,30 @@ def guidance_settings(main: Setting, scope: Scope) -> list[Setting]:
 def steps_settings(main: Setting, scope: Scope, model: TextToImage) -> list[Setting]:
     T = model.schedule.timesteps
     ways = [(sampler, 0.0) for sampler in SAMPLERS] + [("dpm++", 1.0)]
-    settings = [Setting(sampler, n, main.guidance, eta) for sampler, eta in ways for n in scope.steps if n <= T]
+    settings = [
+        Setting(sampler, n, main.guidance, eta) for sampler, eta in ways for n in scope.steps if n <= T
+    ]
     return settings + [Setting("ddpm", T, main.guidance)] * scope.whole_chain
 
 
 METHODS = {  # part -> method
-    "adherence": Evaluation.adherence, "frechet": Evaluation.frechet, "neighbours": Evaluation.neighbours,
-    "vae": Evaluation.vae, "latents": Evaluation.latent_health, "loss": Evaluation.loss, "bits": Evaluation.bits,
-    "guidance": Evaluation.guidance_curve, "steps": Evaluation.steps_curve,
-}  # fmt: skip
+    "adherence": Evaluation.adherence,
+    "frechet": Evaluation.frechet,
+    "neighbours": Evaluation.neighbours,
+    "vae": Evaluation.vae,
+    "latents": Evaluation.latent_health,
+    "loss": Evaluation.loss,
+    "bits": Evaluation.bits,
+    "guidance": Evaluation.guidance_curve,
+    "steps": Evaluation.steps_curve,
+}
 DRAWING = {"adherence", "frechet", "neighbours"}  # parts that look at the pictures of the main setting
-READING = {"adherence", "neighbours", "guidance", "steps"}  # parts that ask the classifier, if there can be one
+READING = {
+    "adherence",
+    "neighbours",
+    "guidance",
+    "steps",
+}  # parts that ask the classifier, if there can be one
 
 
 # ----------------------------------------------------------------------------------------------- the time
@@ -533,7 +634,7 @@ def estimate(e: Evaluation, parts: Iterable[str]) -> float:
     """
     model, parts, b = e.model, set(parts), min(BATCH, e.n)
     each = partial(seconds_each, device=model.device)
-    z, t = torch.randn(b, *model.latent_shape, device=model.device), torch.zeros(b, dtype=torch.long)
+    z, t = (torch.randn(b, *model.latent_shape, device=model.device), torch.zeros(b, dtype=torch.long))
     context, x = torch.zeros(b, 77, 512, device=model.device), e.x[:b].to(model.device)
     with autocast(model.device, e.precision):
         call = each(lambda: model.unet(z, t.to(model.device), context)) / b
@@ -610,8 +711,11 @@ def plot_loss(path: Path, tenths: list[float], prediction: str):
     figure = new_figure(5, 3.5)
     axis = figure.subplots()
     axis.plot(range(1, len(tenths) + 1), tenths, "o-", ms=4, color="#4477aa")
-    axis.set(xlabel="tenth of the time axis, from the picture to noise", ylabel=f"held-out loss ({prediction})",
-             yscale="log")  # fmt: skip
+    axis.set(
+        xlabel="tenth of the time axis, from the picture to noise",
+        ylabel=f"held-out loss ({prediction})",
+        yscale="log",
+    )
     save_figure(figure, path)
 
 
@@ -637,7 +741,9 @@ def check(a: argparse.Namespace):
     cli.check_drawing(a)
     a.only = tuple(PARTS) if a.only is None else tuple(part.strip() for part in a.only.split(","))
     if unknown := [part for part in a.only if part not in PARTS]:
-        raise UserError(f"expected --only with some of {','.join(PARTS)}, got {', '.join(map(repr, unknown))}")
+        raise UserError(
+            f"expected --only with some of {','.join(PARTS)}, got {', '.join(map(repr, unknown))}"
+        )
     if not Path(a.run).is_dir():
         raise UserError(f"expected the folder of a run, {a.run} is none; train one with python train.py")
     ships = Path(a.run).resolve() == SHIPPED.resolve()  # the package's own folder stays as it is
@@ -647,14 +753,18 @@ def check(a: argparse.Namespace):
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError:
-        raise UserError(f"expected a folder that can be written to, {there} cannot; choose another --out") from None
+        raise UserError(
+            f"expected a folder that can be written to, {there} cannot; choose another --out"
+        ) from None
 
 
 def open_run(a: argparse.Namespace, cache: Path) -> tuple[TextToImage, Config, Pictures]:
     r"""The run's model and its data; UserError where either is not whole."""
     model = TextToImage.load(a.run, a.weights)
     if a.steps > model.schedule.timesteps:
-        raise UserError(f"expected --steps from 1 to {model.schedule.timesteps}, the model's chain, got {a.steps}")
+        raise UserError(
+            f"expected --steps from 1 to {model.schedule.timesteps}, the model's chain, got {a.steps}"
+        )
     config = Config.read(Path(a.run) / "config.json")
     if a.data is not None:
         config = config.with_training(data=a.data)
@@ -673,9 +783,13 @@ def choose_rows(pictures: Pictures, a: argparse.Namespace) -> np.ndarray:
     rows = pictures.rows(SPLITS[a.split])
     n = min(SCOPES[a.scope].prompts, len(rows)) if a.n is None else a.n
     if len(rows) < MIN_EACH:
-        raise UserError(f"expected at least {MIN_EACH} pictures in the {a.split} split, got {len(rows)}; see --split")
+        raise UserError(
+            f"expected at least {MIN_EACH} pictures in the {a.split} split, got {len(rows)}; see --split"
+        )
     if not MIN_EACH <= n <= len(rows):
-        raise UserError(f"expected --n from {MIN_EACH} to {len(rows)}, the pictures of the {a.split} split, got {n}")
+        raise UserError(
+            f"expected --n from {MIN_EACH} to {len(rows)}, the pictures of the {a.split} split, got {n}"
+        )
     return rows[torch.randperm(len(rows), generator=generator(a.seed, "evaluation", "rows"))[:n].numpy()]
 
 
@@ -694,14 +808,33 @@ def settings_of(e: Evaluation, config: Config, device: torch.device) -> dict:
     r"""What a person needs to get the same figures again, and to see whether weights and data are the same."""
     a, t, m = e.a, config.training, config.model
     return {
-        "run": str(a.run), "preset": config.preset, "data": t.data, "image_size": m.image_size,
-        "crop": t.crop or "automatic", "split": a.split, "n": e.n, "extractor": a.extractor, "sampler": a.sampler,
-        "steps": a.steps, "guidance": a.guidance, "eta": a.eta, "weights": a.weights, "text_weights": m.text_weights,
-        "seed": a.seed, "scope": a.scope, "precision": e.precision, "device": str(device), "ddpm": __version__,
-        "torch": torch.__version__, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "digests": {"vae": digest_of([e.model.vae.state_dict(), e.model.latent_scale]),
-                    "unet": digest_of(e.model.unet.state_dict()), "data": key_of(e.pictures.key)},
-    }  # fmt: skip
+        "run": str(a.run),
+        "preset": config.preset,
+        "data": t.data,
+        "image_size": m.image_size,
+        "crop": t.crop or "automatic",
+        "split": a.split,
+        "n": e.n,
+        "extractor": a.extractor,
+        "sampler": a.sampler,
+        "steps": a.steps,
+        "guidance": a.guidance,
+        "eta": a.eta,
+        "weights": a.weights,
+        "text_weights": m.text_weights,
+        "seed": a.seed,
+        "scope": a.scope,
+        "precision": e.precision,
+        "device": str(device),
+        "ddpm": __version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "digests": {
+            "vae": digest_of([e.model.vae.state_dict(), e.model.latent_scale]),
+            "unet": digest_of(e.model.unet.state_dict()),
+            "data": key_of(e.pictures.key),
+        },
+    }
 
 
 def summary(result: dict) -> Iterator[str]:
@@ -718,12 +851,19 @@ def summary(result: dict) -> Iterator[str]:
             )
     for name, row in result.get("frechet", {}).items():
         if isinstance(row, dict):
-            yield (f"Frechet distance, n {row['n']}, {name}: {row['distance']:.3g}; precision {row['precision']:.2f}, "
-                   f"recall {row['recall']:.2f}")  # fmt: skip
+            yield (
+                f"Frechet distance, n {row['n']}, {name}: {row['distance']:.3g}; precision {row['precision']:.2f}, "
+                f"recall {row['recall']:.2f}"
+            )
     for name, row in result.get("neighbours", {}).items():
-        told = (f"{row[f'ratio_to_{of}']:.2f} of the distance of {what}, {row[f'nearer_than_1_percent_of_{of}']:.1%} "
-                "nearer than the nearest 1 % of those" for of, what in
-                (("held_out", "held-out ones"), ("reconstructed", "held-out ones through the VAE")))  # fmt: skip
+        told = (
+            f"{row[f'ratio_to_{of}']:.2f} of the distance of {what}, {row[f'nearer_than_1_percent_of_{of}']:.1%} "
+            "nearer than the nearest 1 % of those"
+            for of, what in (
+                ("held_out", "held-out ones"),
+                ("reconstructed", "held-out ones through the VAE"),
+            )
+        )
         yield f"nearest training picture, {name}: {'; '.join(told)}"
     if told := result.get("vae"):
         yield f"VAE, n {told['n']}: {told['psnr']:.2f} dB PSNR, {told['ssim']:.4f} SSIM"
@@ -767,8 +907,8 @@ def main(argv: list[str] | None = None):
     r"""The command `python -m ddpm.evaluation`."""
     a = parser().parse_args(argv)
     check(a)
-    device = cli.choose_device(a.device)
-    precision = cli.choose_precision(a.precision, device)
+    device = devices.choose_device(a.device)
+    precision = devices.choose_precision(a.precision, device)
     model, config, pictures = open_run(a, a.cache)
     rows = choose_rows(pictures, a)
     model.to(device, memory_format=CHANNELS_LAST)

@@ -1,8 +1,7 @@
 r"""Several processes train one model: torchrun starts them, torch's DistributedDataParallel averages their gradients.
 
 Every process draws the random numbers of the whole batch, which come from counters, and computes its own share of the
-batch. So a step does not depend on how many processes take it, but for the order in which sums are rounded.
-"""
+batch. So a step does not depend on how many processes take it, but for the order in which sums are rounded."""
 
 import contextlib
 import datetime
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ddpm.config import UserError
+from ddpm.tools.errors import UserError
 
 PATIENCE = datetime.timedelta(hours=6)  # the others wait while the first one makes the caches
 OF_A_STEP = datetime.timedelta(minutes=10)  # how long a GPU waits for the gradients of the others
@@ -51,7 +50,9 @@ class Group:
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         elif device.type != "cpu":
-            raise UserError(f"expected cuda or cpu for several processes, got {device.type}; give --device cpu")
+            raise UserError(
+                f"expected cuda or cpu for several processes, got {device.type}; give --device cpu"
+            )
         words = None
         try:
             if device.type == "cuda":
@@ -60,7 +61,9 @@ class Group:
             else:
                 dist.init_process_group("gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"could not join the other processes ({error}); start them with torchrun") from None
+            raise UserError(
+                f"could not join the other processes ({error}); start them with torchrun"
+            ) from None
         try:
             yield cls(device, dist.get_rank(), size, words)
         finally:
@@ -115,7 +118,9 @@ class Group:
             yield
             done = True
         finally:
-            with contextlib.nullcontext() if done else contextlib.suppress(RuntimeError):  # the others may be gone
+            with (
+                contextlib.nullcontext() if done else contextlib.suppress(RuntimeError)
+            ):  # the others may be gone
                 self.of_first(float(done))
 
 

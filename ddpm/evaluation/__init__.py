@@ -1,0 +1,1 @@
+r"""A run in numbers: adherence, Frechet distance, bits/dim and more."""

@@ -1,0 +1,7 @@
+r"""The command `python -m ddpm.evaluation`."""
+
+import sys
+
+from ddpm.evaluation.parts import cli, main
+
+sys.exit(cli.run(main))

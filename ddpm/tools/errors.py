@@ -1,0 +1,34 @@
+r"""What a person can mend, in one printable line."""
+
+import re
+
+
+def printable(text: str, length: int = 2000) -> str:
+    r"""`text` as one line for a terminal: what is not printable is escaped, the middle of a long one left out.
+
+    What came may be a stranger's: a file name or a setting can hold the escape codes that rewrite a screen.
+
+    >>> printable("no\n such   file: \x1b[2J")
+    'no such file: \\x1b[2J'
+    """
+    text = " ".join(text.split())
+    if len(text) > length:
+        text = f"{text[: length // 2]} ... {text[-length // 2 :]}"
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    r"""`text` with all but spaces, line ends and what is printable escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+class UserError(ValueError):
+    r"""What a person can mend: one printable line that says what was expected, what came and what to do next."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def is_name(weights: str) -> bool:
+    r"""Whether text weights are told by a name, `random` or a tag, and not by a path."""
+    return re.fullmatch(r"[A-Za-z0-9_-]+", weights) is not None

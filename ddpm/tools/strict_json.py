@@ -1,0 +1,55 @@
+r"""JSON files that may be a stranger's."""
+
+import json
+import math
+from pathlib import Path
+
+MOST_JSON = 2**20  # bytes of a file of settings
+
+
+def read_json(path: Path, constants: bool = False):
+    r"""What a small JSON file holds, by `parse_json`; raises OSError or ValueError."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("it is no file")
+    with open(path, "rb") as file:
+        data = file.read(MOST_JSON + 1)
+    if len(data) > MOST_JSON:
+        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+    return parse_json(data.decode("utf-8-sig"), constants)
+
+
+def parse_json(text: str, constants: bool = False):
+    r"""JSON without what Python lets pass: ValueError for a name given twice, NaN, infinities and 1e999, whole numbers
+    beyond 64 bits, and brackets nested too deep.
+
+    Args: constants: NaN, Infinity and -Infinity pass, which others' files have.
+    """
+
+    def once(pairs: list) -> dict:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+        return values
+
+    def whole(digits: str) -> int:
+        if len(digits) > 20 or not _fits(int(digits)):
+            raise ValueError(f"{digits[:25]} is beyond 64 bits")
+        return int(digits)
+
+    def finite(digits: str) -> float:
+        if not math.isfinite(float(digits)):
+            raise ValueError(f"{digits[:25]} is not finite")
+        return float(digits)
+
+    try:
+        constant = float if constants else finite
+        return json.loads(
+            text, object_pairs_hook=once, parse_int=whole, parse_float=finite, parse_constant=constant
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _fits(value: int) -> bool:
+    return -(2**63) <= value < 2**63

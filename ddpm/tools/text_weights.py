@@ -1,0 +1,171 @@
+r"""Weights of the text tower: from an OpenCLIP tag, from a file, or from a fixed seed (`random`).
+
+A frozen random tower still tells prompts apart, and needs no download.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import open_clip
+import torch
+from huggingface_hub import constants
+from open_clip.pretrained import download_pretrained
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ddpm.text import ARCHITECTURE, WIDTH, TextTower
+from ddpm.tools.errors import UserError, is_name
+from ddpm.tools.files import check_not_packed, digest_of
+from ddpm.tools.seeding import generator
+
+
+def named_tower(weights: str, quick_gelu: bool = False) -> TextTower:
+    r"""The tower with `weights`: `random`, a file, or an OpenCLIP tag of ViT-B-32; raises UserError.
+
+    A bare word is a name, whatever lies in the current folder; a file has a suffix or a folder, ./weights.
+    """
+    if weights == "random":
+        return random_tower()
+    if not is_name(weights) and os.path.isfile(weights):
+        return tower_from_file(Path(weights), quick_gelu)
+    return tower_from_tag(weights)
+
+
+@torch.no_grad()
+def random_tower() -> TextTower:
+    r"""Weights from a fixed seed, the same bits on every machine.
+
+    Each matrix is uniform with the variance that OpenCLIP's initialisation has; only the token and position
+    embeddings are larger (0.5 and 0.1), because untrained layers would drown the words. A uniform number is exact
+    in floating point, while a normal one depends on how a machine rounds logarithms.
+    """
+    text = TextTower()
+    blocks = len(text.tower.transformer.resblocks)
+    std = {
+        "token_embedding.weight": 0.5,
+        "positional_embedding": 0.1,
+        "attn.in_proj_weight": WIDTH**-0.5,
+        "attn.out_proj.weight": (WIDTH * 2 * blocks) ** -0.5,
+        "mlp.c_fc.weight": (2 * WIDTH) ** -0.5,
+        "mlp.c_proj.weight": (WIDTH * 2 * blocks) ** -0.5,
+    }
+    for name, parameter in text.tower.named_parameters():
+        scale = next((s for suffix, s in std.items() if name.endswith(suffix)), None)
+        if scale is not None:
+            uniform = torch.rand(parameter.shape, generator=generator("text tower", name))
+            parameter.copy_((uniform - 0.5) * (math.sqrt(12) * scale))
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return text
+
+
+def tower_from_tag(tag: str) -> TextTower:
+    r"""Pretrained weights that OpenCLIP downloads, or finds in the Hugging Face cache."""
+    tags = open_clip.list_pretrained_tags_by_model(ARCHITECTURE)
+    if tag not in tags:
+        raise UserError(
+            f"expected text weights `random`, a file that is there, or an OpenCLIP tag of {ARCHITECTURE} "
+            f"({', '.join(tags[:5])}, ...), got {tag!r}"
+        )
+    settings = open_clip.get_pretrained_cfg(ARCHITECTURE, tag)
+    reachable = True
+    try:
+        with impatient_hub() as reachable:
+            path = download_pretrained(settings)
+    except Exception as error:  # whatever the network, the hub or the proxy makes of it
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = reason if reachable else "no connection, and not in the cache"
+        raise UserError(
+            f"could not download the text weights {tag!r} ({reason}); pass --text-weights random, "
+            "or --text-weights FILE with a file fetched elsewhere"
+        ) from None
+    return tower_from_file(Path(path), quick_gelu=settings.get("quick_gelu", False))
+
+
+def tower_from_file(path: Path, quick_gelu: bool = False) -> TextTower:
+    r"""Weights in a file that OpenCLIP published (both towers together) or that a run saved.
+
+    A .safetensors file, or a pickle of tensors alone (.bin, .pt), from which nothing is executed.
+    """
+    state, metadata = _read_state(path)
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    quick_gelu = metadata.get("quick_gelu", str(quick_gelu)) == "True"
+    prefix = "text." if any(k.startswith("text.") for k in state) else ""
+    text = TextTower(quick_gelu)
+    wanted = text.tower.state_dict()
+    picked = {name: state.get(prefix + name) for name in wanted}
+    wrong = [n for n, v in picked.items() if v is None or v.shape != wanted[n].shape]
+    if wrong:
+        came = picked[wrong[0]]
+        raise UserError(
+            f"expected {path} to hold OpenCLIP's {ARCHITECTURE} text tower; "
+            f"{len(wrong)} of {len(wanted)} tensors do not fit: {wrong[0]} should be "
+            f"{tuple(wanted[wrong[0]].shape)}, got {'nothing' if came is None else tuple(came.shape)}"
+        )
+    try:
+        text.tower.load_state_dict(picked)
+    except RuntimeError as error:  # sparse, quantized or without content, which weights_only lets pass
+        raise UserError(f"expected plain tensors in {path}, got others: {str(error)[:300]}") from None
+    return text
+
+
+def save_tower(text: TextTower, path: Path):
+    r"""Write the tower as safetensors that `tower_from_file` reads, activation included."""
+    state = {k: v.cpu().contiguous() for k, v in text.tower.state_dict().items()}
+    save_file(state, path, {"format": "pt", "quick_gelu": str(text.quick_gelu)})
+
+
+def fingerprint(text: TextTower) -> str:
+    r"""SHA-256 of all weights and the activation; caches of embedded captions are keyed by it."""
+    return digest_of([text.state_dict(), text.quick_gelu])
+
+
+@contextlib.contextmanager
+def impatient_hub():
+    r"""Let the Hugging Face hub answer from its cache at once where the host is out of reach, and log only errors.
+
+    Left alone it tries each file six times, with longer and longer waits and a line of log for each.
+    """
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level, constants.HF_HUB_OFFLINE
+    logger.setLevel(logging.ERROR)
+    reachable = True
+    if not getproxies() and not constants.HF_HUB_OFFLINE:  # behind a proxy only the hub itself can tell
+        address = urlsplit(constants.ENDPOINT)
+        try:
+            socket.create_connection((address.hostname, address.port or 443), timeout=10).close()
+        except OSError:
+            reachable = False
+    constants.HF_HUB_OFFLINE = before[1] or not reachable
+    try:
+        yield reachable
+    finally:
+        level, constants.HF_HUB_OFFLINE = before
+        logger.setLevel(level)
+
+
+def _read_state(path: Path) -> tuple[dict, dict]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        check_not_packed(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state) if isinstance(state, dict) else None
+    except Exception as error:  # each reader has its own kinds
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(
+            f"expected a file of tensors (.safetensors, .bin or .pt) at {path}, could not read it: {reason}"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
+        raise UserError(f"expected a dictionary of tensors in {path}, got something else")
+    return state, {}

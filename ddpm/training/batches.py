@@ -1,0 +1,60 @@
+r"""Which pictures and which times a step sees."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.celeba.dataset import Pictures
+from ddpm.celeba.lists import TRAIN
+from ddpm.config import Config
+from ddpm.tools.seeding import seed_of
+
+
+def batch_rows(rows: np.ndarray, batch: int, step: int, *name) -> tuple[np.ndarray, int]:
+    r"""Which pictures step number `step` (from 0) sees, and the epoch it is in.
+
+    Every epoch is a permutation of `rows` of its own; an incomplete last batch is left out. Data smaller than a
+    batch is repeated.
+    """
+    if len(rows) < batch:
+        rows = np.resize(rows, batch)
+    per_epoch = len(rows) // batch
+    epoch, place = divmod(step, per_epoch)
+    order = permutation(len(rows), seed_of(*name, "order", epoch))
+    return rows[order[place * batch : (place + 1) * batch]], epoch
+
+
+@lru_cache(maxsize=1)
+def permutation(n: int, seed: int) -> np.ndarray:
+    r"""0..n-1 in a random order; the last one is kept, for all steps of an epoch ask for the same."""
+    return np.random.default_rng(seed).permutation(n)
+
+
+def stage_steps(config: Config, stage: str, pictures: Pictures) -> int:
+    r"""The bound of a stage, vae or unet, in steps; epochs count where the configuration sets them."""
+    t = config.training
+    if not t.epochs:
+        return t.vae_steps if stage == "vae" else t.unet_steps
+    batch = t.vae_batch_size if stage == "vae" else t.batch_size
+    return t.epochs * (t.steps_per_epoch or max(1, len(pictures.rows(TRAIN)) // batch))
+
+
+def timestep_batch(batch: int, T: int, g: torch.Generator) -> Tensor:
+    r"""(B,) times, each uniform on 0..T-1, together spread evenly (Variational Diffusion Models, appendix I.1)."""
+    u = (torch.rand(1, generator=g) + torch.arange(batch) / batch) % 1
+    return (u * T).long()[torch.randperm(batch, generator=g)]
+
+
+def parts(batch: tuple[Tensor, ...], number: int) -> Iterator[tuple[Tensor, ...]]:
+    r"""A batch of several tensors in `number` parts of equal length."""
+    return zip(*(tensor.chunk(number) for tensor in batch), strict=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    r"""`tensor` on `device`; from the CPU to a GPU by pinned memory, so that this copy is not waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,39 @@
+r"""A distance between pictures by VGG16's features."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm.evaluation.features import IMAGENET_DEVIATION, IMAGENET_MEAN
+from ddpm.tools.errors import UserError
+
+
+def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""Distance between VGG16 features of two batches of pictures in [-1, 1] (Johnson et al. 2016).
+
+    The features after the first three groups of convolutions, each normalised over its channels.
+
+    Raises: UserError when torchvision cannot get the network's weights.
+    """
+    from torchvision.models import VGG16_Weights, vgg16
+
+    try:
+        features = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features
+    except Exception as error:  # the network, the host, the checksum
+        raise UserError(f"could not get VGG16's weights ({error}); leave --perceptual-weight at 0") from None
+    features = features.to(device).eval().requires_grad_(False)
+    groups = [features[:4], features[4:9], features[9:16]]
+    mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
+    std = torch.tensor(IMAGENET_DEVIATION, device=device)[:, None, None]
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        x, y = (((picture + 1) / 2 - mean) / std for picture in (x, y))
+        total = x.new_zeros(())
+        for group in groups:
+            x, y = group(x), group(y)
+            total = total + (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()
+        return total
+
+    return distance

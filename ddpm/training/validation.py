@@ -1,0 +1,120 @@
+r"""How good a stage is on held-out pictures."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm.celeba.dataset import Pictures
+from ddpm.losses import diffusion_loss
+from ddpm.model import TextToImage
+from ddpm.tools.devices import autocast
+from ddpm.tools.seeding import generator
+from ddpm.training.caches import Latents, Texts
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    r"""Peak signal-to-noise ratio of each pair in decibels, for pictures in [-1, 1], clipped to it; (B,).
+
+    $$\mathrm{PSNR} = 10 \log_{10} \frac{2^2}{\mathrm{mean}\,(x - y)^2}$$
+    """
+    mse = (x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / mse.clamp(min=1e-10))
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    r"""Structural similarity of each pair of pictures in [-1, 1], clipped to it; (B,) (Wang et al. 2004, equation 13).
+
+    $$\mathrm{SSIM} = \frac{(2 \mu_x \mu_y + C_1)(2 \sigma_{xy} + C_2)}
+    {(\mu_x^2 + \mu_y^2 + C_1)(\sigma_x^2 + \sigma_y^2 + C_2)}$$
+
+    over Gaussian windows of 11 x 11, sigma 1.5, without padding; C_1 = 0.01^2 and C_2 = 0.03^2 for pictures in
+    [0, 1]; averaged over windows and the three colours.
+    """
+    x, y = (
+        (picture.double().clamp(-1, 1) + 1) / 2 for picture in (x, y)
+    )  # double: variances are small differences
+    channels = x.shape[1]
+    line = torch.exp(-((torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2) / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(channels, 1, 11, 11)
+
+    def mean(picture: Tensor) -> Tensor:
+        return F.conv2d(picture, window, groups=channels)
+
+    mu_x, mu_y = mean(x), mean(y)
+    var_x, var_y, cov = mean(x * x) - mu_x**2, mean(y * y) - mu_y**2, mean(x * y) - mu_x * mu_y
+    C_1, C_2 = 0.01**2, 0.03**2
+    value = (2 * mu_x * mu_y + C_1) * (2 * cov + C_2) / ((mu_x**2 + mu_y**2 + C_1) * (var_x + var_y + C_2))
+    return value.flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def reconstruction_quality(
+    model: TextToImage, pictures: Pictures, rows: np.ndarray, precision: str = "fp32", batch: int = 64
+) -> tuple[float, float]:
+    r"""Mean PSNR (dB) and SSIM of decode(encode(x).mode()) over the given pictures."""
+    scores = []
+    for begin in range(0, len(rows), batch):
+        x = pictures.batch(rows[begin : begin + batch]).to(model.device)
+        with autocast(model.device, precision):
+            x_hat = model.vae.decode(model.vae.encode(x.contiguous(memory_format=torch.channels_last)).mode())
+        x, x_hat = x.cpu(), x_hat.float().cpu()  # ssim takes float64, which not every device has
+        scores.append(torch.stack([psnr(x, x_hat), ssim(x, x_hat)]))
+    mean_psnr, mean_ssim = torch.cat(scores, dim=1).mean(dim=1).tolist()
+    return mean_psnr, mean_ssim
+
+
+def measure_latent_scale(latents: Latents, rows: np.ndarray, batch: int = 256, batches: int = 40) -> float:
+    r"""1 / standard deviation of the latents around zero, over many batches (Latent Diffusion, appendix G).
+
+    $$s = \left(\mathbb E\left[\mu^2 + \sigma^2\right]\right)^{-1/2}$$
+
+    so that s z has unit mean square, as the noise has.
+    """
+    second_moments = []
+    for begin in np.linspace(0, max(0, len(rows) - batch), min(batches, -(-len(rows) // batch))).astype(int):
+        chosen = rows[begin : begin + batch]
+        q = latents.gaussian(chosen, torch.zeros(len(chosen), dtype=torch.bool))
+        second_moments.append((q.mu.double() ** 2 + q.logvar.double().exp()).mean().item())
+    return 1 / math.sqrt(float(np.mean(second_moments)))
+
+
+@torch.no_grad()
+def loss_by_timestep(
+    model: TextToImage,
+    latents: Latents,
+    texts: Texts,
+    pictures: Pictures,
+    rows: np.ndarray,
+    precision: str = "fp32",
+    buckets: int = 10,
+    seed: int = 0,
+    batch: int = 64,
+) -> list[float]:
+    r"""Validation loss in each tenth of the time axis, on fixed pictures, noise and captions."""
+    T = model.schedule.timesteps
+    g = generator(seed, "validation")
+    q = latents.gaussian(rows, torch.zeros(len(rows), dtype=torch.bool))
+    z_0 = q.mode() * model.latent_scale
+    context = texts([pictures.full_caption(i) for i in rows])
+    losses = []
+    for bucket in range(buckets):
+        t = ((bucket + torch.rand(len(rows), generator=g)) / buckets * T).clamp(
+            max=T - 1
+        )  # it may be rounded up to T
+        eps, total = torch.randn(z_0.shape, generator=g), 0.0
+        for part in zip(*(v.split(batch) for v in (z_0, t.long(), eps, context)), strict=True):
+            z, at, noise, c = (v.to(model.device) for v in part)
+
+            def denoise(z_t: Tensor, t: Tensor, c=c) -> Tensor:
+                with autocast(model.device, precision):
+                    return model.unet(z_t, t, c)
+
+            loss = diffusion_loss(
+                model.schedule, denoise, z, at, noise, model.config.prediction, vlb_weight=0
+            )
+            total += loss.sum().item()
+        losses.append(total / len(rows))
+    return losses
