@@ -55,6 +55,18 @@ class Pictures:
         r"""Numbers of the readable pictures of a split."""
         return np.flatnonzero((self.split == split) & self.good)
 
+    def subset(self, rows: np.ndarray) -> "Pictures":
+        r"""These rows as a data set of their own; `bad` is empty, because a subset skips nothing itself."""
+        return Pictures(
+            pixels=self.pixels[rows],
+            good=self.good[rows],
+            split=self.split[rows],
+            attributes=None if self.attributes is None else self.attributes[rows],
+            captions=None if self.captions is None else tuple(self.captions[i] for i in rows),
+            bad=(),
+            key=key_of(self.key, "rows", rows.tolist()),
+        )
+
     def caption(self, i: int, seed: int, variant: int = 0) -> str:
         r"""Training caption of picture i: its own sentence, or its attributes told in wording number `variant`.
 
