@@ -147,4 +147,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.exit_code(main))

@@ -9,14 +9,10 @@ default is sampling here by default: the folder names DPM-Solver++ 2M with trail
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import math
-import os
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from ddpm.tools import command as cli
@@ -50,7 +46,7 @@ from ddpm.model import TextToImage, networks
 from ddpm.schedule import Schedule
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.tools.errors import UserError, printable
-from ddpm.tools.files import write_atomically
+from ddpm.tools.files import new_folder, write_atomically
 from ddpm.tools.strict_json import read_json
 from ddpm.tools.weights import save_weights
 from ddpm.unet import UNet
@@ -431,26 +427,6 @@ def _write_json(path: Path, values: dict, indent: int | None = 2):
     )
 
 
-@contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    r"""A temporary folder beside `folder` to write to; it takes that name in the end, or goes if anything fails."""
-    folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"expected a new or an empty folder to write to, {folder} is there already; choose another"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def main(argv: list[str] | None = None):
     r"""The command `python -m ddpm.export`."""
     a = parser().parse_args(argv)
@@ -469,4 +445,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.exit_code(main))

@@ -59,7 +59,7 @@ def make_runs_cheap(patch):
 
 
 def run_train(*arguments) -> int:
-    return cli.run(train.main, [str(a) for a in arguments])
+    return cli.exit_code(train.main, [str(a) for a in arguments])
 
 
 def metrics(folder: Path) -> list[tuple]:

@@ -13,7 +13,7 @@ from benchmarks import __main__ as command
 from benchmarks import measure
 from benchmarks.measure import Row, alternate, as_json, compared, digits, table
 
-from ddpm.tools.devices import keep_freed_memory
+from ddpm.tools.command import keep_freed_memory
 
 
 def row(value: float, goal: float | None, at_least: bool = True) -> Row:

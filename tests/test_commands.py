@@ -43,11 +43,11 @@ def one_tower(tower, monkeypatch):
 
 
 def run_train(*arguments) -> int:
-    return cli.run(train.main, [str(a) for a in arguments])
+    return cli.exit_code(train.main, [str(a) for a in arguments])
 
 
 def run_sample(*arguments) -> int:
-    return cli.run(sample.main, [str(a) for a in arguments])
+    return cli.exit_code(sample.main, [str(a) for a in arguments])
 
 
 def losses(folder) -> list[tuple[str, str, str]]:
@@ -327,7 +327,7 @@ TAKES_AND_FREES = """
 import resource, sys
 import numpy as np
 if sys.argv[1] == "kept":
-    from ddpm.cli import keep_freed_memory
+    from ddpm.tools.command import keep_freed_memory
     keep_freed_memory()
 np.ones(2**23)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

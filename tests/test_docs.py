@@ -248,7 +248,7 @@ def test_the_messages_in_the_docs_are_what_the_commands_print(page, sandbox, cap
     for command, expected in transcripts(page):
         if command not in printed:
             program, *arguments = shlex.split(command)[1:]
-            cli.run(mains[program], arguments[1:] if program == "-m" else arguments)
+            cli.exit_code(mains[program], arguments[1:] if program == "-m" else arguments)
             printed[command] = [without_numbers(line) for line in "".join(capsys.readouterr()).splitlines()]
         for line in expected:
             assert without_numbers(line) in printed[command], "\n".join(

@@ -76,12 +76,12 @@ def cheap():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    assert cli.run(train.main, [str(v) for v in [*TRAINING, "--out", folder]]) == 0
+    assert cli.exit_code(train.main, [str(v) for v in [*TRAINING, "--out", folder]]) == 0
     return folder
 
 
 def evaluate(*arguments) -> int:
-    return cli.run(evaluation.main, [str(a) for a in [*COMMON, *arguments]])
+    return cli.exit_code(evaluation.main, [str(a) for a in [*COMMON, *arguments]])
 
 
 @pytest.fixture(scope="module")

@@ -407,7 +407,7 @@ def test_the_command_goes_there_and_back(model, tmp_path, capsys):
     run, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
     model.save(run)
     for arguments in ([run, out], ["--reverse", out, back]):
-        assert cli.run(export.main, arguments) == 0
+        assert cli.exit_code(export.main, arguments) == 0
         assert capsys.readouterr() == (f"wrote {arguments[-1]}\n", "")
     again = TextToImage.load(back)
     expected, came = model.state_dict(), again.state_dict()
@@ -420,7 +420,7 @@ def test_the_command_goes_there_and_back(model, tmp_path, capsys):
 def test_a_run_in_float16_is_half_as_large_loads_and_keeps_its_configuration(model, tmp_path, capsys):
     run, small = tmp_path / "run", tmp_path / "small"
     model.save(run, preset="tiny")
-    assert cli.run(export.main, ["--half", str(run), str(small)]) == 0
+    assert cli.exit_code(export.main, ["--half", str(run), str(small)]) == 0
     assert (small / "config.json").read_bytes() == (run / "config.json").read_bytes()
     again = TextToImage.load(small)
     for name in ("vae", "ema"):
@@ -438,7 +438,7 @@ def test_a_run_in_float16_is_half_as_large_loads_and_keeps_its_configuration(mod
 )
 def test_a_source_that_is_not_there_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.run(export.main, arguments) == 2
+    assert cli.exit_code(export.main, arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: expected") and err.count("\n") == 1 and "nowhere" in err
     assert list(tmp_path.iterdir()) == []

@@ -75,14 +75,14 @@ def trained(tmp_path_factory, tower):
     home = tmp_path_factory.mktemp("runs")
     text_weights.save_tower(tower, home / "mine.safetensors")
     arguments = [*QUICK, "--text-weights", str(home / "mine.safetensors"), "--out", str(home / "run")]
-    assert cli.run(train.main, arguments) == 0
+    assert cli.exit_code(train.main, arguments) == 0
     (home / "mine.safetensors").unlink()
     return home / "run"
 
 
 @pytest.fixture(scope="module")
 def exported(trained):
-    assert cli.run(export.main, [str(trained), str(trained.parent / "diffusers")]) == 0
+    assert cli.exit_code(export.main, [str(trained), str(trained.parent / "diffusers")]) == 0
     return trained.parent / "diffusers"
 
 
@@ -105,7 +105,7 @@ def refused(capsys, main, *arguments) -> str:
     r"""The one printable line, after the lines of progress, with which the command ends in exit code 2."""
     capsys.readouterr()
     try:
-        code = cli.run(main, [str(a) for a in arguments])
+        code = cli.exit_code(main, [str(a) for a in arguments])
     except SystemExit as exit_:
         code = exit_.code
     out, err = capsys.readouterr()
@@ -806,7 +806,7 @@ def test_a_strange_prompt_draws_a_picture_and_names_no_file(case, run, tmp_path,
     common = ["--model", str(run), "--steps", "1", "--guidance", "1", "--device", "cpu"]
     before = {path for path in tmp_path.rglob("*")}
     for out in ("grid.png", "folder"):
-        assert cli.run(sample.main, [prompt, *common, "--out", out, "--negative", prompt]) == 0
+        assert cli.exit_code(sample.main, [prompt, *common, "--out", out, "--negative", prompt]) == 0
     made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} - {
         path.relative_to(tmp_path).as_posix() for path in before
     }
@@ -1127,7 +1127,7 @@ def test_no_line_of_a_command_carries_escape_codes(capsys):
         cli.say("skipped \x1b[2Jx.jpg")
         raise OSError(2, "No such file", "\x1b[2Jx")
 
-    assert cli.run(main) == 2
+    assert cli.exit_code(main) == 2
     with pytest.raises(SystemExit):
         cli.Parser("x").parse_args(["--\x1b[2Jx"])
     said = capsys.readouterr()

@@ -170,7 +170,7 @@ def test_two_trainings_of_one_seed_write_the_same_whatever_the_global_generators
     states, files = [], []
     for name in ("first", "second"):
         folder = tmp_path / name / "run"  # with a cache of its own
-        assert cli.run(train.main, [*QUICK, "--out", str(folder)]) == 0
+        assert cli.exit_code(train.main, [*QUICK, "--out", str(folder)]) == 0
         assert global_state() == states[-1]
         paths = [
             *folder.glob("*.safetensors"),
@@ -189,6 +189,6 @@ def test_another_seed_is_another_training(tower, tmp_path, monkeypatch):
     weights = []
     for seed in ("0", "1"):
         folder = tmp_path / seed / "run"
-        assert cli.run(train.main, [*QUICK, "--stage", "vae", "--seed", seed, "--out", str(folder)]) == 0
+        assert cli.exit_code(train.main, [*QUICK, "--stage", "vae", "--seed", seed, "--out", str(folder)]) == 0
         weights.append(content(folder / "vae.safetensors")[1])
     assert weights[0] != weights[1]

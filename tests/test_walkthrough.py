@@ -131,9 +131,9 @@ def runs(tmp_path_factory, tower) -> Path:
             "cpu",
         ]
         for name, more in {"whole": [], "begun": ["--stop-after", "4"], "vae": ["--stage", "vae"]}.items():
-            assert cli.run(train.main, [*begin, "--timesteps", "50", "--out", str(folder / name), *more]) == 0
+            assert cli.exit_code(train.main, [*begin, "--timesteps", "50", "--out", str(folder / name), *more]) == 0
         patch.setattr(text_weights, "random_tower", (lambda: tower))  # an export writes it
-        assert cli.run(export.main, [str(folder / "whole"), str(folder / "exported")]) == 0
+        assert cli.exit_code(export.main, [str(folder / "whole"), str(folder / "exported")]) == 0
     return folder
 
 
@@ -194,7 +194,7 @@ def test_every_command_that_the_docs_show_runs(words, runs, place, tower, monkey
         monkeypatch.setattr("torchvision.datasets.CelebA", lambda *_, **__: None)  # the pictures are there
     arguments = small(at_hand(words, runs, place))
     before = files(place)
-    code = cli.run(MAINS[words[0]], arguments)
+    code = cli.exit_code(MAINS[words[0]], arguments)
     told = capsys.readouterr()
     assert code == 0 and "Traceback" not in told.err, told.err
     made = {path.suffix for path in files(place) - before}

@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
     a = parser().parse_args(argv)
-    devices.keep_freed_memory()
+    cli.keep_freed_memory()
     precision = devices.choose_precision("auto", CPU)
     for name in a.trials:
         print(f"{name}: {trial(name, a, precision)}", flush=True)

@@ -4,4 +4,4 @@ import sys
 
 from ddpm.evaluation.parts import cli, main
 
-sys.exit(cli.run(main))
+sys.exit(cli.exit_code(main))

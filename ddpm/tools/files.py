@@ -68,6 +68,33 @@ def write_atomically(
             temporary.unlink(missing_ok=True)
 
 
+def check_new_folder(folder: str | Path, advice: str = "choose another"):
+    r"""Raise UserError, with what to do next, where `folder` is a file or holds anything."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"expected a new or empty folder, got {folder}, which is there already; {advice}")
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    r"""A temporary folder beside `folder` to write to; it takes that name in the end, or goes if anything fails.
+
+    Raises: UserError where `folder` is neither new nor empty, OSError where there is no place to write to.
+    """
+    check_new_folder(folder)
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def reserve(path: Path):
     r"""Take the disk blocks of a file that has its length but holes: writing to a mapped hole on a full disk kills."""
     length = path.stat().st_size

@@ -85,4 +85,4 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__":
     tests = Path(__file__).resolve().parents[1]
     sys.path[:1] = [str(tests), str(tests.parent)]  # not by the name `tests`: other packages bring one too
-    sys.exit(cli.run(main))  # as the commands start
+    sys.exit(cli.exit_code(main))  # as the commands start

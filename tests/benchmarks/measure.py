@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm.tools.devices import keep_freed_memory
+from ddpm.tools.command import keep_freed_memory
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "Pillow")
@@ -109,7 +109,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def give_memory_back():
-    r"""Undo `devices.keep_freed_memory`: glibc gives memory back, from the sizes to which it comes by itself in the end."""
+    r"""Undo `keep_freed_memory`: glibc gives memory back, from the sizes to which it comes by itself in the end."""
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm.config import ModelConfig, TrainConfig
 from ddpm.export import RENAMES, their_names, unet_config, vae_config
 from ddpm.model import networks
-from ddpm.tools.devices import autocast, choose_precision, keep_freed_memory
+from ddpm.tools.command import keep_freed_memory
+from ddpm.tools.devices import autocast, choose_precision
 from ddpm.vae import vae_loss
 
 from .measure import Row, alternate, by_themselves, compared, seconds

@@ -10,7 +10,8 @@ import torch
 from ddpm.config import ModelConfig
 from ddpm.export import export
 from ddpm.model import TextToImage
-from ddpm.tools.devices import autocast, choose_precision, keep_freed_memory
+from ddpm.tools.command import keep_freed_memory
+from ddpm.tools.devices import autocast, choose_precision
 
 from .measure import Row, alternate, by_themselves, compared
 from .networks import CPU, nowhere_zero
