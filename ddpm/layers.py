@@ -1,14 +1,18 @@
-r"""The layers that the VAE and the UNet share: time embedding, residual block, down- and upsampling.
+r"""The layers that the VAE and the UNet share: time embedding, residual block, and the levels built of them.
 
-Letters: B batch, C channels, H and W height and width, D width of the time embedding. Attribute names are those that
-Stable Diffusion checkpoints use, so that weights go to and from other implementations by name.
+Letters: B batch, C channels, H and W height and width, D width of the time embedding. Attribute names are those of
+Stable Diffusion checkpoints, so weights go to and from other implementations by name.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+GROUPS = 32  # of each group normalisation
 
 
 def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
@@ -23,8 +27,6 @@ def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tens
 
     Returns: (B, width) float32 in [-1, 1], all cosines first.
     """
-    if width % 2:
-        raise ValueError(f"expected an even width of the time embedding, got {width}")
     half = width // 2
     frequency = torch.exp(-math.log(longest) * torch.arange(half, device=t.device) / half)
     angle = t.float()[:, None] * frequency
@@ -45,6 +47,21 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    r"""Group normalisation (Wu and He 2018, equation 1): each of 32 groups of channels to mean 0 and variance 1.
+
+    $$y = \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \varepsilon}}\, \gamma + \beta$$
+    """
+    return nn.GroupNorm(GROUPS, channels, eps=eps)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    r"""Set every parameter of `module` to zero: it then starts by adding nothing to its residual branch."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
 class ResBlock(nn.Module):
     r"""Two convolutions around a shortcut (DDPM, appendix B); the time is added between them.
 
@@ -52,7 +69,7 @@ class ResBlock(nn.Module):
     y = \mathrm{skip}(x) + \mathrm{conv}_2(\mathrm{SiLU}(\mathrm{norm}_2(h)))$$
 
     Args:
-        time_width: D of the time embedding; None for a block that knows no time (the VAE's).
+        time_width: D of the time embedding; None for a block without time (the VAE's).
         eps: of the group normalisation; 1e-5 in the UNet, 1e-6 in the VAE.
 
     Shapes: (B, in, H, W), (B, D) -> (B, out, H, W). conv_2 starts at zero, so the block starts as its shortcut.
@@ -101,97 +118,94 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class GroupNorm(nn.GroupNorm):
-    r"""Group normalisation (Wu and He 2018, equation 1): each group of channels to mean 0 and variance 1.
+class Level(nn.Module):
+    r"""ResBlocks of one width, each followed by attention where the level has it.
 
-    $$y = \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \varepsilon}}\, \gamma + \beta$$
+    Args:
+        inputs: the channels of each ResBlock's input. channels: of all their outputs.
+        time_width, eps: as for `ResBlock`.
+        attention: makes one attention block; None for a level without.
 
-    The same numbers as torch's. On the CPU torch is slow for channels-last maps: its backward pass where they are large
-    (it took half of a VAE step), in half precision its forward pass where they are small. That case is written below.
+    `gradient_checkpointing` keeps only the inputs of each pair for the backward pass and computes the rest again.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        channels_last = (
-            not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        )
-        large = channels_last and x.shape[2] * x.shape[3] >= 256
-        if x.device.type == "cpu" and ((channels_last and is_half(x)) or (large and x.requires_grad)):
-            return ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return super().forward(x)
+    def __init__(
+        self,
+        inputs: list[int],
+        channels: int,
+        time_width: int | None = None,
+        attention: Callable[[], nn.Module] | None = None,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(width, channels, time_width, eps) for width in inputs])
+        self.attentions = nn.ModuleList([attention() for _ in inputs] if attention else [])
+        self.gradient_checkpointing = False
+
+    def pair(self, i: int, h: Tensor, time: Tensor | None, context: Tensor | None) -> Tensor:
+        r"""ResBlock i and the attention after it."""
+
+        def compute(h: Tensor, time: Tensor | None, context: Tensor | None) -> Tensor:
+            h = self.resnets[i](h, time)
+            return self.attentions[i](h, context) if self.attentions else h
+
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(compute, h, time, context, use_reentrant=False)
+        return compute(h, time, context)
 
 
-def is_half(x: Tensor) -> bool:
-    r"""Whether the numbers of x have 16 bits."""
-    return x.dtype in (torch.bfloat16, torch.float16)
+class DownLevel(Level):
+    r"""One level on the way down: pairs, then half the size, except at the lowest level.
 
-
-class ChannelsLastGroupNorm(torch.autograd.Function):
-    r"""GroupNorm whose backward pass is three sums and one multiply-add over the map.
-
-    With x-hat the normalised x, n elements a group and sums over a group,
-
-    $$\frac{\partial L}{\partial x} = \frac{1}{\sigma} \left(\gamma\, \partial y
-    - \frac1n \sum \gamma\, \partial y - \hat x\, \frac1n \sum \gamma\, \partial y\, \hat x\right)$$
+    Returns every output. The last of them is the level's result; the UNet keeps all of them as skips.
     """
 
-    @staticmethod
-    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float) -> Tensor:
-        B, C, H, W = x.shape
-        small = (
-            H * W < 1024
-        )  # where torch's kernel for single precision is four to six times as fast as that for half
-        wide = (v.float() for v in (x, gamma, beta)) if small and is_half(x) else (x, gamma, beta)
-        y, mu, inverse_sigma = torch.native_group_norm(*wide, B, C, H * W, groups, eps)
-        ctx.save_for_backward(x, gamma, mu, inverse_sigma)
-        return y.to(x.dtype)
+    def __init__(self, inputs: list[int], channels: int, last: bool, asymmetric: bool = False, **options):
+        super().__init__(inputs, channels, **options)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, asymmetric)])
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, gamma, mu, inverse_sigma = ctx.saved_tensors
-        B, C, H, W = x.shape
-        groups = mu.shape[1]
-        wide = torch.promote_types(x.dtype, torch.float32)  # sums are taken in single precision at least
-        mu, inverse_sigma = (v.to(wide).repeat_interleave(C // groups, dim=1) for v in (mu, inverse_sigma))
-
-        def group_mean(
-            v: Tensor,
-        ) -> Tensor:  # (B, C) sums over the map -> mean over the group, for each channel
-            total = v.view(B, groups, -1).sum(dim=2) / (C // groups * H * W)
-            return total.repeat_interleave(C // groups, dim=1)
-
-        sum_dy = dy.sum(dim=(2, 3), dtype=wide)
-        sum_dy_x_hat = ((dy * x).sum(dim=(2, 3), dtype=wide) - mu * sum_dy) * inverse_sigma
-        mean_1, mean_x_hat = group_mean(gamma * sum_dy), group_mean(gamma * sum_dy_x_hat)
-        of_dy, of_x = inverse_sigma * gamma, -(inverse_sigma**2) * mean_x_hat
-        constant = -inverse_sigma * mean_1 - mu * of_x
-        of_dy, of_x, constant = (v.to(x.dtype)[:, :, None, None] for v in (of_dy, of_x, constant))
-        dx = torch.addcmul(constant, x, of_x).addcmul_(dy, of_dy)
-        return dx, sum_dy_x_hat.sum(dim=0), sum_dy.sum(dim=0), None, None
+    def forward(self, h: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> list[Tensor]:
+        outputs = []
+        for i in range(len(self.resnets)):
+            h = self.pair(i, h, time, context)
+            outputs.append(h)
+        for downsample in self.downsamplers:
+            outputs.append(downsample(h))
+        return outputs
 
 
-def group_norm(channels: int, eps: float) -> GroupNorm:
-    r"""Group normalisation with 32 groups; `channels` must be a multiple of 32."""
-    if channels % 32:
-        raise ValueError(
-            f"expected a number of channels that 32 divides (32 groups of normalisation), got {channels}"
-        )
-    return GroupNorm(32, channels, eps=eps)
+class MidLevel(Level):
+    r"""The smallest size: ResBlock, attention, ResBlock."""
+
+    def __init__(self, channels: int, attention: Callable[[], nn.Module], **options):
+        super().__init__([channels, channels], channels, **options)
+        self.attentions = nn.ModuleList([attention()])
+
+    def forward(self, h: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        h = self.pair(0, h, time, context)
+        return self.resnets[1](h, time)
 
 
-def zero_init(module: nn.Module) -> nn.Module:
-    r"""Set every parameter of `module` to zero: it then starts by adding nothing to its residual branch."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
+class UpLevel(Level):
+    r"""One level on the way up: pairs, then twice the size, except at the largest level.
 
+    In the UNet every ResBlock takes one skip from the way down, the last one first, beside its input.
+    """
 
-def check_type(weight: Tensor, **inputs: Tensor):
-    r"""Raise ValueError unless the inputs have the type of a network's weights, or autocast will see to it."""
-    for name, x in inputs.items():
-        half = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        if x.dtype != weight.dtype and not (half and torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(
-                f"expected {name} in the network's own {weight.dtype}, got {x.dtype}; convert it, or call "
-                "the network under torch.autocast for half precision"
-            )
+    def __init__(self, inputs: list[int], channels: int, last: bool, **options):
+        super().__init__(inputs, channels, **options)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
+
+    def forward(
+        self,
+        h: Tensor,
+        time: Tensor | None = None,
+        context: Tensor | None = None,
+        skips: list[Tensor] | None = None,
+    ) -> Tensor:
+        for i in range(len(self.resnets)):
+            h = h if skips is None else torch.cat([h, skips.pop()], dim=1)
+            h = self.pair(i, h, time, context)
+        for upsample in self.upsamplers:
+            h = upsample(h)
+        return h

@@ -3,19 +3,21 @@ r"""TextToImage: the VAE, the text tower, the UNet and the schedule together; pr
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig, is_name
+from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig
 from ddpm.sampling import State, guided, sample_loop
 from ddpm.schedule import Schedule
 from ddpm.text import WIDTH, TextTower, list_of_strings
 from ddpm.tools import text_weights
 from ddpm.tools.devices import autocast
-from ddpm.tools.errors import UserError
+from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.files import write_atomically
+from ddpm.tools.kernels import context_read_once, use_fast_kernels
 from ddpm.tools.seeding import generator
 from ddpm.tools.weights import check_shapes, load_weights, save_weights
 from ddpm.unet import UNet
@@ -39,11 +41,9 @@ class TextToImage(nn.Module):
         self.schedule = Schedule.named(config.schedule, config.timesteps)
         self.vae, self.unet = networks(config)
         self.own_text = text is not None
-        self.text = (
-            text
-            if text is not None
-            else text_weights.named_tower(config.text_weights, config.text_quick_gelu)
-        )
+        if text is None:
+            text = text_weights.named_tower(config.text_weights, config.text_quick_gelu)
+        self.text = text
         self.latent_scale = 1.0
         self.to(memory_format=torch.channels_last)  # as convolutions compute and attention reads tokens
 
@@ -55,6 +55,11 @@ class TextToImage(nn.Module):
     def latent_shape(self) -> tuple[int, int, int]:
         r"""(c, h, w) of one latent."""
         return self.config.latent_channels, self.config.latent_size, self.config.latent_size
+
+    def _apply(self, function, recurse=True):
+        super()._apply(function, recurse)
+        self.schedule = self.schedule.to(self.device)  # not a module, but its tables go where the networks go
+        return self
 
     @torch.no_grad()
     def sample(
@@ -79,12 +84,14 @@ class TextToImage(nn.Module):
         Args:
             sampler: ddpm, ddim or dpm++; steps: 1..T.
             guidance_scale: 1 is the plain conditional model, 0 the unconditional one; 2 to 5 follow the prompt more.
-            negative: what to lead away from, one prompt for all or one each; nothing: the empty prompt.
+            negative: the prompt that guidance leads away from, one for all or one each; None: the empty prompt.
             eta: noise of ddim and dpm++, 0 (none) to 1 (that of ddpm).
             callback: called with the `State` after every step, for films and progress bars.
             precision: fp32, bf16 or fp16 for all three networks.
             batch_size: pictures computed at once. first: the number i of the first picture.
             variance: Sigma of the sampler ddpm, posterior, beta or learned; None: as the model was trained.
+
+        Raises: ValueError for prompts that are no list of strings, and for a setting outside its range.
         """
         prompts = list_of_strings(prompts, "prompts")
         if negative is None or isinstance(negative, str):
@@ -95,23 +102,18 @@ class TextToImage(nn.Module):
         if batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
         if guidance_scale not in (0, 1) and not self.config.caption_drop:
-            warnings.warn(
-                "guidance has no unconditional model to lead away from: caption_drop was 0", stacklevel=2
-            )
+            told = "guidance has no unconditional model to lead away from, because caption_drop was 0"
+            warnings.warn(told, stacklevel=2)
         self.eval()
-        pictures = []
+        pictures = [torch.zeros(0, 3, self.config.image_size, self.config.image_size, device=self.device)]
         for begin in range(0, len(prompts), batch_size):
             part = slice(begin, begin + batch_size)
-            streams = [generator(seed, first + i) for i in range(len(prompts))[part]]
-
-            def draw(streams=streams) -> Tensor:
-                return torch.stack([torch.randn(self.latent_shape, generator=g) for g in streams]).to(
-                    self.device
-                )
-
-            with autocast(self.device, precision):
-                context, uncond = self.embed(prompts[part]), self.embed(negative[part])
-                denoise = guided(self.unet, context, uncond, guidance_scale, self.unet.keys_values)
+            generators = [generator(seed, first + i) for i in range(len(prompts))[part]]
+            draw = partial(self.draw_noise, generators)
+            with autocast(self.device, precision), context_read_once(self.unet):
+                context = self.embed(prompts[part])
+                uncond = self.embed(negative[part])
+                denoise = guided(self.unet, context, uncond, guidance_scale)
                 for state in sample_loop(
                     self.schedule,
                     denoise,
@@ -127,11 +129,12 @@ class TextToImage(nn.Module):
                         callback(state)
                 x = self.decode(state.x)
             pictures.append(x.float().clamp(-1, 1))
-        return (
-            torch.cat(pictures)
-            if pictures
-            else torch.zeros(0, 3, self.config.image_size, self.config.image_size)
-        )
+        return torch.cat(pictures)
+
+    def draw_noise(self, generators: list[torch.Generator]) -> Tensor:
+        r"""(B, c, h, w) standard normal, each latent from a generator of its own."""
+        noise = [torch.randn(self.latent_shape, generator=g) for g in generators]
+        return torch.stack(noise).to(self.device)
 
     def embed(self, prompts: list[str]) -> Tensor:
         r"""`text(prompts)` with each distinct prompt embedded once."""
@@ -151,16 +154,14 @@ class TextToImage(nn.Module):
 
     def load_vae(self, folder: Path):
         r"""Read vae.safetensors and the latent scale."""
-        metadata = load_weights(folder / "vae.safetensors", self.vae)
+        path = folder / "vae.safetensors"
+        metadata = load_weights(path, self.vae)
         try:
-            scale = float(metadata["latent_scale"])
-            if not (math.isfinite(scale) and scale > 0):
-                raise ValueError(scale)
-            self.latent_scale = scale
+            self.latent_scale = float(metadata["latent_scale"])
         except (KeyError, ValueError):
-            raise UserError(
-                f"expected the latent scale in the metadata of {folder / 'vae.safetensors'}, found none"
-            ) from None
+            self.latent_scale = math.nan
+        if not 0 < self.latent_scale < math.inf:
+            raise UserError(f"expected the latent scale in the metadata of {path}, found none")
 
     def save(self, folder: str | Path, preset: str = ""):
         r"""Write config.json, vae.safetensors and ema.safetensors: a folder that `load` reads.
@@ -173,8 +174,9 @@ class TextToImage(nn.Module):
             folder / "config.json", Config(self.config, TrainConfig(), preset).to_json().encode()
         )
         self.save_vae(folder)
-        if not is_name(self.config.text_weights) or (self.own_text and self.config.text_weights != "random"):
-            write_atomically(folder / TEXT_FILE, lambda to: text_weights.save_tower(self.text, to))
+        weights = self.config.text_weights
+        if not is_name(weights) or (self.own_text and weights != "random"):
+            write_atomically(folder / TEXT_FILE, partial(text_weights.save_tower, self.text))
         save_weights(folder / "ema.safetensors", self.unet.state_dict())
 
     @classmethod
@@ -188,32 +190,9 @@ class TextToImage(nn.Module):
         """
         if weights not in ("ema", "unet"):
             raise ValueError(f"expected weights ema or unet, got {weights!r}")
-        if folder is None and not SHIPPED.is_dir():
-            raise UserError(
-                f"expected the weights that ship in {SHIPPED}, found none; install anew, or run `python train.py` "
-                "and pass --model runs/drawn64"
-            )
         folder = SHIPPED if folder is None else Path(folder)
-        if not folder.is_dir():
-            raise UserError(
-                f"expected the folder of a run, {folder} is {'a file' if folder.exists() else 'not there'}; "
-                "your runs are in runs/"
-            )
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"expected a run with config.json in {folder}, found none; train one with train.py --out {folder}"
-            )
+        check_run(folder, weights)
         config = Config.read(folder / "config.json").model
-        for part in ("vae", weights):
-            if not (folder / f"{part}.safetensors").is_file():
-                if part == "unet" and (folder / "ema.safetensors").is_file():
-                    raise UserError(
-                        f"expected unet.safetensors in {folder}, found the averaged weights alone; ask for these"
-                    )
-                raise UserError(
-                    f"{folder} has no {part}.safetensors: its training is not finished; "
-                    f"go on with python train.py --resume {folder}"
-                )
         with torch.device("meta"):  # shapes alone: files that do not fit are refused before memory is taken
             vae, unet = networks(config)
         check_shapes(folder / "vae.safetensors", vae)
@@ -226,9 +205,39 @@ class TextToImage(nn.Module):
         return model.eval()
 
 
+def check_run(folder: Path, weights: str):
+    r"""Raise UserError unless the folder has the files of a trained run; the line says what to do next."""
+    if folder == SHIPPED and not folder.is_dir():
+        raise UserError(
+            f"expected the weights that ship in {folder}, found none; install anew, or run `python train.py` "
+            "and pass --model runs/drawn64"
+        )
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "not there"
+        raise UserError(f"expected the folder of a run, {folder} is {kind}; your runs are in runs/")
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"expected a run with config.json in {folder}, found none; train one with train.py --out {folder}"
+        )
+    if (
+        weights == "unet"
+        and not (folder / "unet.safetensors").is_file()
+        and (folder / "ema.safetensors").is_file()
+    ):
+        raise UserError(
+            f"expected unet.safetensors in {folder}, found the averaged weights alone; ask for these"
+        )
+    for part in ("vae", weights):
+        if not (folder / f"{part}.safetensors").is_file():
+            raise UserError(
+                f"{folder} has no {part}.safetensors: its training is not finished; "
+                f"go on with python train.py --resume {folder}"
+            )
+
+
 def networks(c: ModelConfig) -> tuple[KLVAE, UNet]:
     r"""The VAE and the UNet of a configuration, untrained."""
     outputs = c.latent_channels * (2 if c.variance == "learned" else 1)
-    return KLVAE(c.vae_channels, c.vae_layers, c.latent_channels), UNet(
-        c.latent_channels, outputs, c.channels, c.attention_levels, c.res_blocks, WIDTH, c.head_width
-    )
+    vae = KLVAE(c.vae_channels, c.vae_layers, c.latent_channels)
+    unet = UNet(c.latent_channels, outputs, c.channels, c.attention_levels, c.res_blocks, WIDTH, c.head_width)
+    return use_fast_kernels(vae), use_fast_kernels(unet)

@@ -1,7 +1,7 @@
 r"""From noise to latents: DDPM, DDIM and DPM-Solver++ 2M, one step each, guidance, and the loop over them.
 
-All three steps have one signature: from x_t at time t to x_s at an earlier time s, given what the network says of
-x_t. s = -1 is the clean picture. Nothing is clipped: latents have no bounds.
+All three steps have one signature: from x_t at time t to x_s at an earlier time s, given the network's prediction of
+x_0. s = -1 is the clean picture. Nothing is clipped: latents have no bounds.
 """
 
 import math
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.diffusion import VARIANCES, q_posterior, reverse_variance, x_0_and_eps
+from ddpm.diffusion import PREDICTIONS, VARIANCES, q_posterior, reverse_variance, x_0_and_eps
 from ddpm.losses import split_output
 from ddpm.schedule import Schedule
 
-SPACINGS = ("trailing", "leading", "linspace")
+SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 
 @dataclass
@@ -26,7 +26,7 @@ class State:
         i: number of the step, from 0.
         t, s: the time of this step and the next one, -1 after the last.
         x: (B, ...) the sample at time s.
-        x_0: (B, ...) the network's picture of the end, seen from time t.
+        x_0: (B, ...) the network's prediction of the clean sample, from time t.
     """
 
     i: int
@@ -36,10 +36,8 @@ class State:
     x_0: Tensor
 
 
-def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list[int]:
-    r"""The times at which the network is asked, falling, `steps` of 0..T-1 (Lin et al. 2024, table 2).
-
-    `trailing` starts at T - 1, where there is hardly more than noise; `leading` ends at 0; `linspace` does both.
+def timesteps(schedule: Schedule, steps: int) -> list[int]:
+    r"""The times of `steps` network calls, falling from T - 1 (Lin et al. 2024, table 2, "trailing").
 
     >>> timesteps(Schedule.named("linear"), 4)
     [999, 749, 499, 249]
@@ -47,13 +45,7 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list
     T = schedule.timesteps
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= T:
         raise ValueError(f"expected 1 to {T} sampling steps, got {steps!r}")
-    if spacing == "trailing":
-        return [round(T - k * T / steps) - 1 for k in range(steps)]
-    if spacing == "leading":
-        return [k * (T // steps) for k in reversed(range(steps))]
-    if spacing == "linspace":
-        return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-    raise ValueError(f"expected a spacing out of {', '.join(SPACINGS)}, got {spacing!r}")
+    return [round(T - k * T / steps) - 1 for k in range(steps)]
 
 
 def ddpm_step(
@@ -98,13 +90,11 @@ def ddim_step(
 
     eta = 0 is deterministic, eta = 1 is a step of DDPM with the posterior's variance.
     """
-    alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t, x_t), schedule.alpha_bar_at(s, x_t)
+    alpha_bar_t = schedule.alpha_bar_at(t, x_t)
+    alpha_bar_s = schedule.alpha_bar_at(s, x_t)
     sigma_2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
-    x_s = (
-        alpha_bar_s.sqrt() * x_0
-        + (1 - alpha_bar_s - sigma_2).clamp(min=0).sqrt() * eps
-        + sigma_2.sqrt() * noise
-    )
+    direction = (1 - alpha_bar_s - sigma_2).clamp(min=0).sqrt()
+    x_s = alpha_bar_s.sqrt() * x_0 + direction * eps + sigma_2.sqrt() * noise
     return x_s.to(x_t.dtype)
 
 
@@ -118,7 +108,7 @@ def dpmpp_2m_step(
     noise: Tensor,
     eta: float = 0.0,
 ) -> Tensor:
-    r"""One step of DPM-Solver++ 2M: `ddim_step` with D, which looks ahead, for the network's x_0.
+    r"""One step of DPM-Solver++ 2M: `ddim_step` with D, which extrapolates, for the network's x_0.
 
     $$x_s = a_s D + \sqrt{\sigma_s^2 - \sigma^2}\, \frac{x_t - a_t D}{\sigma_t} + \sigma\, \epsilon', \qquad
     D = \hat x_0 + \frac{1}{2r}\left(\hat x_0 - \hat x_0^{\,\mathrm{prev}}\right), \quad
@@ -133,14 +123,15 @@ def dpmpp_2m_step(
         previous: (time, x_0) of the step before; None makes this step first order, which is DDIM's. The last step, to
             the clean picture, is first order in any case: lambda is infinite there and x_s = x_0.
     """
-    alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t, x_t), schedule.alpha_bar_at(s, x_t)
-    h = _log_snr(alpha_bar_s) - _log_snr(alpha_bar_t)
     D = x_0
     if previous is not None:
         t_prev, x_0_prev = previous
-        h_prev = _log_snr(alpha_bar_t) - _log_snr(schedule.alpha_bar_at(t_prev, x_t))
-        of_difference = torch.where(alpha_bar_s < 1, h / (2 * h_prev), 0.0)
-        D = x_0 + of_difference * (x_0 - x_0_prev)
+        alpha_bar_s = schedule.alpha_bar_at(s, x_t)
+        lambda_t = _log_snr(schedule.alpha_bar_at(t, x_t))
+        h = _log_snr(alpha_bar_s) - lambda_t
+        h_prev = lambda_t - _log_snr(schedule.alpha_bar_at(t_prev, x_t))
+        weight = torch.where(alpha_bar_s < 1, h / (2 * h_prev), 0.0)
+        D = x_0 + weight * (x_0 - x_0_prev)
     D, eps = x_0_and_eps(schedule, x_t, t, D, "x_0")
     return ddim_step(schedule, x_t, t, s, D, eps, noise, eta)
 
@@ -150,37 +141,31 @@ def _log_snr(alpha_bar: Tensor) -> Tensor:
     return 0.5 * (alpha_bar.log() - torch.log1p(-alpha_bar))
 
 
-def guided(
-    network: Callable,
-    context: Tensor,
-    negative: Tensor,
-    scale: float,
-    read: Callable = lambda context: context,
-) -> Callable:
+def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -> Callable:
     r"""Classifier-free guidance (Ho and Salimans 2022, equation 6, in the form with scale = 1 + w).
 
     $$\hat\epsilon = \epsilon_\theta(z_t, t, \varnothing)
     + s \left(\epsilon_\theta(z_t, t, c) - \epsilon_\theta(z_t, t, \varnothing)\right)$$
 
-    s = 1 is the conditional model and s = 0 the unconditional one; both then ask the network once, not twice. A learned
-    variance is the conditional model's: led further, it would leave its bounds.
+    s = 1 is the conditional model and s = 0 the unconditional one; each runs the network once, not twice. A learned
+    variance is the conditional model's, because an extrapolated one would leave its bounds.
 
     Args:
         network: callable (z_t, t, context) -> (B, ...), the UNet; the formula holds for eps, v and x_0 alike.
         context, negative: (B, M, D) states of the prompts and of the negative, or empty, ones.
-        read: what the network may make of a context once for all times, the UNet's `keys_values`.
 
     Returns: callable (z_t, t) -> (B, ...).
     """
     if not math.isfinite(scale):
         raise ValueError(f"expected a finite guidance scale, got {scale}")
     if scale in (0.0, 1.0):
-        only = read(context if scale == 1.0 else negative)
-        return lambda z_t, t: network(z_t, t, only)
-    both = read(torch.cat([negative, context]))
+        alone = context if scale == 1.0 else negative
+        return lambda z_t, t: network(z_t, t, alone)
+    both = torch.cat([negative, context])
 
     def denoise(z_t: Tensor, t: Tensor) -> Tensor:
-        uncond, cond = network(torch.cat([z_t, z_t]), torch.cat([t, t]), both).to(z_t.dtype).chunk(2)
+        output = network(torch.cat([z_t, z_t]), torch.cat([t, t]), both)
+        uncond, cond = output.to(z_t.dtype).chunk(2)
         mean = uncond + scale * (cond - uncond)
         C = z_t.shape[1]
         return mean if mean.shape[1] == C else torch.cat([mean[:, :C], cond[:, C:]], dim=1)
@@ -188,12 +173,9 @@ def guided(
     return denoise
 
 
-SAMPLERS = ("ddpm", "ddim", "dpm++")
-
-
 def sample_loop(
     schedule: Schedule,
-    denoise: Callable,
+    denoise: Callable[[Tensor, Tensor], Tensor],
     x_T: Tensor,
     draw: Callable[[], Tensor],
     sampler: str = "dpm++",
@@ -201,11 +183,10 @@ def sample_loop(
     prediction: str = "eps",
     eta: float = 0.0,
     variance: str = "posterior",
-    spacing: str = "trailing",
 ) -> Iterator[State]:
-    r"""Walk from x_T to the clean sample, yielding the state after every step; the last state's x is the result.
+    r"""The reverse process from x_T to the clean sample; yields the state after every step. The last x is the result.
 
-    A generator: what is wrong with the arguments is told when the first state is asked for.
+    A generator: wrong arguments are refused when the first state is wanted.
 
     Args:
         denoise: callable (x_t, t) -> (B, ...), the network with condition and guidance filled in; with twice the
@@ -214,19 +195,25 @@ def sample_loop(
         draw: returns fresh standard normal noise like x_T; called once a step by the samplers that add noise.
         steps: 1..T. eta: noise of ddim and dpm++, 0 (none, the same way every time) to 1 (that of ddpm).
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"expected a sampler out of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if variance not in VARIANCES:
-        raise ValueError(f"expected a variance out of {', '.join(VARIANCES)}, got {variance!r}")
-    if not (math.isfinite(eta) and 0 <= eta <= 1):
+    for name, value, known in (
+        ("sampler", sampler, SAMPLERS),
+        ("prediction", prediction, PREDICTIONS),
+        ("variance", variance, VARIANCES),
+    ):
+        if value not in known:
+            raise ValueError(f"expected a {name} out of {', '.join(known)}, got {value!r}")
+    if not 0 <= eta <= 1:
         raise ValueError(f"expected eta in [0, 1], got {eta}")
-    times = timesteps(schedule, steps, spacing)
-    x, previous = x_T, None
+    times = timesteps(schedule, steps)
+    adds_noise = eta > 0 or sampler == "ddpm"
+    x = x_T
+    previous = None
     for i, (now, then) in enumerate(zip(times, [*times[1:], -1], strict=True)):
-        t, s = (torch.full((len(x),), time, device=x.device) for time in (now, then))
+        t = torch.full((len(x),), now, device=x.device)
+        s = torch.full((len(x),), then, device=x.device)
         output, nu = split_output(denoise(x, t).to(x.dtype), x)
         x_0, eps = x_0_and_eps(schedule, x, t, output, prediction)
-        noise = draw() if eta or sampler == "ddpm" else torch.zeros_like(x)
+        noise = draw() if adds_noise else torch.zeros_like(x)
         if sampler == "ddpm":
             x = ddpm_step(schedule, x, t, s, x_0, noise, variance, nu)
         elif sampler == "ddim":

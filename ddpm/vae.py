@@ -5,19 +5,20 @@ f = 2^(number of channel widths - 1) the factor by which the encoder shrinks a s
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.attention import PixelAttention
-from ddpm.layers import Downsample, ResBlock, Upsample, check_type, group_norm
+from ddpm.layers import DownLevel, MidLevel, UpLevel, group_norm
 
 EPS = 1e-6
 
 
 class DiagonalGaussian:
-    r"""What the encoder says of a picture: each latent number is normal with its own mean and variance.
+    r"""q(z | x), the encoder's output: each latent number is normal with its own mean and variance.
 
     $$q(z \mid x) = \mathcal N\left(z;\ \mu(x),\ \mathrm{diag}\, \sigma^2(x)\right), \qquad \log\sigma^2 \in [-30, 20]$$
 
@@ -54,75 +55,29 @@ class DiagonalGaussian:
         return 0.5 * (math.log(2 * math.pi * math.e) + self.logvar).flatten(1).sum(dim=1)
 
 
-class MidBlock(nn.Module):
-    r"""ResBlock, attention over all pixels, ResBlock, at the smallest size."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(channels, channels, eps=EPS) for _ in range(2)])
-        self.attentions = nn.ModuleList([PixelAttention(channels, EPS)])
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](h)))
-
-
-class DownLevel(nn.Module):
-    r"""The ResBlocks of one width, then half the size (but for the last level)."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, last: bool):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList(
-            [ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)]
-        )
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels, asymmetric=True)])
-
-    def forward(self, h: Tensor) -> Tensor:
-        for block in (*self.resnets, *self.downsamplers):
-            h = block(h)
-        return h
-
-
-class UpLevel(nn.Module):
-    r"""The ResBlocks of one width, then twice the size (but for the last level)."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, last: bool):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList(
-            [ResBlock(a, b, eps=EPS) for a, b in zip(widths, widths[1:], strict=False)]
-        )
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
-
-    def forward(self, h: Tensor) -> Tensor:
-        for block in (*self.resnets, *self.upsamplers):
-            h = block(h)
-        return h
-
-
 class Encoder(nn.Module):
     r"""Picture to the numbers of a Gaussian: (B, 3, H, W) -> (B, 2c, h, w)."""
 
     def __init__(self, channels: tuple[int, ...], layers: int, latent_channels: int):
         super().__init__()
-        inputs = (channels[0], *channels[:-1])
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            [
-                DownLevel(i, o, layers, last=k == len(channels) - 1)
-                for k, (i, o) in enumerate(zip(inputs, channels, strict=True))
-            ]
-        )
-        self.mid_block = MidBlock(channels[-1])
-        self.conv_norm_out = group_norm(channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        before = channels[0]
+        for k, width in enumerate(channels):
+            inputs = [before] + [width] * (layers - 1)
+            last = k == len(channels) - 1
+            self.down_blocks.append(DownLevel(inputs, width, last, asymmetric=True, eps=EPS))
+            before = width
+        self.mid_block = MidLevel(before, partial(PixelAttention, before, EPS), eps=EPS)
+        self.conv_norm_out = group_norm(before, EPS)
+        self.conv_out = nn.Conv2d(before, 2 * latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(x)  # (B, channels[0], H, W)
         for level in self.down_blocks:
-            h = level(h)
-        h = self.mid_block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+            h = level(h)[-1]  # half the size, but for the last level
+        h = self.mid_block(h)  # (B, channels[-1], h, w)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, 2c, h, w)
 
 
 class Decoder(nn.Module):
@@ -130,24 +85,22 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], layers: int, latent_channels: int):
         super().__init__()
-        outputs = tuple(reversed(channels))
-        inputs = (outputs[0], *outputs[:-1])
-        self.conv_in = nn.Conv2d(latent_channels, outputs[0], 3, padding=1)
-        self.mid_block = MidBlock(outputs[0])
-        self.up_blocks = nn.ModuleList(
-            [
-                UpLevel(i, o, layers + 1, last=k == len(outputs) - 1)
-                for k, (i, o) in enumerate(zip(inputs, outputs, strict=True))
-            ]
-        )
-        self.conv_norm_out = group_norm(outputs[-1], EPS)
-        self.conv_out = nn.Conv2d(outputs[-1], 3, 3, padding=1)
+        before = channels[-1]
+        self.conv_in = nn.Conv2d(latent_channels, before, 3, padding=1)
+        self.mid_block = MidLevel(before, partial(PixelAttention, before, EPS), eps=EPS)
+        self.up_blocks = nn.ModuleList()
+        for k, width in reversed(list(enumerate(channels))):
+            inputs = [before] + [width] * layers
+            self.up_blocks.append(UpLevel(inputs, width, last=k == 0, eps=EPS))
+            before = width
+        self.conv_norm_out = group_norm(before, EPS)
+        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid_block(self.conv_in(z))
+        h = self.mid_block(self.conv_in(z))  # (B, channels[-1], h, w)
         for level in self.up_blocks:
-            h = level(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+            h = level(h)  # twice the size, but for the last level
+        return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, 3, H, W)
 
 
 class KLVAE(nn.Module):
@@ -175,8 +128,8 @@ class KLVAE(nn.Module):
             raise ValueError(
                 f"expected pictures of shape (B, 3, H, W) with H and W multiples of {self.factor}, got {tuple(x.shape)}"
             )
-        check_type(self.quant_conv.weight, x=x)
-        mu, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        moments = self.quant_conv(self.encoder(x))  # (B, 2c, h, w)
+        mu, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mu, logvar)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -185,7 +138,6 @@ class KLVAE(nn.Module):
             raise ValueError(
                 f"expected latents of shape (B, {self.latent_channels}, h, w), got {tuple(z.shape)}"
             )
-        check_type(self.quant_conv.weight, z=z)
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, DiagonalGaussian]:
