@@ -9,9 +9,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 
 project = "ddpm"
-release = re.search(r'__version__ = "(.+)"', (HERE.parent / "ddpm/__init__.py").read_text(encoding="utf-8"))[
-    1
-]
+package = (HERE.parent / "ddpm/__init__.py").read_text(encoding="utf-8")
+release = re.search(r'__version__ = "(.+)"', package)[1]
 html_title = f"ddpm {release}"
 
 extensions = ["myst_nb", "sphinxcontrib.katex", "beside"]

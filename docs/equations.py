@@ -55,7 +55,7 @@ SPEC = (
     ),
     Row(
         "reverse-process",
-        "One step back, learned; theta are the UNet's parameters, c is the prompt's embedding",
+        "One step of the reverse process, learned; theta are the UNet's parameters, c is the prompt's embedding",
         "sampling.ddpm_step diffusion.q_posterior diffusion.reverse_variance",
         "mean sigma_2 x_t x_0",
         r"p_\theta(x_{t-1} \mid x_t, c) = \mathcal{N}(x_{t-1}; \mu_\theta(x_t, t, c), \Sigma_\theta(x_t, t, c))",
@@ -85,14 +85,14 @@ SPEC = (
     Row(
         "noise-network",
         "The UNet predicts the noise, given latent, time and, by cross-attention, text",
-        "unet.UNet unet.Level attention.CrossAttentionBlock attention.TransformerBlock",
+        "unet.UNet layers.Level attention.CrossAttentionBlock attention.TransformerBlock",
         "z_t t context",
         r"\epsilon_\theta(z_t, t, c)",
     ),
     Row(
         "objective",
         "The simplified loss",
-        "diffusion.diffusion_loss diffusion.training_target",
+        "losses.diffusion_loss losses.training_target",
         "target output z_t t",
         r"\mathcal{L} = \mathbb{E}_{z_0, \epsilon \sim \mathcal{N}(0, \mathbf{I}), t}"
         r" \left[ \left\| \epsilon - \epsilon_\theta(z_t, t, c) \right\|^2 \right]",
@@ -109,14 +109,14 @@ SPEC = (
     Row(
         "captions",
         "Captions from facial attributes: a person with black hair and sunglasses",
-        "captions.describe captions.consistent",
+        "celeba.captions.describe celeba.captions.consistent",
         "attributes",
         r"\text{attributes} \in \lbrace -1, 1 \rbrace^{40} \to \text{sentence}",
     ),
     Row(
         "preprocessing",
         "Resize to 64 x 64, normalize to the range from -1 to 1",
-        "data.crop_and_resize cache.Pictures.batch",
+        "celeba.images.crop_and_resize celeba.dataset.Pictures.batch",
         "image size x",
         r"x \in [-1, 1]^{64 \times 64 \times 3}",
         lambda level: level / 127.5 - 1,
@@ -131,8 +131,8 @@ SPEC = (
     Row(
         "training-path",
         "The diagram, in training: image, VAE, latents, add noise, UNet, predicted noise",
-        "training.train_unet cache.Latents.gaussian cache.Texts",
-        "z_0 times eps context",
+        "training.loops.train_unet training.caches.Latents.gaussian training.caches.Texts",
+        "z_0 eps context",
         r"x \to \mathrm{VAE} \to z_0 \to z_t \to \epsilon_\theta(z_t, t, c)",
     ),
     Row(
@@ -172,7 +172,7 @@ CODE = (
         "scaled-linear-schedule",
         "sqrt(beta) in equal steps",
         "schedule.scaled_linear_beta",
-        "start end timesteps roots",
+        "start end timesteps first last",
         r"\sqrt{\beta_t} = \sqrt{\beta_{\mathrm{start}}}"
         r" + \frac{t}{T - 1} (\sqrt{\beta_{\mathrm{end}}} - \sqrt{\beta_{\mathrm{start}}})",
         lambda t: (sqrt(0.00085) + t / 999 * (sqrt(0.012) - sqrt(0.00085))) ** 2,
@@ -191,7 +191,7 @@ CODE = (
     ),
     Row(
         "posterior",
-        "The step back when the picture is known",
+        "The reverse step when the picture is known",
         "diffusion.q_posterior",
         "alpha_bar_t alpha_bar_s alpha_ts beta_ts mean variance",
         formula=lambda x_0, x_t, alpha_bar_t, alpha_bar_s: (
@@ -212,7 +212,7 @@ CODE = (
     ),
     Row(
         "predictions",
-        "Picture and noise, from a network that says eps, v or x_0",
+        "Picture and noise, from a network that predicts eps, v or x_0",
         "diffusion.x_0_and_eps",
         "x_t signal noise output x_0 eps",
         formula=lambda x_t, output, alpha_bar_t: (
@@ -231,8 +231,8 @@ CODE = (
     ),
     Row(
         "reverse-variance",
-        "The variance of the step back, learned between its two ends",
-        "diffusion.reverse_variance diffusion.split_output",
+        "The variance of the reverse step, learned between its two ends",
+        "diffusion.reverse_variance losses.split_output",
         "nu beta_ts beta_tilde",
         formula=lambda nu, alpha_bar_t, alpha_bar_s: exp(
             nu * log(1 - alpha_bar_t / alpha_bar_s)
@@ -242,7 +242,7 @@ CODE = (
     Row(
         "variational-bound",
         "What one step adds to the variational bound, here in nats, in the code in bits",
-        "diffusion.variational_term",
+        "losses.variational_term",
         "beta_tilde sigma_2 z_0 z_0_hat",
         formula=lambda x_0, x_0_hat, beta_t, alpha_bar_t, alpha_bar_before: (
             (
@@ -257,15 +257,15 @@ CODE = (
     ),
     Row(
         "prior-term",
-        "What the start of the way back adds to it",
-        "diffusion.prior_term",
+        "What the start of the reverse process adds to it",
+        "losses.prior_term",
         "alpha_bar_T z_0",
         formula=lambda x_0, alpha_bar_T: (alpha_bar_T * (x_0**2 - 1) - log(1 - alpha_bar_T)) / 2 / log(2),
     ),
     Row(
         "hybrid-loss",
         "The loss of a network that learns its variance",
-        "diffusion.diffusion_loss",
+        "losses.diffusion_loss",
         "loss vlb_weight bits",
         r"\mathcal{L}_{\mathrm{hybrid}} = \mathcal{L} + \lambda\, T\, L_{t-1}",
     ),
@@ -276,17 +276,17 @@ CODE = (
         "t width frequency angle",
     ),
     Row("res-block", "The residual block", "layers.ResBlock", "x time norm1 conv1 time_emb_proj norm2 conv2"),
-    Row("group-norm", "Group normalisation", "layers.GroupNorm layers.group_norm", "eps"),
+    Row("group-norm", "Group normalisation", "layers.group_norm tools.kernels.GroupNorm", "eps"),
     Row(
         "group-norm-gradient",
         "Its derivative",
-        "layers.ChannelsLastGroupNorm",
-        "gamma dy inverse_sigma mean_1 mean_x_hat dx",
+        "tools.kernels.ChannelsLastGroupNorm",
+        "gamma dy inverse_sigma group_mean dx",
     ),
     Row(
         "attention",
         "Attention: softmax of the scores, over the values",
-        "attention.Attention attention.attend",
+        "attention.Attention tools.kernels.attend",
         "q k v",
         formula=lambda q, k_0, k_1, v_0, v_1: (
             (exp(q * k_0) * v_0 + exp(q * k_1) * v_1) / (exp(q * k_0) + exp(q * k_1))
@@ -295,7 +295,7 @@ CODE = (
     Row("feed-forward", "The gated layer after it", "attention.FeedForward", "value gate"),
     Row(
         "latent-gaussian",
-        "What the encoder says of a picture",
+        "What the encoder makes of a picture",
         "vae.DiagonalGaussian vae.DiagonalGaussian.sample",
         "mu logvar eps",
     ),
@@ -334,7 +334,7 @@ CODE = (
         "sampling-times",
         "Where the samplers stop, spaced `trailing`; k from 0",
         "sampling.timesteps",
-        "T steps spacing",
+        "T steps",
         r"t_k = \mathrm{round}\left(T - k \frac{T}{K}\right) - 1",
     ),
     Row(
@@ -373,27 +373,27 @@ CODE = (
         "uncond cond scale",
         formula=lambda uncond, cond, scale: uncond + scale * (cond - uncond),
     ),
-    Row("newton-schulz", "A matrix made orthogonal", "muon.orthogonalized", "G X A a b c"),
-    Row("muon", "A step of Muon", "muon.Muon", "M momentum G lr weight_decay size"),
-    Row("latent-scale", "The latent scale", "metrics.measure_latent_scale", "second_moments"),
+    Row("newton-schulz", "A matrix made orthogonal", "training.muon.orthogonalized", "G X A a b c"),
+    Row("muon", "A step of Muon", "training.muon.Muon", "M momentum G lr weight_decay size"),
+    Row("latent-scale", "The latent scale", "training.validation.measure_latent_scale", "second_moments"),
     Row(
         "psnr",
         "Peak signal-to-noise ratio",
-        "metrics.psnr",
+        "training.validation.psnr",
         "x y mse",
         formula=lambda x, x_hat: 10 * log10(4 / (x - x_hat) ** 2),
     ),
-    Row("ssim", "Structural similarity", "metrics.ssim", "mu_x mu_y var_x var_y cov C_1 C_2"),
+    Row("ssim", "Structural similarity", "training.validation.ssim", "mu_x mu_y var_x var_y cov C_1 C_2"),
     Row(
         "bits-per-dimension",
         "The whole variational bound, of latents and of pictures",
-        "metrics.bits_per_dimension",
+        "evaluation.metrics.bits_per_dimension",
         "prior terms entropy rate error",
     ),
     Row(
         "laplace-bits",
         "The probability of an 8-bit value",
-        "metrics.laplace_bits",
+        "evaluation.metrics.laplace_bits",
         "x x_hat width F",
         formula=lambda x, x_hat, width: (
             -log2(
@@ -405,13 +405,13 @@ CODE = (
     Row(
         "latent-moments",
         "Mean and covariance of the scaled latents, by channel",
-        "metrics.latent_health",
+        "evaluation.metrics.latent_health",
         "mu logvar scale covariance variance",
     ),
     Row(
         "classifier-loss",
         "The attribute classifier's loss: both values of an attribute weigh the same",
-        "classifier.balanced_loss",
+        "evaluation.classifier.balanced_loss",
         "y share logits",
         formula=lambda truth, share, logit: (
             truth / (2 * share) * log(1 + exp(-logit)) + (1 - truth) / (2 * (1 - share)) * log(1 + exp(logit))
@@ -420,7 +420,7 @@ CODE = (
     Row(
         "balanced-accuracy",
         "Balanced accuracy: do pictures have what their prompts want, and lack what they do not",
-        "metrics.balanced_accuracy",
+        "evaluation.metrics.balanced_accuracy",
         "wanted seen right rows",
         formula=lambda n_wanted, n_both, n_unwanted, n_neither: (
             (n_both / n_wanted + n_neither / n_unwanted) / 2
@@ -429,7 +429,7 @@ CODE = (
     Row(
         "wilson-interval",
         "The interval of a share; Z is 1.96",
-        "metrics.wilson_interval",
+        "evaluation.metrics.wilson_interval",
         "right of Z centre half",
         formula=lambda n_both, n_wanted: tuple(
             (n_both + 1.96**2 / 2 + sign * 1.96 * sqrt(n_both * (1 - n_both / n_wanted) + 1.96**2 / 4))
@@ -440,26 +440,26 @@ CODE = (
     Row(
         "balanced-interval",
         "The interval of balanced accuracy; i counts its two shares",
-        "metrics.balanced_interval metrics.wilson_interval",
+        "evaluation.metrics.balanced_interval evaluation.metrics.wilson_interval",
         "p right of low high below above",
     ),
     Row(
         "frechet-distance",
         "The Frechet distance of two normal distributions",
-        "metrics.frechet_distance metrics.gaussian_of",
+        "evaluation.metrics.frechet_distance evaluation.metrics.gaussian_of",
         "mu_1 S_1 mu_2 S_2 root cross",
         formula=lambda mu_1, S_1, mu_2, S_2: (mu_1 - mu_2) ** 2 + S_1 + S_2 - 2 * sqrt(S_1 * S_2),
     ),
     Row(
         "precision-recall",
         "What a set of pictures covers: precision counts the generated that real ones cover, recall the reverse",
-        "metrics.precision_recall",
+        "evaluation.metrics.precision_recall",
         "x by k reach covered",
     ),
     Row(
         "ema",
         "The average of the weights",
-        "training.EMA training.EMA.update",
+        "training.optimization.EMA training.optimization.EMA.update",
         "d decay n",
         formula=lambda average, theta, decay, n: (
             min(decay, (1 + n) / (10 + n)) * average + (1 - min(decay, (1 + n) / (10 + n))) * theta
@@ -478,14 +478,23 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def file_of(name: str) -> tuple[Path, list[str]]:
+    r"""`training.caches.Latents.gaussian` -> ddpm/training/caches.py and the names within it, Latents and gaussian."""
+    parts = name.split(".")
+    depths = range(1, len(parts) + 1)
+    paths = [ROOT.joinpath("ddpm", *parts[:depth]).with_suffix(".py") for depth in depths]
+    return next(
+        ((path, parts[d:]) for d, path in zip(depths, paths, strict=True) if path.is_file()), (paths[0], [])
+    )
+
+
 def definition(name: str) -> ast.AST | None:
     r"""The class, function or assignment called `diffusion.q_sample` or `vae.KLVAE.encode`; None if there is none."""
-    module, *inner = name.split(".")
-    path = ROOT / "ddpm" / f"{module}.py"
-    node = parsed(path) if path.is_file() else None
+    path, inner = file_of(name)
+    node = parsed(path) if inner else None
     for part in inner:
         node = next((child for child in getattr(node, "body", ()) if part in _names(child)), None)
-    return node if inner else None
+    return node
 
 
 def _names(node: ast.AST) -> list[str]:
@@ -511,8 +520,8 @@ def documented_equations() -> list[str]:
                 found.extend([inner] if docstring_tex(child) else [])
                 walk(child, inner)
 
-    for path in sorted((ROOT / "ddpm").glob("*.py")):
-        walk(parsed(path), path.stem)
+    for path in sorted((ROOT / "ddpm").rglob("*.py")):
+        walk(parsed(path), ".".join(path.relative_to(ROOT / "ddpm").with_suffix("").parts))
     return found
 
 
@@ -631,7 +640,7 @@ def _line(number: int, row: Row, tests: list[str], cells: list[str]) -> str:
         str(number),
         "<br>".join([f"{row.title} (`{row.id}`)", *(f"${_plain(part)}$" for part in parts)]),
         ", ".join(f"`{symbol}`" for symbol in row.symbols.split()),
-        "<br>".join(f"[{name}](../ddpm/{name.split('.')[0]}.py)" for name in names),
+        "<br>".join(f"[{name}](../{file_of(name)[0].relative_to(ROOT).as_posix()})" for name in names),
         "<br>".join(f"[{_place(cell)}](../{cell})" for cell in cells) or "-",
         "<br>".join(f"[{_sentence(test)}](../{test.split('::')[0]})" for test in tests),
     )

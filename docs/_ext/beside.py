@@ -36,7 +36,9 @@ class Beside(SphinxDirective):
             self.env.note_dependency(str(ROOT / name))
         modules = {m.name: m for m in map(parse, files())}
         self.module = modules[module_name(file)]
-        self.known = [name for m in modules.values() for thing in m.things for name in names_of(thing)]
+        things = [thing for m in modules.values() for thing in m.things]
+        self.known = [name for thing in things for name in names_of(thing)]
+        self.outermost = {name for thing in things for name in thing.names}
         domain, node_id = self.env.domains.python_domain, f"module-{self.module.name}"
         domain.note_module(self.module.name, node_id, self.module.docstring.partition("\n")[0], "", False)
         intro = nodes.container(classes=["module-docstring"], ids=[node_id])
@@ -107,9 +109,8 @@ class Beside(SphinxDirective):
         for i, part in enumerate(text.split("$$")):
             if i % 2:
                 for equation in QUAD.split(part.strip()):  # set as inline math, which breaks lines at = and +
-                    yield nodes.paragraph(
-                        "", "", nodes.math("", rf"\displaystyle {equation}"), classes=["equation"]
-                    )
+                    math = nodes.math("", rf"\displaystyle {equation}")
+                    yield nodes.paragraph("", "", math, classes=["equation"])
             else:
                 yield from self.blocks(part)
 
@@ -168,7 +169,7 @@ class Beside(SphinxDirective):
         found = [full for full in self.known if full.endswith("." + name)]
         own = [full for full in found if full.startswith(self.module.name + ".")]
         found = own or [
-            full for full in found if full.count(".") == 2 or "." in name
+            full for full in found if full in self.outermost or "." in name
         ]  # no stranger's bare method
         return found[0] if len(found) == 1 else None
 
@@ -184,14 +185,13 @@ def python(code: str) -> nodes.literal_block:
 
 def write_pages(app: Sphinx):
     r"""A page for each file of the house, below docs/code, and README's table over them."""
-    house = (
-        (ROOT / "README.md").read_text(encoding="utf-8").partition("## The house\n")[2].partition("\n```")[0]
-    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    house = readme.partition("## The house\n")[2].partition("\n```")[0]
     house = house.replace("](", "](../").replace("](../docs/", "](../")
     order = "\n".join(f"/{page_of(file)}" for file in files())
     pages = {"code/index": f"# The code\n{house}\n\n```{{toctree}}\n:hidden:\n\n{order}\n```\n"}
     for file in files():
-        title = file.rpartition("/")[2].replace("_", "\\_")
+        title = file.removeprefix("ddpm/").replace("_", "\\_")
         pages[page_of(file)] = f"---\nhide-toc: true\n---\n\n# {title}\n\n```{{beside}} {file}\n```\n"
     for name, text in pages.items():
         path = app.srcdir / f"{name}.md"
@@ -209,14 +209,15 @@ DOTTED = re.compile(r"\w+(\.\w+)+")
 def link_pages(app: Sphinx, docname: str, source: list[str]):
     r"""Links between files of the repository, which GitHub's readers follow, become links between pages here.
 
-    `[vae.KLVAE](../ddpm/vae.py)` goes to the class, `[vae.py](../ddpm/vae.py)` to the page, a link to a notebook to
-    its page or, with `#cell-id=`, its cell. Notebooks stand one folder deeper here than there.
+    `[vae.KLVAE](../ddpm/vae.py)` goes to the class, `[vae.py](../ddpm/vae.py)` to the page; a file in a room is
+    called `training.caches.Latents` or `caches.Latents`. A link to a notebook goes to its page or, with
+    `#cell-id=`, its cell. Notebooks stand one folder deeper here than there.
     """
 
     def link(match: re.Match) -> str:
         text, file, cell = match[1].replace("`", ""), match[2], match[3]
         if file in files() and DOTTED.fullmatch(text) and not text.endswith(".py"):
-            return f"{{py:obj}}`{text} <{module_name(file)}.{text.partition('.')[2]}>`"
+            return f"{{py:obj}}`{text} <{meant(text, file)}>`"
         if file in files():
             return f"{{doc}}`{text} </{page_of(file)}>`"
         if cell:
@@ -228,6 +229,12 @@ def link_pages(app: Sphinx, docname: str, source: list[str]):
         return f"[{match[1]}](../../{file})" if docname.startswith("notebooks/") else match[0]
 
     source[0] = LINK.sub(link, source[0])
+
+
+def meant(text: str, file: str) -> str:
+    r"""The full name that a link to a file is about: caches.Latents in ddpm/training/caches.py."""
+    module = module_name(file)
+    return f"{module}.{text.partition(module.rpartition('.')[2] + '.')[2]}"
 
 
 def cell_label(cell: str) -> str:

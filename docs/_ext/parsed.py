@@ -51,22 +51,20 @@ class Module:
 
 def files() -> list[str]:
     r"""The files of the house, in the order of README's table; what it does not name comes last."""
-    rows = [
-        line
-        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| [")
-    ]
-    named = re.findall(r"\]\(((?:ddpm/)?\w+\.py)\)", "\n".join(rows))
-    return named + sorted({f"ddpm/{path.name}" for path in (ROOT / "ddpm").glob("*.py")} - set(named))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith("| [")]
+    named = re.findall(r"\]\(((?:ddpm/)?[\w/]+\.py)\)", "\n".join(rows))
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ddpm").rglob("*.py")}
+    return named + sorted(there - set(named))
 
 
 def module_name(file: str) -> str:
-    r"""ddpm/vae.py -> ddpm.vae"""
+    r"""ddpm/training/caches.py -> ddpm.training.caches, ddpm/celeba/__init__.py -> ddpm.celeba"""
     return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def page_of(file: str) -> str:
-    r"""The page of a file, below docs."""
+    r"""The page of a file, below docs: ddpm/training/caches.py -> code/training.caches"""
     return f"code/{module_name(file).removeprefix('ddpm.')}"
 
 
@@ -99,14 +97,8 @@ def _definition(node: ast.stmt, parent: str, lines: list[str], kind: str = "func
         for method in [n for n in node.body if _kind(n) == "definition"]:
             marks = {d.id for d in method.decorator_list if isinstance(d, ast.Name)}
             if ast.get_docstring(method):
-                members.append(
-                    _definition(
-                        method,
-                        name,
-                        lines,
-                        "property" if marks & {"property", "cached_property"} else "method",
-                    )
-                )
+                is_property = marks & {"property", "cached_property"}
+                members.append(_definition(method, name, lines, "property" if is_property else "method"))
                 out.append((_begin(method, lines), method.end_lineno))
             else:
                 untold.append(f"{name}.{method.name}")
