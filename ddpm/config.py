@@ -1,52 +1,70 @@
 r"""Every number that shapes a run: dataclass field -> flag of the same name -> config.json -> rebuilt model.
 
 `ModelConfig` is what a checkpoint needs to be built again; `TrainConfig` is how it is trained. `PRESETS` is the
-table of named settings. This file imports neither torch nor the rest of the package, so `--help` answers at once."""
+table of named settings. This file imports neither torch nor the rest of the package, because `--help` must answer
+at once.
+"""
 
 import argparse
 import dataclasses
 import json
 import math
+import operator
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm.tools.errors import UserError, is_name
-from ddpm.tools.strict_json import _fits, read_json
+from ddpm.tools.strict_json import fits_in_64_bits, read_json
+
+TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
+MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
+# what --resume may change
+MOVABLE = {"max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every", "precision"}
+Widths = tuple[int, ...]
+WIDTHS = {"low": 32, "high": 4096}
+BOUNDS = {
+    "low": (operator.ge, "of at least"),
+    "high": (operator.le, "of at most"),
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
+}
 
 
-def option(default, help: str, choices: tuple = ()):
-    r"""A dataclass field with the help text, and perhaps the choices, of its flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple = (), **bounds):
+    r"""A dataclass field with the help text of its flag, and its choices or the `BOUNDS` of its value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     r"""The model: the spec's numbers are the defaults."""
 
-    image_size: int = option(64, "side of the square pictures, in pixels")
+    image_size: int = option(64, "side of the square pictures, in pixels", low=16, high=1024)
     schedule: str = option("linear", "beta over time", ("linear", "scaled_linear", "cosine"))
-    timesteps: int = option(1000, "length T of the noise chain")
+    timesteps: int = option(1000, "length T of the noise chain", low=30, high=100_000)
     prediction: str = option("eps", "what the UNet predicts", ("eps", "v", "x_0"))
     variance: str = option(
         "posterior",
         "Sigma of a DDPM step: the posterior's, beta_t, or learned between them with twice the output channels",
         ("posterior", "beta", "learned"),
     )
-    vae_channels: tuple[int, ...] = option((64, 128), "VAE widths; each after the first halves the side")
-    vae_layers: int = option(2, "ResBlocks a level of the VAE's encoder")
-    latent_channels: int = option(4, "channels of a latent")
-    channels: tuple[int, ...] = option((64, 128, 256), "UNet widths; each after the first halves the side")
-    attention_levels: tuple[int, ...] = option((0, 1), "UNet levels with cross-attention, 0 the largest")
-    res_blocks: int = option(2, "ResBlocks a level of the UNet")
-    head_width: int = option(32, "width of one attention head")
+    vae_channels: Widths = option((64, 128), "VAE widths; each after the first halves the side", **WIDTHS)
+    vae_layers: int = option(2, "ResBlocks a level of the VAE's encoder", low=1, high=64)
+    latent_channels: int = option(4, "channels of a latent", low=1, high=64)
+    channels: Widths = option((64, 128, 256), "UNet widths; each after the first halves the side", **WIDTHS)
+    attention_levels: Widths = option((0, 1), "UNet levels with cross-attention, 0 the largest")
+    res_blocks: int = option(2, "ResBlocks a level of the UNet", low=1, high=64)
+    head_width: int = option(32, "width of one attention head", low=1)
     text_weights: str = option(
         "laion2b_s34b_b79k", "text tower: an OpenCLIP ViT-B-32 tag, `random`, or a file of weights, ./FILE"
     )
     text_quick_gelu: bool = option(
         False, "for a file of text weights: it was trained with quick GELU (OpenAI's were)"
     )
-    caption_drop: float = option(0.1, "share of captions replaced by the empty one, which guidance needs")
+    caption_drop: float = option(
+        0.1, "share of captions replaced by the empty one, which guidance needs", low=0, below=1
+    )
 
     @property
     def latent_size(self) -> int:
@@ -61,39 +79,43 @@ class TrainConfig:
     data: str = option(
         "drawn", "`drawn` for drawn faces, or a folder: CelebA in any layout, or images with a csv"
     )
-    drawn_images: int = option(8_000, "how many faces to draw for --data drawn")
+    drawn_images: int = option(8_000, "how many faces to draw for --data drawn", low=1, high=10**7)
     crop: int = option(
-        0, "side of the centre crop in pixels; 0: 148 for aligned CelebA, else the largest square"
+        0, "side of the centre crop in pixels; 0: 148 for aligned CelebA, else the largest square", low=0
     )
-    seed: int = option(0, "names every random number of the run")
-    batch_size: int = option(16, "pictures a step of the UNet")
-    vae_batch_size: int = option(16, "pictures a step of the VAE")
-    accumulation: int = option(1, "parts a batch is computed in, to save memory")
-    vae_steps: int = option(30_000, "steps of the VAE stage")
-    unet_steps: int = option(200_000, "steps of the UNet stage")
-    steps_per_epoch: int = option(0, "steps that count as one epoch; 0: once through the data")
-    epochs: int = option(0, "bound each stage by epochs instead of steps; 0: not")
+    seed: int = option(0, "names every random number of the run", low=0)
+    batch_size: int = option(16, "pictures a step of the UNet", low=1, high=2**16)
+    vae_batch_size: int = option(16, "pictures a step of the VAE", low=1, high=2**16)
+    accumulation: int = option(1, "parts a batch is computed in, to save memory", low=1)
+    vae_steps: int = option(30_000, "steps of the VAE stage", low=1)
+    unet_steps: int = option(200_000, "steps of the UNet stage", low=1)
+    steps_per_epoch: int = option(0, "steps that count as one epoch; 0: once through the data", low=0)
+    epochs: int = option(0, "bound each stage by epochs instead of steps; 0: not", low=0)
     max_minutes: float = option(
         0.0,
         "bound the whole command, caches and both stages, in minutes; 0: not. The learning rate then follows "
         "the clock, so the run is not reproducible bit for bit; bounded by steps it is",
+        low=0,
     )
-    vae_share: float = option(0.35, "share of --max-minutes after which the VAE stage ends")
-    vae_lr: float = option(1e-3, "peak learning rate of what is under AdamW in the VAE")
-    lr: float = option(3e-4, "peak learning rate of what is under AdamW in the UNet")
+    vae_share: float = option(0.35, "share of --max-minutes after which the VAE stage ends", above=0, below=1)
+    vae_lr: float = option(1e-3, "peak learning rate of what is under AdamW in the VAE", low=0)
+    lr: float = option(3e-4, "peak learning rate of what is under AdamW in the UNet", low=0)
     muon_lr: float = option(
         0.0,
         "peak learning rate of both networks' inner matrices and convolutions, under Muon; 0: all is under AdamW",
+        low=0,
     )
-    warmup: int = option(200, "steps in which the learning rate rises")
-    weight_decay: float = option(0.01, "weight decay")
-    clip: float = option(1.0, "largest norm of the gradient; 0: any")
-    ema_decay: float = option(0.9995, "decay of the averaged weights, reached by warm-up")
-    vlb_weight: float = option(0.001, "weight of the variational bound that teaches --variance learned")
+    warmup: int = option(200, "steps in which the learning rate rises", low=0)
+    weight_decay: float = option(0.01, "weight decay", low=0)
+    clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0)
+    ema_decay: float = option(0.9995, "decay of the averaged weights, reached by warm-up", low=0, below=1)
+    vlb_weight: float = option(
+        0.001, "weight of the variational bound that teaches --variance learned", low=0
+    )
     reconstruction: str = option("l1", "the VAE's reconstruction norm", ("l1", "l2"))
-    kl_weight: float = option(1e-5, "weight of the VAE's KL term")
+    kl_weight: float = option(1e-5, "weight of the VAE's KL term", low=0)
     perceptual_weight: float = option(
-        0.0, "weight of a VGG16 feature loss; above 0 downloads torchvision's weights"
+        0.0, "weight of a VGG16 feature loss; above 0 downloads torchvision's weights", low=0
     )
     precision: str = option(
         "auto",
@@ -101,116 +123,36 @@ class TrainConfig:
         ("auto", "fp32", "bf16", "fp16"),
     )
     gradient_checkpointing: bool = option(False, "compute activations twice, keep fewer")
-    caption_variants: int = option(1, "wordings a picture's attributes are told in")
-    text_cache_gb: float = option(8.0, "embed captions once up to this size on disk; beyond, at every step")
-    max_bad_images: float = option(
-        0.01, "share of unreadable pictures that are skipped before the run refuses"
+    caption_variants: int = option(1, "wordings a picture's attributes are told in", low=1, high=1000)
+    text_cache_gb: float = option(
+        8.0, "embed captions once up to this size on disk; beyond, at every step", low=0
     )
-    save_every: int = option(500, "steps between checkpoints")
-    sample_every: int = option(1000, "steps between validation and sample grids")
+    max_bad_images: float = option(
+        0.01, "share of unreadable pictures that are skipped before the run refuses", low=0
+    )
+    save_every: int = option(500, "steps between checkpoints", low=1)
+    sample_every: int = option(1000, "steps between validation and sample grids", low=1)
 
 
-LAPTOP = {
-    "text_weights": "random",
-    "prediction": "v",
-    "schedule": "cosine",
-    "vae_channels": (32, 64, 64),
-    "vae_layers": 1,
-    "latent_channels": 8,
-    "channels": (64, 128, 192),
-    "attention_levels": (1, 2),
-    "res_blocks": 1,
-    "batch_size": 32,
-    "lr": 1e-3,
-    "ema_decay": 0.998,
-    "vae_lr": 2e-3,
-    "muon_lr": 7e-3,
-}
-LAPTOP_STEPS = {"vae_steps": 1_000_000, "unet_steps": 1_000_000}  # the minutes end it first
+SECTIONS = {"training": TrainConfig, "model": ModelConfig}  # of config.json, and of the flags
 
+SMALL = {"text_weights": "random", "prediction": "v", "schedule": "cosine", "vae_layers": 1, "res_blocks": 1}
+LAPTOP_VAE = {"vae_channels": (32, 64, 64), "latent_channels": 8, "vae_lr": 2e-3, "vae_steps": 1_000_000}
+LAPTOP_UNET = {"channels": (64, 128, 192), "attention_levels": (1, 2), "lr": 1e-3, "unet_steps": 1_000_000}
+LAPTOP = SMALL | LAPTOP_VAE | LAPTOP_UNET | {"batch_size": 32, "ema_decay": 0.998}  # its minutes end first
 PRESETS = {
     "drawn64": LAPTOP
-    | LAPTOP_STEPS
-    | {
-        "channels": (64, 128),
-        "attention_levels": (1,),
-        "max_minutes": 10.0,
-        "vae_share": 0.28,
-        "save_every": 200,
-        "sample_every": 400,
-    },
+    | {"channels": (64, 128), "attention_levels": (1,), "muon_lr": 7e-3}
+    | {"max_minutes": 10.0, "vae_share": 0.28, "save_every": 200, "sample_every": 400},
     "celeba64": {},
-    "celeba64-laptop": LAPTOP | LAPTOP_STEPS | {"max_minutes": 60.0, "vae_share": 0.25, "muon_lr": 4e-3},
-    "lowvram": {
-        "batch_size": 16,
-        "accumulation": 8,
-        "gradient_checkpointing": True,
-        "steps_per_epoch": 100,
-        "epochs": 3,
-    },
-    "tiny": {
-        "text_weights": "random",
-        "prediction": "v",
-        "schedule": "cosine",
-        "image_size": 32,
-        "vae_channels": (32, 32),
-        "vae_layers": 1,
-        "channels": (32, 64),
-        "attention_levels": (1,),
-        "res_blocks": 1,
-        "batch_size": 8,
-        "vae_batch_size": 8,
-        "vae_steps": 20,
-        "unet_steps": 20,
-        "drawn_images": 128,
-        "warmup": 5,
-        "save_every": 10,
-        "sample_every": 20,
-    },
+    "celeba64-laptop": LAPTOP | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25},
+    "lowvram": {"batch_size": 16, "accumulation": 8, "gradient_checkpointing": True}
+    | {"steps_per_epoch": 100, "epochs": 3},
+    "tiny": SMALL
+    | {"image_size": 32, "vae_channels": (32, 32), "channels": (32, 64), "attention_levels": (1,)}
+    | {"batch_size": 8, "vae_batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128}
+    | {"warmup": 5, "save_every": 10, "sample_every": 20},
 }
-
-
-TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
-MOST_WIDTH, MOST_PARAMETERS = 4096, 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
-AT_MOST = {"drawn_images": 10**7, "batch_size": 2**16, "vae_batch_size": 2**16, "caption_variants": 1000}
-AT_LEAST_ONE = (
-    "batch_size",
-    "vae_batch_size",
-    "accumulation",
-    "vae_steps",
-    "unet_steps",
-    "drawn_images",
-    "caption_variants",
-    "save_every",
-    "sample_every",
-)
-NOT_NEGATIVE = (
-    "crop",
-    "seed",
-    "steps_per_epoch",
-    "epochs",
-    "max_minutes",
-    "vae_lr",
-    "lr",
-    "muon_lr",
-    "warmup",
-    "weight_decay",
-    "clip",
-    "vlb_weight",
-    "kl_weight",
-    "perceptual_weight",
-    "text_cache_gb",
-    "max_bad_images",
-)
-MOVABLE = {
-    "max_minutes",
-    "vae_steps",
-    "unet_steps",
-    "epochs",
-    "save_every",
-    "sample_every",
-    "precision",
-}  # by --resume
 
 
 @dataclass(frozen=True)
@@ -219,75 +161,25 @@ class Config:
 
     model: ModelConfig
     training: TrainConfig
-    preset: str
+    preset: str = ""
 
     @classmethod
     def from_preset(cls, preset: str, **changes) -> "Config":
         r"""The preset's numbers with `changes` by field name over them; raises UserError where they make no sense."""
-        if preset not in PRESETS:
-            raise UserError(f"expected a preset out of {', '.join(PRESETS)}, got {preset!r}")
+        _require(preset in PRESETS, f"a preset out of {', '.join(PRESETS)}", preset)
         values = PRESETS[preset] | changes
-        unknown = set(values) - set(fields_of(ModelConfig)) - set(fields_of(TrainConfig))
-        if unknown:
-            raise UserError(
-                f"expected names of settings, got {', '.join(sorted(unknown))}; see train.py --help"
-            )
+        unknown = set(values) - {name for section in SECTIONS.values() for name in fields_of(section)}
+        _require(not unknown, "names of settings, as train.py --help lists them", ", ".join(sorted(unknown)))
         return cls(_build(ModelConfig, values), _build(TrainConfig, values), preset).checked()
 
     def checked(self) -> "Config":
         r"""This configuration, or UserError with the first thing in it that cannot be."""
         for section in (self.model, self.training):
-            _check_types(section)
-        m, t = self.model, self.training
-        halvings = len(m.vae_channels) + len(m.channels) - 2
-        _require(
-            1 <= len(m.vae_channels) <= 6 and 1 <= len(m.channels) <= 6,
-            "1 to 6 widths in vae_channels and channels",
-        )
-        widths = m.vae_channels + m.channels
-        _require(
-            all(0 < c <= MOST_WIDTH and c % 32 == 0 for c in widths),
-            f"widths up to {MOST_WIDTH} that 32 divides",
-            widths,
-        )
-        _require(
-            m.image_size > 0 and m.image_size % 2**halvings == 0,
-            f"an image_size that {2**halvings} divides",
-            m.image_size,
-        )
-        _require(m.image_size <= 1024, "an image_size of at most 1024", m.image_size)
-        _require(
-            m.head_width > 0 and all(c % m.head_width == 0 for c in m.channels),
-            f"a head_width that divides the UNet's widths {m.channels}",
-            m.head_width,
-        )
-        _require(
-            set(m.attention_levels) <= set(range(len(m.channels))),
-            f"attention_levels out of 0..{len(m.channels) - 1}",
-            m.attention_levels,
-        )
-        _require(30 <= m.timesteps <= 100_000, "timesteps from 30 to 100000", m.timesteps)
-        for name in ("vae_layers", "latent_channels", "res_blocks"):
-            _require(1 <= getattr(m, name) <= 64, f"{name} from 1 to 64", getattr(m, name))
-        size = parameters(m)
-        _require(
-            size <= MOST_PARAMETERS, f"a model of at most {MOST_PARAMETERS:,} parameters", f"about {size:,}"
-        )
-        _require(0 <= m.caption_drop < 1, "caption_drop in [0, 1)", m.caption_drop)
-        for name in AT_LEAST_ONE:
-            _require(getattr(t, name) >= 1, f"{name} of at least 1", getattr(t, name))
-        for name, most in AT_MOST.items():
-            _require(getattr(t, name) <= most, f"{name} of at most {most}", getattr(t, name))
-        for name in NOT_NEGATIVE:
-            _require(getattr(t, name) >= 0, f"{name} not below 0", getattr(t, name))
-        for batch in (t.batch_size, t.vae_batch_size):
-            _require(
-                batch % t.accumulation == 0,
-                f"an accumulation that divides the batch of {batch}",
-                t.accumulation,
-            )
-        _require(0 <= t.ema_decay < 1, "ema_decay in [0, 1)", t.ema_decay)
-        _require(0 < t.vae_share < 1, "vae_share in (0, 1)", t.vae_share)
+            _check_fields(section)
+        _check_model(self.model)
+        parts = self.training.accumulation
+        for batch in (self.training.batch_size, self.training.vae_batch_size):
+            _require(batch % parts == 0, f"an accumulation that divides the batch of {batch}", parts)
         return self
 
     def with_training(self, **changes) -> "Config":
@@ -305,35 +197,18 @@ class Config:
         It may be a stranger's, so it names no file to be read for the model: its text weights are `random`, a tag, or
         text.safetensors beside it. (`data` is a folder of the person who trains; only --resume opens it.)
         """
-        try:
-            values = read_json(path)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"expected the config.json of a run at {path}, could not read it: {error}"
-            ) from None
-        if not isinstance(values, dict) or not all(
-            isinstance(values.get(k), dict) for k in ("model", "training")
-        ):
-            raise UserError(
-                f"expected config.json with the sections model and training, got something else in {path}"
-            )
-        if values.get("format") != 1:
-            raise UserError(
-                f"expected config.json of format 1, got {values.get('format')!r} in {path}; another version made it"
-            )
+        path = Path(path)
+        values = _read_sections(path)
         sections = {}
-        for name, section in (("model", ModelConfig), ("training", TrainConfig)):
+        for name, section in SECTIONS.items():
             unknown = set(values[name]) - set(fields_of(section))
-            if unknown:
-                raise UserError(
-                    f"unknown settings in {path}: {', '.join(sorted(unknown))}; another version made it"
-                )
+            _require(not unknown, f"settings of this version in {path}", ", ".join(sorted(unknown)))
             sections[name] = _build(section, values[name])
         preset = values.get("preset", "")
         _require(preset == "" or isinstance(preset, str) and is_name(preset), "preset as a name", preset)
         config = cls(**sections, preset=preset).checked()
         weights = config.model.text_weights
-        if not is_name(weights) and not (Path(path).parent / TEXT_FILE).is_file():
+        if not is_name(weights) and not (path.parent / TEXT_FILE).is_file():
             raise UserError(
                 f"expected text_weights `random`, a tag, or a file {TEXT_FILE} beside {path}, got {weights!r} alone; "
                 f"a run reads no file outside its folder: copy the weights there as {TEXT_FILE}"
@@ -341,18 +216,20 @@ class Config:
         return config
 
 
-def parameters(m: ModelConfig) -> int:
+def parameters(model: ModelConfig) -> int:
     r"""About how many numbers the VAE and the UNet hold, within a factor of two.
 
-    A convolution from c to c channels has 9 c^2. Each of the 2 R + 1 ResBlocks of a level has two (those on the way up
-    read a skip as well); attention to the caption has about 22 c^2.
+    A convolution from c to c channels has 9 c^2. Each of the 2 R + 1 ResBlocks of a level has two, and those on the
+    way up read a skip as well. Attention to the caption has about 22 c^2.
     """
-    vae = sum((2 * m.vae_layers + 1) * 20 * c**2 for c in m.vae_channels) + 80 * m.vae_channels[-1] ** 2
-    levels = (
-        (2 * m.res_blocks + 1) * (26 + 22 * (k in m.attention_levels)) * c**2
-        for k, c in enumerate(m.channels)
-    )
-    return vae + sum(levels) + 60 * m.channels[-1] ** 2
+    vae = 80 * model.vae_channels[-1] ** 2
+    for c in model.vae_channels:
+        vae += (2 * model.vae_layers + 1) * 20 * c**2
+    unet = 60 * model.channels[-1] ** 2
+    for level, c in enumerate(model.channels):
+        attention = 22 if level in model.attention_levels else 0
+        unet += (2 * model.res_blocks + 1) * (26 + attention) * c**2
+    return vae + unet
 
 
 def fields_of(section) -> dict:
@@ -363,11 +240,11 @@ def fields_of(section) -> dict:
 
 def add_flags(parser: argparse.ArgumentParser):
     r"""One flag for every field of both sections; a flag that is not given stays None."""
-    for section, title in ((TrainConfig, "training"), (ModelConfig, "model")):
+    for title, section in SECTIONS.items():
         group = parser.add_argument_group(f"{title} (each preset sets its own; the spec's value in brackets)")
         for name, (kind, f) in fields_of(section).items():
             flag = "--" + name.replace("_", "-")
-            shown = ",".join(map(str, f.default)) if kind == tuple[int, ...] else f.default
+            shown = ",".join(map(str, f.default)) if kind == Widths else f.default
             help_text = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
             if kind is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
@@ -380,17 +257,16 @@ def add_flags(parser: argparse.ArgumentParser):
 
 def given_flags(arguments: argparse.Namespace) -> dict:
     r"""The settings that the command line named, by field name."""
-    names = [*fields_of(ModelConfig), *fields_of(TrainConfig)]
-    return {n: getattr(arguments, n) for n in names if getattr(arguments, n, None) is not None}
+    names = [name for section in SECTIONS.values() for name in fields_of(section)]
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
 
 
-def _widths(text: str) -> tuple[int, ...]:
+def _widths(text: str) -> Widths:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected whole numbers with commas such as 64,128,256, got {text!r}"
-        ) from None
+        expected = "expected whole numbers with commas such as 64,128,256"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
 
 
 def _number(text: str) -> float:
@@ -403,28 +279,67 @@ def _number(text: str) -> float:
     return value
 
 
-PARSERS = {tuple[int, ...]: _widths, float: _number}
+PARSERS = {Widths: _widths, float: _number}
 
 
 def _build(section, values: dict):
-    known = {n: values[n] for n in fields_of(section) if n in values}
-    return section(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+    r"""A section with `values` by field name; lists, as JSON has them, become tuples."""
+    known = {name: values[name] for name in fields_of(section) if name in values}
+    return section(**{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()})
 
 
-def _check_types(section):
+def _read_sections(path: Path) -> dict:
+    r"""The JSON of a config.json of this format, which has both sections."""
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected the config.json of a run at {path}, could not read it: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in SECTIONS):
+        raise UserError(f"expected the sections {' and '.join(SECTIONS)} in {path}, got something else")
+    _require(
+        values.get("format") == 1, f"format 1, which this version writes, in {path}", values.get("format")
+    )
+    return values
+
+
+def _check_fields(section):
+    r"""Hold each field of a section against its type, its choices and its bounds."""
     for name, (kind, f) in fields_of(type(section)).items():
         value = getattr(section, name)
-        if kind == tuple[int, ...]:
-            good = isinstance(value, tuple) and all(type(v) is int for v in value)
-        elif kind is float:
-            good = type(value) in (int, float) and math.isfinite(value)
-        else:
-            good = type(value) is kind and (kind is not int or _fits(value))
-        _require(good, f"{name} of type {getattr(kind, '__name__', kind)}, finite", value)
+        _require(_is_of_type(value, kind), f"{name} of type {getattr(kind, '__name__', kind)}, finite", value)
         choices = f.metadata["choices"]
         _require(not choices or value in choices, f"{name} out of {', '.join(choices)}", value)
+        for word, bound in f.metadata["bounds"].items():
+            holds, phrase = BOUNDS[word]
+            parts = value if isinstance(value, tuple) else (value,)
+            _require(all(holds(part, bound) for part in parts), f"{name} {phrase} {bound}", value)
 
 
-def _require(condition: bool, expected: str, got=None):
+def _is_of_type(value, kind) -> bool:
+    if kind == Widths:
+        return isinstance(value, tuple) and all(type(part) is int for part in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and (kind is not int or fits_in_64_bits(value))
+
+
+def _check_model(model: ModelConfig):
+    r"""The rules between the fields of a model."""
+    for name in ("vae_channels", "channels"):
+        widths = getattr(model, name)
+        _require(1 <= len(widths) <= 6, f"1 to 6 widths in {name}", widths)
+        _require(all(c % 32 == 0 for c in widths), f"{name} that 32 divides", widths)
+    divisor = 2 ** (len(model.vae_channels) + len(model.channels) - 2)
+    _require(model.image_size % divisor == 0, f"an image_size that {divisor} divides", model.image_size)
+    whole = all(c % model.head_width == 0 for c in model.channels)
+    _require(whole, f"a head_width that divides the UNet's widths {model.channels}", model.head_width)
+    levels = model.attention_levels
+    last = len(model.channels) - 1
+    _require(all(0 <= k <= last for k in levels), f"attention_levels out of 0..{last}", levels)
+    size = parameters(model)
+    _require(size <= MOST_PARAMETERS, f"a model of at most {MOST_PARAMETERS:,} parameters", f"about {size:,}")
+
+
+def _require(condition: bool, expected: str, got):
     if not condition:
-        raise UserError(f"expected {expected}" + ("" if got is None else f", got {got!r}"))
+        raise UserError(f"expected {expected}, got {got!r}")

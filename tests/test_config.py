@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from ddpm.config import PRESETS, Config, ModelConfig, TrainConfig, add_flags, fields_of, given_flags
+from ddpm.config import PRESETS, Config, ModelConfig, TrainConfig, Widths, add_flags, fields_of, given_flags
 from ddpm.tools.errors import UserError
 
 
@@ -39,11 +39,11 @@ def test_the_spec_is_the_preset_celeba64():
 @pytest.mark.equation("small-machine")
 def test_lowvram_is_the_specs_plan_for_a_small_card():
     config = Config.from_preset("lowvram")
-    t = config.training
+    settings = config.training
     assert config.model == ModelConfig()
-    assert t.batch_size // t.accumulation in (1, 2)
-    assert t.gradient_checkpointing
-    assert 50 <= t.steps_per_epoch <= 100 and 2 <= t.epochs <= 3
+    assert settings.batch_size // settings.accumulation in (1, 2)
+    assert settings.gradient_checkpointing
+    assert 50 <= settings.steps_per_epoch <= 100 and 2 <= settings.epochs <= 3
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -54,27 +54,59 @@ def test_every_preset_goes_through_json_unchanged(preset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, expected",
     [
-        ({"image_size": 50}, "image_size"),
-        ({"channels": (48, 64)}, "32 divides"),
-        ({"channels": ()}, "widths"),
-        ({"head_width": 48}, "head_width"),
-        ({"attention_levels": (7,)}, "attention_levels"),
-        ({"timesteps": 1}, "timesteps"),
-        ({"caption_drop": 1.0}, "caption_drop"),
-        ({"lr": float("nan")}, "lr"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"batch_size": 7, "accumulation": 2}, "accumulation"),
-        ({"prediction": "score"}, "prediction"),
-        ({"ema_decay": 1.0}, "ema_decay"),
-        ({"colour": 1}, "colour"),
-        ({"batch_size": 2.5}, "batch_size"),
+        ({"image_size": 50}, "image_size that 8 divides, got 50"),
+        ({"channels": (48, 64)}, "channels that 32 divides"),
+        ({"channels": ()}, "1 to 6 widths in channels"),
+        ({"head_width": 48}, "head_width that divides"),
+        ({"attention_levels": (7,)}, r"attention_levels out of 0..2, got \(7,\)"),
+        ({"lr": float("nan")}, "lr of type float, finite"),
+        ({"batch_size": 2.5}, "batch_size of type int"),
+        ({"batch_size": 7, "accumulation": 2}, "accumulation that divides the batch of 7, got 2"),
+        ({"prediction": "score"}, "prediction out of eps, v, x_0, got 'score'"),
+        ({"colour": 1}, "names of settings.*got 'colour'"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(changes, told):
-    with pytest.raises(UserError, match=told):
+def test_a_setting_that_cannot_be_is_named(changes, expected):
+    with pytest.raises(UserError, match=expected):
         Config.from_preset("celeba64", **changes)
+
+
+BOUNDED = [
+    (name, word, bound)
+    for section in (ModelConfig, TrainConfig)
+    for name, (_, f) in fields_of(section).items()
+    for word, bound in f.metadata["bounds"].items()
+]
+
+
+@pytest.mark.parametrize("name, word, bound", BOUNDED)
+def test_a_number_outside_the_range_at_its_field_is_refused(name, word, bound):
+    outside = {"low": bound - 1, "high": bound + 1, "above": bound, "below": bound}[word]
+    kind = fields_of(ModelConfig).get(name, fields_of(TrainConfig).get(name))[0]
+    value = (outside,) if kind == Widths else outside
+    with pytest.raises(
+        UserError, match=f"^expected {name} (of at least|of at most|above|below) {bound}, got"
+    ):
+        Config.from_preset("celeba64", **{name: value})
+
+
+def test_a_number_without_a_range_is_one_of_the_levels():
+    numbers = [
+        n for s in (ModelConfig, TrainConfig) for n, (kind, _) in fields_of(s).items() if kind is not str
+    ]
+    assert set(numbers) - {name for name, _, _ in BOUNDED} == {
+        "attention_levels",  # held against the widths
+        "text_quick_gelu",
+        "gradient_checkpointing",
+    }
+
+
+def test_pictures_are_at_least_as_large_as_the_window_of_ssim_and_a_drawn_face():
+    assert Config.from_preset("tiny", image_size=16).model.image_size == 16
+    with pytest.raises(UserError, match="expected image_size of at least 16, got 8"):
+        Config.from_preset("tiny", image_size=8)
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones():
@@ -83,7 +115,7 @@ def test_an_unknown_preset_is_named_with_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, expected",
     [
         ("", "could not read"),
         ("[1, 2]", "sections"),
@@ -92,16 +124,16 @@ def test_an_unknown_preset_is_named_with_the_known_ones():
         ("[" * 100_000, "could not read"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused_in_one_line(content, told, tmp_path):
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(content, expected, tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=expected) as error:
         Config.read(path)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, expected",
     [
         (lambda v: v.update(format=2), "format 1"),
         (lambda v: v["model"].update(colour=1), "colour"),
@@ -110,9 +142,9 @@ def test_a_file_that_is_no_configuration_is_refused_in_one_line(content, told, t
         (lambda v: v["model"].update(timesteps=True), "timesteps"),
     ],
 )
-def test_a_configuration_changed_by_hand_is_checked(change, told, tmp_path):
+def test_a_configuration_changed_by_hand_is_checked(change, expected, tmp_path):
     values = json.loads(Config.from_preset("tiny").to_json())
     change(values)
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         Config.read(tmp_path / "config.json")

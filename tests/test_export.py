@@ -223,7 +223,7 @@ def test_the_model_comes_back_bit_for_bit(folder, model):
             latent_channels=5,
             text_quick_gelu=True,
         ),
-        ModelConfig(channels=(64,), attention_levels=(), vae_channels=(32,), image_size=8),
+        ModelConfig(channels=(64,), attention_levels=(), vae_channels=(32,), image_size=16),
     ],
     ids=[*PRESETS, "odd", "one-level"],
 )

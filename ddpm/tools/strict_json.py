@@ -33,7 +33,7 @@ def parse_json(text: str, constants: bool = False):
         return values
 
     def whole(digits: str) -> int:
-        if len(digits) > 20 or not _fits(int(digits)):
+        if len(digits) > 20 or not fits_in_64_bits(int(digits)):
             raise ValueError(f"{digits[:25]} is beyond 64 bits")
         return int(digits)
 
@@ -51,5 +51,5 @@ def parse_json(text: str, constants: bool = False):
         raise ValueError("it is nested too deep") from None
 
 
-def _fits(value: int) -> bool:
+def fits_in_64_bits(value: int) -> bool:
     return -(2**63) <= value < 2**63
