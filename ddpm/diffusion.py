@@ -83,8 +83,7 @@ def v_from(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     $$v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$$
     """
     alpha_bar_t = schedule.alpha_bar_at(t, x_0)
-    v = alpha_bar_t.sqrt() * eps - (1 - alpha_bar_t).sqrt() * x_0
-    return v.to(x_0.dtype)
+    return (alpha_bar_t.sqrt() * eps - (1 - alpha_bar_t).sqrt() * x_0).to(x_0.dtype)
 
 
 def score_from(schedule: Schedule, t: Tensor, eps: Tensor) -> Tensor:
@@ -123,14 +122,7 @@ def x_0_and_eps(
     return x_0.to(x_t.dtype), eps.to(x_t.dtype)
 
 
-def reverse_variance(
-    schedule: Schedule,
-    x_t: Tensor,
-    t: Tensor,
-    s: Tensor | None = None,
-    variance: str = "posterior",
-    nu: Tensor | None = None,
-) -> Tensor:
+def reverse_variance(schedule: Schedule, x_t, t, s=None, variance="posterior", nu=None) -> Tensor:
     r"""Sigma_theta(x_t, t, c), the variance of the reverse step, in its three forms.
 
     `posterior` is beta-tilde of `q_posterior`, right for a single picture. `beta` is beta_{t|s}, right for standard

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-GROUPS = 32  # of each group normalisation
-
 
 def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
     r"""Cosines and sines of t at `width / 2` frequencies (Attention Is All You Need, section 3.5; DDPM, appendix B).
@@ -52,7 +50,7 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
     $$y = \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \varepsilon}}\, \gamma + \beta$$
     """
-    return nn.GroupNorm(GROUPS, channels, eps=eps)
+    return nn.GroupNorm(32, channels, eps=eps)
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -124,19 +122,12 @@ class Level(nn.Module):
     Args:
         inputs: the channels of each ResBlock's input. channels: of all their outputs.
         time_width, eps: as for `ResBlock`.
-        attention: makes one attention block; None for a level without.
+        attention: callable () -> nn.Module, which makes one attention block; None for a level without.
 
     `gradient_checkpointing` keeps only the inputs of each pair for the backward pass and computes the rest again.
     """
 
-    def __init__(
-        self,
-        inputs: list[int],
-        channels: int,
-        time_width: int | None = None,
-        attention: Callable[[], nn.Module] | None = None,
-        eps: float = 1e-5,
-    ):
+    def __init__(self, inputs: list[int], channels: int, time_width=None, attention=None, eps: float = 1e-5):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(width, channels, time_width, eps) for width in inputs])
         self.attentions = nn.ModuleList([attention() for _ in inputs] if attention else [])
@@ -145,7 +136,7 @@ class Level(nn.Module):
     def pair(self, i: int, h: Tensor, time: Tensor | None, context: Tensor | None) -> Tensor:
         r"""ResBlock i and the attention after it."""
 
-        def compute(h: Tensor, time: Tensor | None, context: Tensor | None) -> Tensor:
+        def compute(h, time, context):
             h = self.resnets[i](h, time)
             return self.attentions[i](h, context) if self.attentions else h
 
@@ -164,7 +155,7 @@ class DownLevel(Level):
         super().__init__(inputs, channels, **options)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, asymmetric)])
 
-    def forward(self, h: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> list[Tensor]:
+    def forward(self, h: Tensor, time=None, context=None) -> list[Tensor]:
         outputs = []
         for i in range(len(self.resnets)):
             h = self.pair(i, h, time, context)
@@ -174,15 +165,17 @@ class DownLevel(Level):
         return outputs
 
 
-class MidLevel(Level):
+class MidLevel(nn.Module):
     r"""The smallest size: ResBlock, attention, ResBlock."""
 
     def __init__(self, channels: int, attention: Callable[[], nn.Module], **options):
-        super().__init__([channels, channels], channels, **options)
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(channels, channels, **options) for _ in range(2)])
         self.attentions = nn.ModuleList([attention()])
 
-    def forward(self, h: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        h = self.pair(0, h, time, context)
+    def forward(self, h: Tensor, time=None, context=None) -> Tensor:
+        h = self.resnets[0](h, time)
+        h = self.attentions[0](h, context)
         return self.resnets[1](h, time)
 
 
@@ -196,13 +189,7 @@ class UpLevel(Level):
         super().__init__(inputs, channels, **options)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
 
-    def forward(
-        self,
-        h: Tensor,
-        time: Tensor | None = None,
-        context: Tensor | None = None,
-        skips: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, h: Tensor, time=None, context=None, skips: list[Tensor] | None = None) -> Tensor:
         for i in range(len(self.resnets)):
             h = h if skips is None else torch.cat([h, skips.pop()], dim=1)
             h = self.pair(i, h, time, context)

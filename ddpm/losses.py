@@ -87,14 +87,7 @@ def split_output(output: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def variational_term(
-    schedule: Schedule,
-    z_0: Tensor,
-    z_t: Tensor,
-    t: Tensor,
-    output: Tensor,
-    prediction: str = "eps",
-    variance: str = "posterior",
-    nu: Tensor | None = None,
+    schedule: Schedule, z_0, z_t, t, output, prediction="eps", variance="posterior", nu=None
 ) -> Tensor:
     r"""What step t adds to the variational bound, in bits/dim; (B,) (DDPM, equation 5).
 
@@ -110,6 +103,8 @@ def variational_term(
 
     in nats; the value is divided by log 2. Latents are continuous, so L_0 bounds a density. It is below 0 where that
     density is above 1.
+
+    Args: z_0, z_t (B, ...); t (B,) integers; output: the network's prediction; variance, nu as for `reverse_variance`.
     """
     z_0_hat, _ = x_0_and_eps(schedule, z_t, t, output, prediction)
     sigma_2 = reverse_variance(schedule, z_t, t, None, variance, nu)

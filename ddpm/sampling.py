@@ -1,7 +1,8 @@
 r"""From noise to latents: DDPM, DDIM and DPM-Solver++ 2M, one step each, guidance, and the loop over them.
 
-All three steps have one signature: from x_t at time t to x_s at an earlier time s, given the network's prediction of
-x_0. s = -1 is the clean picture. Nothing is clipped: latents have no bounds.
+All three steps go from x_t at time t to x_s at an earlier time s, given the network's prediction of x_0. x_t, x_0,
+eps and noise are (B, ...), t and s (B,) integers; s = -1 is the clean picture. Nothing is clipped: latents have no
+bounds.
 """
 
 import math
@@ -20,20 +21,13 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 @dataclass
 class State:
-    r"""Where the loop over the steps stands.
+    r"""Where the loop over the steps stands."""
 
-    Attributes:
-        i: number of the step, from 0.
-        t, s: the time of this step and the next one, -1 after the last.
-        x: (B, ...) the sample at time s.
-        x_0: (B, ...) the network's prediction of the clean sample, from time t.
-    """
-
-    i: int
-    t: int
-    s: int
-    x: Tensor
-    x_0: Tensor
+    i: int  # number of the step, from 0
+    t: int  # the time of this step
+    s: int  # the time of the next one, -1 after the last
+    x: Tensor  # (B, ...) the sample at time s
+    x_0: Tensor  # (B, ...) the network's prediction of the clean sample, from time t
 
 
 def timesteps(schedule: Schedule, steps: int) -> list[int]:
@@ -48,16 +42,7 @@ def timesteps(schedule: Schedule, steps: int) -> list[int]:
     return [round(T - k * T / steps) - 1 for k in range(steps)]
 
 
-def ddpm_step(
-    schedule: Schedule,
-    x_t: Tensor,
-    t: Tensor,
-    s: Tensor,
-    x_0: Tensor,
-    noise: Tensor,
-    variance: str = "posterior",
-    nu: Tensor | None = None,
-) -> Tensor:
+def ddpm_step(schedule: Schedule, x_t, t, s, x_0, noise, variance="posterior", nu=None) -> Tensor:
     r"""Ancestral sampling (DDPM, algorithm 2), also over skipped steps.
 
     $$p_\theta(x_s \mid x_t, c) = \mathcal N\left(x_s;\ \mu_\theta(x_t, t, c),\ \Sigma_\theta(x_t, t, c)\right), \qquad
@@ -72,16 +57,7 @@ def ddpm_step(
     return (mean + sigma_2.sqrt() * noise).to(x_t.dtype)
 
 
-def ddim_step(
-    schedule: Schedule,
-    x_t: Tensor,
-    t: Tensor,
-    s: Tensor,
-    x_0: Tensor,
-    eps: Tensor,
-    noise: Tensor,
-    eta: float = 0.0,
-) -> Tensor:
+def ddim_step(schedule: Schedule, x_t, t, s, x_0, eps, noise, eta: float = 0.0) -> Tensor:
     r"""One step of DDIM (equation 12; its alpha is our alpha_bar).
 
     $$x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s - \sigma^2}\, \hat\epsilon
@@ -98,16 +74,7 @@ def ddim_step(
     return x_s.to(x_t.dtype)
 
 
-def dpmpp_2m_step(
-    schedule: Schedule,
-    x_t: Tensor,
-    t: Tensor,
-    s: Tensor,
-    x_0: Tensor,
-    previous: tuple[Tensor, Tensor] | None,
-    noise: Tensor,
-    eta: float = 0.0,
-) -> Tensor:
+def dpmpp_2m_step(schedule: Schedule, x_t, t, s, x_0, previous, noise, eta: float = 0.0) -> Tensor:
     r"""One step of DPM-Solver++ 2M: `ddim_step` with D, which extrapolates, for the network's x_0.
 
     $$x_s = a_s D + \sqrt{\sigma_s^2 - \sigma^2}\, \frac{x_t - a_t D}{\sigma_t} + \sigma\, \epsilon', \qquad
@@ -195,11 +162,8 @@ def sample_loop(
         draw: returns fresh standard normal noise like x_T; called once a step by the samplers that add noise.
         steps: 1..T. eta: noise of ddim and dpm++, 0 (none, the same way every time) to 1 (that of ddpm).
     """
-    for name, value, known in (
-        ("sampler", sampler, SAMPLERS),
-        ("prediction", prediction, PREDICTIONS),
-        ("variance", variance, VARIANCES),
-    ):
+    choices = {"sampler": SAMPLERS, "prediction": PREDICTIONS, "variance": VARIANCES}
+    for (name, known), value in zip(choices.items(), (sampler, prediction, variance), strict=True):
         if value not in known:
             raise ValueError(f"expected a {name} out of {', '.join(known)}, got {value!r}")
     if not 0 <= eta <= 1:

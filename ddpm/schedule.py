@@ -27,9 +27,8 @@ def linear_beta(timesteps: int, start: float = 1e-4, end: float = 0.02) -> Tenso
 def scaled_linear_beta(timesteps: int, start: float = 0.00085, end: float = 0.012) -> Tensor:
     r"""sqrt(beta) rises in equal steps (Latent Diffusion, where it is called "linear"). Returns (T,) float64."""
     scale = math.sqrt(1000 / timesteps)
-    first = math.sqrt(start) * scale
-    last = math.sqrt(end) * scale
-    return torch.linspace(first, last, timesteps, dtype=torch.float64) ** 2
+    roots = torch.linspace(math.sqrt(start), math.sqrt(end), timesteps, dtype=torch.float64)
+    return (scale * roots) ** 2
 
 
 def cosine_beta(timesteps: int, offset: float = 0.008, largest: float = 0.999) -> Tensor:
@@ -95,7 +94,7 @@ class Schedule:
 
     def beta_at(self, t: Tensor, x: Tensor) -> Tensor:
         r"""beta_t for each picture of x; see `alpha_bar_at`."""
-        return _broadcast(self.beta[t], x)
+        return self.beta[t].reshape(-1, *[1] * (x.ndim - 1))
 
     def alpha_bar_at(self, t: Tensor, x: Tensor) -> Tensor:
         r"""alpha_bar_t for each picture of x.
@@ -107,9 +106,4 @@ class Schedule:
         Returns: (B, 1, ..., 1) float64, so an equation with it is computed in double precision. The functions of
         `diffusion` round once, at their end.
         """
-        return _broadcast(self._with_clean[t], x)
-
-
-def _broadcast(values: Tensor, x: Tensor) -> Tensor:
-    r"""(B,) values as (B, 1, ..., 1), which multiply x (B, ...)."""
-    return values.reshape(-1, *[1] * (x.ndim - 1))
+        return self._with_clean[t].reshape(-1, *[1] * (x.ndim - 1))

@@ -52,10 +52,8 @@ class UNet(nn.Module):
         skips = [channels[0]]  # the widths of what the way up will take
         for k, width in enumerate(channels):
             inputs = [skips[-1]] + [width] * (res_blocks - 1)
-            level = DownLevel(
-                inputs, width, last=k == smallest, time_width=time_width, attention=attention(width, k)
-            )
-            self.down_blocks.append(level)
+            options = {"time_width": time_width, "attention": attention(width, k)}
+            self.down_blocks.append(DownLevel(inputs, width, last=k == smallest, **options))
             skips += [width] * (res_blocks + (k != smallest))
 
         middle = partial(CrossAttentionBlock, channels[-1], context_width, head_width)
@@ -65,8 +63,8 @@ class UNet(nn.Module):
         below = channels[-1]
         for k, width in reversed(list(enumerate(channels))):
             inputs = [h + skips.pop() for h in [below] + [width] * res_blocks]
-            level = UpLevel(inputs, width, last=k == 0, time_width=time_width, attention=attention(width, k))
-            self.up_blocks.append(level)
+            options = {"time_width": time_width, "attention": attention(width, k)}
+            self.up_blocks.append(UpLevel(inputs, width, last=k == 0, **options))
             below = width
 
         self.conv_norm_out = group_norm(channels[0], eps=1e-5)
