@@ -50,7 +50,7 @@ def context_read_once(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for linear in projections:
-            del linear.forward
+            linear.__dict__.pop("forward", None)
 
 
 def _remember_last(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
