@@ -11,6 +11,7 @@ from ddpm.tools import text_weights
 from ddpm.tools.errors import UserError
 
 collect_ignore = ["benchmarks"]  # they are run by hand
+SLOW_LEFT_OUT = []
 TINY = ModelConfig(
     image_size=16,
     vae_channels=(32, 32),
@@ -22,15 +23,25 @@ TINY = ModelConfig(
 )
 
 
+def pytest_deselected(items):
+    SLOW_LEFT_OUT.extend(item for item in items if item.get_closest_marker("slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if SLOW_LEFT_OUT:
+        terminalreporter.write_line(
+            f"{len(SLOW_LEFT_OUT):,} slow tests were left out; python -m pytest -m '' runs all tests"
+        )
+
+
 def without_zeros(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
     r"""`module` with every layer that starts at zero drawn at random, so that its output depends on its inputs."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim > 1 and not parameter.any():
-                parameter.copy_(
-                    torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std
-                )
+                drawn = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.copy_(drawn * std)
     return module
 
 
@@ -38,9 +49,9 @@ def refusal_of(action, *arguments) -> str:
     r"""The text of the UserError that `action` raises, which must be one line."""
     with pytest.raises(UserError) as refusal:
         action(*arguments)
-    told = str(refusal.value)
-    assert "\n" not in told
-    return told
+    message = str(refusal.value)
+    assert "\n" not in message
+    return message
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +61,7 @@ def tower() -> TextTower:
 
 
 class Remembering(nn.Module):
-    r"""The text tower, asked for each prompt once in the whole session: it is most of a tiny model's time."""
+    r"""The text tower, run once for each prompt of the whole session, because it is most of a tiny model's time."""
 
     def __init__(self, tower: TextTower):
         super().__init__()
@@ -71,7 +82,7 @@ def remembering(tower) -> Remembering:
 
 @pytest.fixture
 def tiny(remembering) -> TextToImage:
-    r"""An untrained model of 16 x 16 pictures whose UNet listens to the time and to the caption."""
+    r"""An untrained model of 16 x 16 pictures whose UNet's output depends on the time and on the caption."""
     torch.manual_seed(0)
     model = TextToImage(TINY, remembering).eval()
     without_zeros(model.vae, seed=1)
