@@ -34,6 +34,17 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
+def normal(*shape: int, seed: int = 0, dtype=torch.float64) -> Tensor:
+    r"""Standard normal numbers of a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def far(x: Tensor, y: Tensor) -> float:
+    r"""The largest absolute difference of two tensors of one shape."""
+    assert x.shape == y.shape
+    return (x.double() - y.double()).abs().max().item()
+
+
 def without_zeros(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
     r"""`module` with every layer that starts at zero drawn at random, so that its output depends on its inputs."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
-r"""The three schedules: their ends, their products, and what is refused."""
+r"""The three schedules: their ends, their products, the lookups, and what is refused."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,48 +13,35 @@ NAMES = sorted(SCHEDULES)
 
 @pytest.mark.equation("alpha-bar")
 @pytest.mark.parametrize("name", NAMES)
-def test_beta_alpha_and_alpha_bar_are_double_precision_numbers_between_0_and_1(name):
+def test_alpha_bar_is_the_falling_product_of_all_alphas_up_to_t_in_double_precision(name):
     schedule = Schedule.named(name)
+    product = 1.0
+    for t in range(schedule.timesteps):
+        assert schedule.alpha[t].item() == 1.0 - schedule.beta[t].item()
+        product *= schedule.alpha[t].item()
+        # 1e-12: a thousand roundings of 1e-16 each
+        assert schedule.alpha_bar[t].item() == pytest.approx(product, rel=1e-12)
     for table in (schedule.beta, schedule.alpha, schedule.alpha_bar):
         assert table.shape == (1000,)
         assert table.dtype == torch.float64
         assert bool(((table > 0) & (table < 1)).all())
-
-
-@pytest.mark.equation("alpha-bar")
-@pytest.mark.parametrize("name", NAMES)
-def test_alpha_bar_falls_and_beta_does_not(name):
-    schedule = Schedule.named(name)
     assert bool((schedule.alpha_bar.diff() < 0).all())
     assert bool((schedule.beta.diff() >= 0).all())
-
-
-@pytest.mark.equation("alpha-bar")
-@pytest.mark.parametrize("name", NAMES)
-def test_alpha_bar_is_the_product_of_all_alphas_up_to_t(name):
-    schedule = Schedule.named(name)
-    product = 1.0
-    for t in range(schedule.timesteps):
-        product *= 1.0 - schedule.beta[t].item()
-        # 1e-12: a thousand roundings of 1e-16 each
-        assert schedule.alpha_bar[t].item() == pytest.approx(product, rel=1e-12)
 
 
 @pytest.mark.equation("linear-schedule")
 def test_linear_beta_has_the_ends_of_ddpm():
     beta = Schedule.named("linear").beta
-    assert beta[0].item() == pytest.approx(1e-4, abs=1e-15)
-    assert beta[-1].item() == pytest.approx(0.02, abs=1e-15)
-    assert beta[499].item() == pytest.approx(1e-4 + (0.02 - 1e-4) * 499 / 999, abs=1e-15)
+    for t in (0, 499, 999):
+        assert beta[t].item() == pytest.approx(1e-4 + (0.02 - 1e-4) * t / 999, abs=1e-15)
 
 
 @pytest.mark.equation("scaled-linear-schedule")
 def test_scaled_linear_beta_has_the_ends_of_latent_diffusion_and_straight_roots():
     beta = Schedule.named("scaled_linear").beta
-    assert beta[0].item() == pytest.approx(0.00085, abs=1e-15)
-    assert beta[-1].item() == pytest.approx(0.012, abs=1e-15)
-    root = math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * 499 / 999
-    assert beta[499].item() == pytest.approx(root**2, abs=1e-15)
+    for t in (0, 499, 999):
+        root = math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * t / 999
+        assert beta[t].item() == pytest.approx(root**2, abs=1e-15)
 
 
 @pytest.mark.equation("cosine-schedule")
@@ -81,7 +69,7 @@ def test_the_signal_left_at_the_end_is_what_the_papers_say(name, terminal, toler
 
 
 @pytest.mark.equation("linear-schedule", "scaled-linear-schedule", "cosine-schedule")
-@pytest.mark.parametrize("timesteps", [100, 250, 4000])
+@pytest.mark.parametrize("timesteps", [100, 4000])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chain_of_another_length_adds_about_the_same_noise(name, timesteps):
     r"""Compared half way, in lambda = log(signal / noise) / 2, which runs over about 10; 0.2 is 2 % of it."""
@@ -97,8 +85,7 @@ def test_a_chain_of_another_length_adds_about_the_same_noise(name, timesteps):
 @pytest.mark.equation("alpha-bar")
 def test_lookups_have_the_shape_of_the_batch_and_minus_one_is_clean():
     schedule = Schedule.named("linear")
-    like = torch.zeros(3, 4, 8, 8)
-    alpha_bar = schedule.alpha_bar_at(torch.tensor([-1, 0, 999]), like)
+    alpha_bar = schedule.alpha_bar_at(torch.tensor([-1, 0, 999]), torch.zeros(3, 4, 8, 8))
     assert alpha_bar.shape == (3, 1, 1, 1)
     assert alpha_bar.dtype == torch.float64
     assert alpha_bar.flatten().tolist() == [1.0, schedule.alpha_bar[0].item(), schedule.alpha_bar[999].item()]
@@ -107,50 +94,31 @@ def test_lookups_have_the_shape_of_the_batch_and_minus_one_is_clean():
     assert beta.flatten().tolist() == [schedule.beta[0].item(), schedule.beta[999].item()]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
-def test_every_integer_type_of_t_is_understood(dtype):
+def test_the_tables_move_to_a_device_in_double_precision_and_to_mps_in_single():
     schedule = Schedule.named("linear")
-    t = torch.tensor([0, 100], dtype=dtype)
-    assert schedule.alpha_bar_at(t, torch.zeros(2)).tolist() == schedule.alpha_bar[[0, 100]].tolist()
-
-
-@pytest.mark.parametrize(
-    "t, told",
-    [
-        (torch.tensor([0.0, 1.0]), "integers in -1..999, got torch.float32"),
-        (torch.tensor([True, False]), "got torch.bool"),
-        (5, "got int"),
-        ([0, 1], "got list"),
-        (torch.tensor([0, 1000]), r"t in -1..999, got 0..1000"),
-        (torch.tensor([-2, 5]), r"t in -1..999, got -2..5"),
-        (torch.tensor([0, 1, 2]), r"shape \(2,\), one time a batch element, got \(3,\)"),
-        (torch.tensor(0), r"shape \(2,\), one time a batch element, got \(\)"),
-        (torch.tensor([[0], [1]]), r"shape \(2,\), one time a batch element, got \(2, 1\)"),
-    ],
-)
-def test_a_time_that_cannot_be_is_refused_with_what_was_expected_and_what_came(t, told):
-    with pytest.raises(ValueError, match=told):
-        Schedule.named("linear").alpha_bar_at(t, torch.zeros(2, 4))
-
-
-def test_beta_has_no_clean_time():
-    with pytest.raises(ValueError, match=r"t in 0..999, got -1..-1"):
-        Schedule.named("linear").beta_at(torch.tensor([-1]), torch.zeros(1, 4))
+    moved = schedule.to("meta")
+    for name, table in vars(moved).items():
+        assert table.is_meta and table.dtype == torch.float64
+        assert not vars(schedule)[name].is_meta
+    table = Mock()
+    vars(schedule).update(dict.fromkeys(vars(schedule), table))
+    schedule.to("mps")
+    assert {call.args for call in table.to.call_args_list} == {("mps", torch.float32)}
 
 
 @pytest.mark.parametrize(
     "beta, told",
     [
-        ([0.1, 1.0], r"every beta in \(0, 1\), got values from 0.1 to 1"),
-        ([0.0, 0.1], r"every beta in \(0, 1\), got values from 0 to 0.1"),
+        ([0.1, 1.0], r"every beta in \(0, 1\), got shape \(2,\) and values \[0.1, 1.0\]"),
+        ([0.0, 0.1], r"every beta in \(0, 1\)"),
         ([0.1, float("nan")], r"every beta in \(0, 1\)"),
-        ([0.1], r"T >= 2, got shape \(1,\)"),
+        ([0.1], r"T >= 2 .*got shape \(1,\)"),
         ([[0.1, 0.2]], r"got shape \(1, 2\)"),
     ],
 )
 def test_a_beta_that_cannot_be_is_refused(beta, told):
     with pytest.raises(ValueError, match=told):
-        Schedule(torch.tensor(beta))
+        Schedule(torch.tensor(beta, dtype=torch.float64))
 
 
 def test_an_unknown_schedule_is_refused_and_the_known_ones_are_named():
@@ -158,12 +126,7 @@ def test_an_unknown_schedule_is_refused_and_the_known_ones_are_named():
         Schedule.named("quadratic")
 
 
-@pytest.mark.parametrize("timesteps", [1, 0, -5])
-def test_a_chain_needs_two_steps(timesteps):
-    with pytest.raises(ValueError, match=f"at least 2 timesteps, got {timesteps}"):
-        Schedule.named("linear", timesteps)
-
-
-def test_a_chain_too_short_for_its_noise_says_so():
-    with pytest.raises(ValueError, match="check the schedule's ends and its number of timesteps"):
-        Schedule.named("linear", 10)  # 0.02 * 1000 / 10 would be beta = 2
+@pytest.mark.parametrize("timesteps", [1, 10])
+def test_a_chain_too_short_for_its_noise_is_refused(timesteps):
+    with pytest.raises(ValueError, match="check the schedule's ends and its timesteps"):
+        Schedule.named("linear", timesteps)  # 0.02 * 1000 / 10 would be beta = 2
