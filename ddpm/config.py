@@ -202,7 +202,9 @@ class Config:
         sections = {}
         for name, section in SECTIONS.items():
             unknown = set(values[name]) - set(fields_of(section))
-            _require(not unknown, f"settings of this version in {path}", ", ".join(sorted(unknown)))
+            if unknown:
+                names = ", ".join(sorted(unknown))
+                raise UserError(f"unknown settings in {path}: {names}; another version made it")
             sections[name] = _build(section, values[name])
         preset = values.get("preset", "")
         _require(preset == "" or isinstance(preset, str) and is_name(preset), "preset as a name", preset)
@@ -295,10 +297,8 @@ def _read_sections(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"expected the config.json of a run at {path}, could not read it: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in SECTIONS):
-        raise UserError(f"expected the sections {' and '.join(SECTIONS)} in {path}, got something else")
-    _require(
-        values.get("format") == 1, f"format 1, which this version writes, in {path}", values.get("format")
-    )
+        raise UserError(f"expected the sections model and training in {path}, got something else")
+    _require(values.get("format") == 1, f"{path} of format 1", values.get("format"))
     return values
 
 

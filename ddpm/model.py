@@ -176,7 +176,7 @@ class TextToImage(nn.Module):
         self.save_vae(folder)
         weights = self.config.text_weights
         if not is_name(weights) or (self.own_text and weights != "random"):
-            write_atomically(folder / TEXT_FILE, partial(text_weights.save_tower, self.text))
+            text_weights.save_tower(self.text, folder / TEXT_FILE)
         save_weights(folder / "ema.safetensors", self.unet.state_dict())
 
     @classmethod

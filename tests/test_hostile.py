@@ -409,7 +409,7 @@ SETTINGS = {
     "latin-1": (GOOD.replace("drawn", "dr\xe4wn").encode("latin-1"), "could not read"),
     "NUL": (GOOD + "\0", "could not read"),
     "two in one": (GOOD + GOOD, "could not read"),
-    "escape codes as a name": (GOOD.replace('"seed": 0', r'"\u001b[2Jseed": 0'), r"settings of this version"),
+    "escape codes as a name": (GOOD.replace('"seed": 0', r'"\u001b[2Jseed": 0'), r"unknown settings"),
     "escape codes as a preset": (GOOD.replace('"preset": "tiny"', r'"preset": "\u001b[2J"'), "preset"),
     "a preset of a list": (GOOD.replace('"preset": "tiny"', '"preset": []'), "preset"),
     "a width of 10^9": (GOOD.replace('"channels": [', '"channels": [1000000000,'), "widths up to 4096"),

@@ -325,7 +325,7 @@ FAULTS = {
     "a setting of the wrong type": (setting(channels="64"), ["channels", "'64'"]),
     "a width that 32 does not divide": (setting(channels=[33]), ["32 divides", "33"]),
     "an unknown schedule": (setting(schedule="sine"), ["schedule", "'sine'"]),
-    "another model's weights": (setting(channels=[32, 96]), [UNET, "of shape"]),
+    "another model's weights": (setting(channels=[32, 96]), [UNET, "should have shape"]),
     "the VAE is missing": (gone(VAE), ["no vae.safetensors", "train.py --resume"]),
     "the UNet is missing": (gone(UNET), ["no ema.safetensors", "train.py --resume"]),
     "the VAE is cut short": (content(VAE, lambda old: old[:200]), [VAE, "damaged"]),

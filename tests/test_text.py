@@ -412,8 +412,7 @@ def test_tensors_of_the_wrong_shape_are_refused_with_both_shapes(small_towers, t
     save_file(state, path)
     told = refusal_of(lambda: text_weights.named_tower(str(path)))
     assert str(path) in told
-    assert "ln_final.weight should be (64,), got (128,)" in told
-    assert "1 of 28 tensors" in told
+    assert "ln_final.weight should have shape (64,), got (128,)" in told
 
 
 def test_a_file_of_another_model_is_refused(small_towers, tmp_path):
@@ -421,14 +420,14 @@ def test_a_file_of_another_model_is_refused(small_towers, tmp_path):
     save_file({"encoder.conv_in.weight": torch.zeros(3)}, path)
     told = refusal_of(lambda: text_weights.named_tower(str(path)))
     assert "ViT-B-32 text tower" in told
-    assert "got nothing" in told
+    assert "encoder" not in told and "is missing" in told
 
 
 @pytest.mark.parametrize("name", ["garbage.safetensors", "garbage.bin", "garbage.pt", "garbage"])
 def test_a_file_that_holds_no_tensors_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"this is not a file of tensors\n" * 10)
-    assert f"(.safetensors, .bin or .pt) at {path}" in refusal_of(lambda: text_weights.named_tower(str(path)))
+    assert f"could not read the weights in {path}" in refusal_of(lambda: text_weights.named_tower(str(path)))
 
 
 def test_a_file_cut_short_is_refused(small_towers, tmp_path):
@@ -436,7 +435,7 @@ def test_a_file_cut_short_is_refused(small_towers, tmp_path):
         path = tmp_path / name
         write(both_towers(small_tower(3), "plain"), path)
         path.write_bytes(path.read_bytes()[:-1000])
-        assert "could not read it" in refusal_of(lambda path=path: text_weights.named_tower(str(path)))
+        assert "could not read the weights in" in refusal_of(lambda path=path: text_weights.named_tower(str(path)))
 
 
 @pytest.mark.parametrize("content", [[torch.ones(3)], {"state_dict": [1, 2]}, {"a": 1}, torch.ones(3)])
@@ -465,7 +464,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path, write):
     mark, path = tmp_path / "executed", tmp_path / "open_clip.bin"
     write({"token_embedding.weight": Dropper(mark)}, path)
     told = refusal_of(lambda: text_weights.named_tower(str(path)))
-    assert "could not read it" in told
+    assert "could not read the weights in" in told
     assert not mark.exists()
     pickle.loads(pickle.dumps(Dropper(mark)))  # the trap does work
     assert mark.exists()

@@ -16,14 +16,13 @@ import open_clip
 import torch
 from huggingface_hub import constants
 from open_clip.pretrained import download_pretrained
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ddpm.text import ARCHITECTURE, WIDTH, TextTower
 from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.files import check_not_packed, digest_of
 from ddpm.tools.seeding import generator
+from ddpm.tools.weights import Shapes, match, read_metadata, read_tensors, save_weights, shapes_of
 
 
 def named_tower(weights: str, quick_gelu: bool = False) -> TextTower:
@@ -94,23 +93,21 @@ def tower_from_file(path: Path, quick_gelu: bool = False) -> TextTower:
 
     A .safetensors file, or a pickle of tensors alone (.bin, .pt), from which nothing is executed.
     """
-    state, metadata = _read_state(path)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    quick_gelu = metadata.get("quick_gelu", str(quick_gelu)) == "True"
-    prefix = "text." if any(k.startswith("text.") for k in state) else ""
+    tensors_alone = path.suffix == ".safetensors"
+    if tensors_alone:
+        quick_gelu = read_metadata(path).get("quick_gelu", str(quick_gelu)) == "True"
     text = TextTower(quick_gelu)
-    wanted = text.tower.state_dict()
-    picked = {name: state.get(prefix + name) for name in wanted}
-    wrong = [n for n, v in picked.items() if v is None or v.shape != wanted[n].shape]
-    if wrong:
-        came = picked[wrong[0]]
-        raise UserError(
-            f"expected {path} to hold OpenCLIP's {ARCHITECTURE} text tower; "
-            f"{len(wrong)} of {len(wanted)} tensors do not fit: {wrong[0]} should be "
-            f"{tuple(wanted[wrong[0]].shape)}, got {'nothing' if came is None else tuple(came.shape)}"
-        )
+    shapes = shapes_of(text.tower.state_dict())
+
+    def known_as(name: str) -> str | None:
+        r"""Published files have `module.` or `text.` before a name, and the image tower's tensors beside ours."""
+        name = name.removeprefix("module.").removeprefix("text.")
+        return name if name in shapes else None
+
+    read = read_tensors if tensors_alone else _read_pickle
+    state, _ = read(path, shapes, known_as, f"OpenCLIP's {ARCHITECTURE} text tower")
     try:
-        text.tower.load_state_dict(picked)
+        text.tower.load_state_dict(state)
     except RuntimeError as error:  # sparse, quantized or without content, which weights_only lets pass
         raise UserError(f"expected plain tensors in {path}, got others: {str(error)[:300]}") from None
     return text
@@ -118,8 +115,7 @@ def tower_from_file(path: Path, quick_gelu: bool = False) -> TextTower:
 
 def save_tower(text: TextTower, path: Path):
     r"""Write the tower as safetensors that `tower_from_file` reads, activation included."""
-    state = {k: v.cpu().contiguous() for k, v in text.tower.state_dict().items()}
-    save_file(state, path, {"format": "pt", "quick_gelu": str(text.quick_gelu)})
+    save_weights(path, text.tower.state_dict(), {"quick_gelu": str(text.quick_gelu)})
 
 
 def fingerprint(text: TextTower) -> str:
@@ -151,21 +147,20 @@ def impatient_hub():
         logger.setLevel(level)
 
 
-def _read_state(path: Path) -> tuple[dict, dict]:
+def _read_pickle(path: Path, shapes: Shapes, known_as, what: str) -> tuple[dict[str, Tensor], dict]:
+    r"""As `read_tensors`, out of what torch.save wrote."""
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         check_not_packed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state) if isinstance(state, dict) else None
     except Exception as error:  # each reader has its own kinds
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(
-            f"expected a file of tensors (.safetensors, .bin or .pt) at {path}, could not read it: {reason}"
+            f"could not read the weights in {path}: {reason}; expected a file of tensors (.safetensors, .bin or .pt)"
         ) from None
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"expected a dictionary of tensors in {path}, got something else")
-    return state, {}
+    state = {str(name): tensor for name, tensor in state.items()}
+    places = match(path, shapes_of(state), shapes, known_as, what)
+    return {name: state[place] for name, place in places.items()}, {}

@@ -1,7 +1,7 @@
-r"""Weights in safetensors files: written whole, read strictly."""
+r"""Weights in safetensors files: written whole, read strictly, by one reader."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,51 +11,90 @@ from torch import Tensor, nn
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import digest_of, write_atomically
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None):
     r"""Write tensors as safetensors, atomically; the digest of tensors and metadata is kept as `sha256` among these."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {"format": "pt", **(metadata or {})}
     write_atomically(path, save(tensors, {**metadata, "sha256": digest_of([tensors, metadata])}))
 
 
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
-    r"""Read safetensors into `module`, strictly: every name and shape must fit, and the checksum where there is one.
-
-    Returns: the file's metadata.
-    """
-    check_shapes(path, module)
-    with _reading(path) as file:
-        state, metadata = (
-            {name: file.get_tensor(name) for name in module.state_dict()},
-            file.metadata() or {},
-        )
-    stored = metadata.pop("sha256", None)  # other programs' files have none
-    if stored is not None and stored != digest_of([state, metadata]):
-        raise UserError(f"{path} is damaged: its checksum does not fit; train again or fetch it again")
-    module.load_state_dict(state)
+    r"""Read safetensors into `module`, as `read_tensors` does; returns the file's metadata."""
+    tensors, metadata = read_tensors(path, shapes_of(module.state_dict()))
+    module.load_state_dict(tensors)
     return metadata
 
 
 def check_shapes(path: Path, module: nn.Module):
-    r"""Raise UserError unless the safetensors hold just the names and shapes of `module`, which may be on `meta`.
-
-    Reads the header alone, which has been held against the length of the file by then.
-    """
-    wanted = module.state_dict()
+    r"""Raise UserError unless the safetensors hold just the names and shapes of `module`, which may be on `meta`."""
     with _reading(path) as file:
-        names = set(file.keys())
-        for name in sorted(names ^ set(wanted)):
-            raise UserError(
-                f"expected the weights of this configuration in {path}; "
-                f"{name} is {'too much' if name in names else 'missing'}"
-            )
-        for name in names:
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != tuple(wanted[name].shape):
-                raise UserError(
-                    f"expected {name} of shape {tuple(wanted[name].shape)} in {path}, got {shape}"
-                )
+        match(path, _shapes_in(file), shapes_of(module.state_dict()))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    r"""The metadata of safetensors."""
+    with _reading(path) as file:
+        return file.metadata() or {}
+
+
+def read_tensors(
+    path: Path, shapes: Shapes, known_as: Callable[[str], str | None] = str, what: str = ""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    r"""The tensors named in `shapes`, each of its shape, and the metadata of safetensors.
+
+    Memory is taken last: the header is held against the length of the file when it is opened, and then against
+    `shapes`. The checksum is held against the content where there is one; other programs' files have none.
+
+    Args: known_as, what: as for `match`.
+    """
+    with _reading(path) as file:
+        places = match(path, _shapes_in(file), shapes, known_as, what)
+        tensors = {name: file.get_tensor(place) for name, place in places.items()}
+        metadata = file.metadata() or {}
+    checksum = metadata.pop("sha256", None)
+    stored = {places[name]: tensor for name, tensor in tensors.items()}
+    if checksum is not None and checksum != digest_of([stored, metadata]):
+        raise UserError(f"{path} is damaged: its checksum does not fit; train again or fetch it again")
+    return tensors, metadata
+
+
+def match(
+    path: Path, stored: Shapes, wanted: Shapes, known_as: Callable[[str], str | None] = str, what: str = ""
+) -> dict[str, str]:
+    r"""Wanted name -> stored name; UserError unless just the wanted tensors are stored, in their shapes.
+
+    Args:
+        known_as: stored name -> wanted name, or None for a tensor that may be left out.
+        what: whose weights are wanted, for the message.
+    """
+    places, wrong = {}, []
+    for place in sorted(stored):
+        name = known_as(place)
+        if name in places or name is not None and name not in wanted:
+            wrong.append(f"{place} is too much")
+        elif name is not None:
+            places[name] = place
+    for name, shape in wanted.items():
+        if name not in places:
+            wrong.append(f"{name} is missing")
+        elif stored[places[name]] != shape:
+            wrong.append(f"{name} should have shape {shape}, got {stored[places[name]]}")
+    if wrong:
+        raise UserError(f"expected the weights of {what or 'this configuration'} in {path}; {wrong[0]}")
+    return places
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> Shapes:
+    r"""Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _shapes_in(file: safe_open) -> Shapes:
+    names = file.keys()
+    return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 @contextlib.contextmanager
