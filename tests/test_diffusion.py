@@ -1,4 +1,4 @@
-r"""The forward process, its posterior, the three predictions and the reverse variance, against algebra and Bayes' rule."""
+r"""The forward process, its posterior, the three predictions and the reverse variance, by algebra and Bayes' rule."""
 
 import math
 

@@ -1,4 +1,4 @@
-r"""What the network learns: targets, the simplified loss by hand, and the variational terms against torch.distributions."""
+r"""What the network learns: targets, the simplified loss by hand, and the variational terms by torch.distributions."""
 
 import math
 
