@@ -37,7 +37,8 @@ from ddpm import export
 from ddpm.celeba.captions import ATTRIBUTES, parse
 from ddpm.celeba.faces import write_celeba
 from ddpm.celeba.images import BadImage, read_image
-from ddpm.celeba.lists import MOST_LIST, open_table
+from ddpm.celeba.lists import open_table
+from ddpm.celeba.sheets import MAX_BYTES
 from ddpm.config import TEXT_FILE, Config, ModelConfig, add_flags, given_flags, parameters
 from ddpm.model import TextToImage, networks
 from ddpm.text import TextTower
@@ -768,7 +769,7 @@ def test_what_claims_to_be_large_is_refused_in_little_memory(trained, tmp_path):
 
 def test_a_list_beyond_its_limit_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "captions.csv", "wb") as file:
-        file.truncate(MOST_LIST + 1)
+        file.truncate(MAX_BYTES + 1)
     assert "a list of at most 128 MiB" in refusal_of(lambda: open_table(tmp_path))
 
 

@@ -1,13 +1,8 @@
-r"""What is computed once: pictures decoded, latents encoded, captions embedded; memory-mapped files in one folder.
-
-Each file's name holds a hash of everything its content depends on, so a change makes a new file and never a wrong one.
-A file appears under its name only when it is whole. Pixels, latents and states stay in the files; in memory a picture
-costs its name and its caption."""
+r"""A data set ready to train on: every picture decoded or drawn once, into a memory-mapped file."""
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +12,21 @@ import torch
 from torch import Tensor
 
 from ddpm.celeba.captions import describe
-from ddpm.celeba.faces import draw_many, drawn_rows
+from ddpm.celeba.faces import draw_many, drawn_rows, drawn_split
 from ddpm.celeba.images import BadImage, read_image
-from ddpm.celeba.lists import TEST, TRAIN, VALID, ImageTable, open_table
+from ddpm.celeba.lists import TRAIN, ImageTable, open_table
 from ddpm.config import Config
 from ddpm.tools.arrays import Progress, cached_array, key_of, silent
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import write_atomically
 from ddpm.tools.strict_json import parse_json
 
-PER_ROW = 4  # drawn faces that share one row of attributes, and so one caption
+AT_A_TIME = 128  # pictures that one thread decodes before it reports
 
 
 @dataclass(frozen=True)
 class Pictures:
-    r"""A data set ready to train on.
+    r"""N pictures of side S with what is known of each.
 
     Attributes:
         pixels: (N, S, S, 3) uint8, memory-mapped; a row of zeros where the picture could not be read.
@@ -68,10 +63,10 @@ class Pictures:
         )
 
     def caption(self, i: int, seed: int, variant: int = 0) -> str:
-        r"""Training caption of picture i: its own sentence, or its attributes told in wording number `variant`.
+        r"""Training caption of picture i: its own sentence, or its attributes in wording number `variant`.
 
-        The wording follows from the attributes, not from the picture: equal rows share their captions, and each
-        is embedded once.
+        The wording follows from the attributes and not from the picture: equal rows share their captions, and each
+        caption is embedded once.
         """
         if self.captions is not None:
             return self.captions[i]
@@ -97,37 +92,28 @@ def load_pictures(
     config: Config, table: ImageTable | None, folder: Path, progress: Progress = silent
 ) -> Pictures:
     r"""The run's data set, decoded or drawn at its size; `table` is what `open_data` found."""
-    t, size = config.training, config.model.image_size
+    settings = config.training
+    size = config.model.image_size
     if table is None:
-        return drawn_pictures(folder, t.drawn_images, t.seed, size, progress)
-    return photographs(folder, table, size, t.crop, t.max_bad_images, progress)
+        return drawn_pictures(folder, settings.drawn_images, settings.seed, size, progress)
+    return photographs(folder, table, size, settings.crop, settings.max_bad_images, progress)
 
 
 def drawn_pictures(
     folder: Path, count: int, seed: int, size: int = 64, progress: Progress = silent
 ) -> Pictures:
-    r"""`count` drawn faces: 90 % train, 5 % valid, 5 % test.
-
-    They are split by groups of PER_ROW pictures that share a row of attributes. Rows are drawn independently, so equal
-    ones may fall into two splits by chance; the evaluation counts which prompts are unseen. Of fewer than 20 PER_ROW
-    pictures the last tenth is valid, which may cut a group, and none is test.
-    """
-    attributes = drawn_rows(count, seed, PER_ROW)
+    r"""`count` drawn faces, split by `faces.drawn_split`."""
+    attributes = drawn_rows(count, seed)
     first = next(draw_many(attributes, seed, size))  # another way of drawing is another cache
-    key = key_of(
-        "drawn", count, seed, size, hashlib.sha256(attributes.tobytes() + first.tobytes()).hexdigest()
-    )
+    digest = hashlib.sha256(attributes.tobytes() + first.tobytes()).hexdigest()
+    key = key_of("drawn", count, seed, size, digest)
 
-    def fill(pixels: np.ndarray):
+    def draw(pixels: np.ndarray):
         for i, face in enumerate(progress(draw_many(attributes, seed, size), count, "drawing faces")):
             pixels[i] = face
 
-    pixels = cached_array(folder / f"pictures-{key}.npy", (count, size, size, 3), np.uint8, fill)
-    part = np.arange(count) // PER_ROW % 20
-    split = np.where(part == 18, VALID, np.where(part == 19, TEST, TRAIN)).astype(np.uint8)
-    if count < 20 * PER_ROW:
-        split[-max(1, count // 10) :] = VALID
-    return Pictures(pixels, np.ones(count, bool), split, attributes, None, (), key)
+    pixels = cached_array(folder / f"pictures-{key}.npy", (count, size, size, 3), np.uint8, draw)
+    return Pictures(pixels, np.ones(count, bool), drawn_split(count), attributes, None, (), key)
 
 
 def photographs(
@@ -138,34 +124,33 @@ def photographs(
     max_bad: float = 0.01,
     progress: Progress = silent,
 ) -> Pictures:
-    r"""The pictures of a table that `data.open_table` read, each decoded once.
+    r"""The pictures of a table that `open_table` read, each decoded once.
 
-    Unreadable ones are skipped and named in `bad`; UserError when they are more than the share `max_bad`.
+    Unreadable ones are skipped and named in `bad`.
+
+    Raises:
+        UserError: a fraction of more than `max_bad` is unreadable, or nothing is in the train split.
     """
     stats = [os.stat(table.root / name) for name in table.files]
-    key = key_of(
-        "photographs",
-        size,
-        crop,
-        [(n, s.st_size, s.st_mtime_ns) for n, s in zip(table.files, stats, strict=True)],
-    )
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(table.files, stats, strict=True)]
+    key = key_of("photographs", size, crop, files)
+    path = folder / f"pictures-{key}.npy"
     listing = folder / f"pictures-{key}.json"
 
-    def fill(pixels: np.ndarray):
+    def decode(pixels: np.ndarray):
         bad = _decode(table, pixels, size, crop, max_bad, progress)
         write_atomically(listing, json.dumps(bad).encode())
 
-    path = folder / f"pictures-{key}.npy"
     if path.exists() and not listing.exists():  # in this order: the listing is written first
         path.unlink(missing_ok=True)
-    pixels = cached_array(path, (len(table), size, size, 3), np.uint8, fill)
+    pixels = cached_array(path, (len(table), size, size, 3), np.uint8, decode)
     try:
         bad = tuple((name, reason) for name, reason in parse_json(listing.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(
             f"expected skipped pictures and reasons in {listing}, got {error}; delete the file"
         ) from None
-    _refuse_bad(table, bad, max_bad, of=len(table))
+    _check_bad(table, bad, max_bad)
     skipped = {name for name, _ in bad}
     good = np.array([name not in skipped for name in table.files])
     pictures = Pictures(pixels, good, table.split, table.attributes, table.captions, bad, key)
@@ -178,11 +163,10 @@ def photographs(
 
 def _decode(
     table: ImageTable, pixels: np.ndarray, size: int, crop: int, max_bad: float, progress: Progress
-) -> list:
-    r"""Fill `pixels`; Pillow leaves Python's lock while it decodes, so threads are enough; each takes a run of them."""
-    threads = os.cpu_count() or 1
+) -> list[tuple[str, str]]:
+    r"""Fill `pixels` in threads, because Pillow leaves Python's lock while it decodes; returns what is bad."""
 
-    def some(rows: range) -> list:
+    def decode(rows: range) -> list[tuple[str, str]]:
         bad = []
         for i in rows:
             try:
@@ -191,21 +175,24 @@ def _decode(
                 bad.append((table.files[i], str(error)))
         return bad
 
-    bad, step = [], 128 * threads
-    with ThreadPoolExecutor(threads) as pool:
-        starts = range(0, len(table), step)
-        for begin in progress(starts, len(starts), f"decoding pictures, {step} at a time"):
-            end = min(begin + step, len(table))
-            runs = [range(first, min(first + 128, end)) for first in range(begin, end, 128)]
-            bad += [one for found in pool.map(some, runs) for one in found]
-            _refuse_bad(table, bad, max_bad, of=len(table))
+    everything = range(len(table))
+    parts = [everything[start : start + AT_A_TIME] for start in everything[::AT_A_TIME]]
+    label = f"decoding pictures, {AT_A_TIME} at a time"
+    bad = []
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for found in progress(pool.map(decode, parts), len(parts), label):
+            bad += found
+            _check_bad(table, bad, max_bad)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return bad
 
 
-def _refuse_bad(table: ImageTable, bad: Sequence, max_bad: float, of: int):
-    if len(bad) > max_bad * of:
+def _check_bad(table: ImageTable, bad: list | tuple, max_bad: float):
+    if len(bad) > max_bad * len(table):
         few = ", ".join(f"{name} ({reason})" for name, reason in bad[:3])
         raise UserError(
-            f"expected at most {max_bad:.1%} unreadable pictures of {of} in {table.root}, got {len(bad)} so far: "
-            f"{few}; mend them, or raise --max-bad-images"
+            f"expected at most {max_bad:.1%} unreadable pictures of {len(table)} in {table.root}, "
+            f"got {len(bad)} so far: {few}; mend them, or raise --max-bad-images"
         )

@@ -1,12 +1,13 @@
 r"""Drawn faces: a data set that needs no download, in CelebA's attribute names.
 
-A face is drawn by hand with Pillow: four times too large, then averaged down, so that edges are soft. What a
-caption can say is drawn large, as in a caricature, so that it stays to be seen at 64 x 64 and behind a VAE. What
-the attributes leave open (background, skin within its range, eyes, clothes, position) follows from the seed.
-Points are complex numbers in units of one sixty-fourth of the picture, x to the right and y down: one complex
-multiplication tilts and scales a shape, one addition moves it."""
+    python -m ddpm.celeba.faces FOLDER --count 4000      writes what `train.py --data drawn` trains on
 
-import argparse
+A face is drawn by Pillow four times too large and then averaged down, so that its edges are soft. Each attribute of a
+caption is drawn large, as in a caricature, so that it can still be seen at 64 x 64 and behind a VAE. Everything that
+the attributes leave open (background, skin within its range, eyes, clothes, position) follows from the seed. Points
+are complex numbers in units of one sixty-fourth of the picture, x to the right and y down: one complex multiplication
+tilts and scales a shape, one addition moves it."""
+
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,10 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
 from ddpm.celeba.captions import ATTRIBUTES, FACIAL_HAIR, consistent
+from ddpm.celeba.lists import TEST, TRAIN, VALID
+from ddpm.tools.command import Parser, exit_code
+from ddpm.tools.errors import UserError
+from ddpm.tools.files import new_folder
 
 VISIBLE: tuple[str, ...] = (
     *("Bald", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Bangs", "Straight_Hair", "Wavy_Hair"),
@@ -25,27 +30,33 @@ VISIBLE: tuple[str, ...] = (
     *("Mouth_Slightly_Open", "Eyeglasses", "Wearing_Earrings", "Wearing_Hat", "Wearing_Lipstick"),
     *("Wearing_Necklace", "Wearing_Necktie", "Male", "Young"),
 )
+PER_ROW = 4  # neighbours that share one row of attributes, and so one caption to embed
+SUPERSAMPLING = 4
 
 Colour = tuple[int, ...]  # red, green, blue and perhaps alpha, 0..255
 Seed = int | Sequence[int]
 
-WHITE, INK = (255, 255, 255), (44, 34, 48)
-BACKGROUNDS = ("#7cc6c3", "#f2a391", "#a8a4e0", "#8fc1e8", "#f0b7c6", "#9fd0a5", "#6f9fc8", "#e7c9a9")
-SKINS = ("#f3c096", "#e5a97b", "#cf9064", "#b67a50", "#9c6442")
-PALE_SKINS = ("#ffe9dc", "#fde6da", "#fcebe4")
-CLOTHES = ("#e4574c", "#3f6fb5", "#2f8f83", "#8756a8", "#f08a3c", "#d84f86", "#4a4f7c", "#f4f1ea")
-TIES = ("#d0312d", "#2456a6", "#1e8a5a", "#e08a1e", "#7a3b93")
-SUITS = ("#2d3550", "#3b3f46", "#4d3f4a", "#27414f")
-LIPSTICKS = ("#d3123f", "#c2155d", "#e0282e", "#a3123f")
-EYES = ("#5b3a24", "#3d7a4c", "#3573b5", "#7a5a2c", "#44525f")
-HATS = ("#d8433b", "#2f62a8", "#f2b233", "#2f8f6b", "#7a4a9a", "#3a3d49")
+WHITE = (255, 255, 255)
+INK = (44, 34, 48)
+PALETTE = {  # the seed picks one of each, in this order
+    "background": ("#7cc6c3", "#f2a391", "#a8a4e0", "#8fc1e8", "#f0b7c6", "#9fd0a5", "#6f9fc8", "#e7c9a9"),
+    "cloth": ("#e4574c", "#3f6fb5", "#2f8f83", "#8756a8", "#f08a3c", "#d84f86", "#4a4f7c", "#f4f1ea"),
+    "suit": ("#2d3550", "#3b3f46", "#4d3f4a", "#27414f"),
+    "tie": ("#d0312d", "#2456a6", "#1e8a5a", "#e08a1e", "#7a3b93"),
+    "hat": ("#d8433b", "#2f62a8", "#f2b233", "#2f8f6b", "#7a4a9a", "#3a3d49"),
+    "iris": ("#5b3a24", "#3d7a4c", "#3573b5", "#7a5a2c", "#44525f"),
+    "lipstick": ("#d3123f", "#c2155d", "#e0282e", "#a3123f"),
+    "pale skin": ("#ffe9dc", "#fde6da", "#fcebe4"),
+    "skin": ("#f3c096", "#e5a97b", "#cf9064", "#b67a50", "#9c6442"),
+}
 HAIRS = {  # in light, in shadow
     "Black_Hair": ("#2d2936", "#1a1722"),
     "Blond_Hair": ("#f3cf6b", "#d29d48"),
     "Brown_Hair": ("#6e3c1c", "#4e2813"),
     "Gray_Hair": ("#b9bcc6", "#8e92a2"),
 }
-RED_HAIR = ("#c0552b", "#933c20")  # where no colour is said
+RED_HAIR = ("#c0552b", "#933c20")  # where no colour is stated
+OF_BALD = ("Black_Hair", "Brown_Hair", "Gray_Hair")  # brows and beard
 
 
 def rgb(text: str) -> Colour:
@@ -53,9 +64,9 @@ def rgb(text: str) -> Colour:
     return tuple(bytes.fromhex(text[1:]))
 
 
-def mix(a: Colour, b: Colour, share: float) -> Colour:
-    r"""The colour that has gone `share` (0..1) of the way from `a` to `b`."""
-    return tuple(round(p + share * (q - p)) for p, q in zip(a, b, strict=True))
+def mix(a: Colour, b: Colour, fraction: float) -> Colour:
+    r"""The colour at `fraction` (0..1) of the way from `a` to `b`."""
+    return tuple(round(p + fraction * (q - p)) for p, q in zip(a, b, strict=True))
 
 
 @cache
@@ -88,102 +99,114 @@ class Pen:
     glaze: ImageDraw.ImageDraw  # for colours with alpha; slower
     origin: complex
     turn: complex
+    sides: tuple[int, ...] = (1,)  # -1 draws the mirror image
 
     def moved(self, by: complex) -> "Pen":
         return replace(self, origin=self.origin + self.turn * by)
 
-    def polygon(self, points, fill: Colour) -> None:
-        draw = self.opaque if len(fill) == 3 else self.glaze
-        draw.polygon((self.origin + self.turn * np.asarray(points, complex)).view(float).tolist(), fill=fill)
+    def both_sides(self) -> "Pen":
+        return replace(self, sides=(-1, 1))
 
-    def blob(self, points, fill: Colour) -> None:
+    def pixels(self, points: ArrayLike, side: int = 1) -> list[float]:
+        r"""x, y, x, y, ... of points in the picture's units."""
+        points = np.asarray(points, complex)
+        return (self.origin + self.turn * (points if side > 0 else -points.conj())).view(float).tolist()
+
+    def polygon(self, points: ArrayLike, fill: Colour):
+        draw = self.opaque if len(fill) == 3 else self.glaze
+        for side in self.sides:
+            draw.polygon(self.pixels(points, side), fill=fill)
+
+    def blob(self, points: Sequence[complex], fill: Colour):
         r"""A smooth closed shape through the points."""
         self.polygon(spline(len(points)) @ np.asarray(points), fill)
 
-    def ellipse(self, centre: complex, rx: float, ry: float, fill: Colour) -> None:
+    def ellipse(self, centre: complex, rx: float, ry: float, fill: Colour):
         self.polygon(centre + rx * CIRCLE.real + 1j * ry * CIRCLE.imag, fill)
 
-    def crescent(self, a: complex, b: complex, bend: float, thick: float, fill: Colour) -> None:
+    def crescent(self, a: complex, b: complex, bend: float, thick: float, fill: Colour):
         r"""A tapered stroke from a to b whose middle hangs `bend` below the straight line."""
         line = a + (b - a) * ALONG
-        upper, lower = line + (bend - thick / 2) * BULGE, line + (bend + thick / 2) * BULGE
+        upper = line + (bend - thick / 2) * BULGE
+        lower = line + (bend + thick / 2) * BULGE
         self.polygon(np.concatenate([upper, lower[::-1]]), fill)
 
-    def stroke(self, points, width: float, fill: Colour) -> None:
-        flat = (self.origin + self.turn * np.asarray(points, complex)).view(float).tolist()
-        self.opaque.line(flat, fill=fill, width=max(1, round(width * abs(self.turn))), joint="curve")
+    def stroke(self, points: ArrayLike, width: float, fill: Colour):
+        pixels = max(1, round(width * abs(self.turn)))
+        for side in self.sides:
+            self.opaque.line(self.pixels(points, side), fill=fill, width=pixels, joint="curve")
 
 
 class Look:
-    r"""What one face looks like: the attributes' say, and the seed's for everything else."""
+    r"""What one face looks like: the attributes decide their part, and the seed everything else."""
 
     def __init__(self, has: Mapping[str, bool], seed: Seed):
         chance = np.random.default_rng(seed).random(24).tolist()
-
-        def pick(options: Sequence[str]) -> Colour:
-            return rgb(options[int(chance.pop() * len(options))])
-
         self.has = has
-        self.male, self.young = has["Male"], has["Young"]
-        self.background, self.cloth = pick(BACKGROUNDS), pick(CLOTHES)
-        self.suit, self.tie = pick(SUITS), pick(TIES)
-        self.hat_colour, self.iris, self.lipstick = pick(HATS), pick(EYES), pick(LIPSTICKS)
-        pale, tanned = pick(PALE_SKINS), pick(SKINS)
-        self.skin = pale if has["Pale_Skin"] else tanned
+        self.male = has["Male"]
+        self.young = has["Young"]
+        self.hat = has["Wearing_Hat"]
+        self.bald = has["Bald"]
+        self.bangs = has["Bangs"]
+        self.cut = "wavy" if has["Wavy_Hair"] else "straight" if has["Straight_Hair"] else "neat"
+        self.paint = {
+            name: rgb(colours[int(chance.pop() * len(colours))]) for name, colours in PALETTE.items()
+        }
+        self.skin = self.paint["pale skin" if has["Pale_Skin"] else "skin"]
         self.shade = mix(self.skin, (150, 50, 60), 0.24)
-        self.style, self.hat_style, self.neckline = chance.pop(), chance.pop(), chance.pop()
+        self.style = chance.pop()
+        self.hat_style = chance.pop()
+        self.neckline = chance.pop()
         self.side = 1 if chance.pop() < 0.5 else -1
         self.place = complex(32 + 2.4 * (chance.pop() - 0.5), 30.4 + 1.6 * (chance.pop() - 0.5))
         self.turn = (0.97 + 0.06 * chance.pop()) * np.exp(0.14j * (chance.pop() - 0.5))
         self.gaze = complex(1.8 * (chance.pop() - 0.5), 1.0 * (chance.pop() - 0.5))
-        of_bald = HAIRS[("Black_Hair", "Brown_Hair", "Gray_Hair")[int(3 * chance.pop())]]  # brows and beard
-        light, dark = next((HAIRS[name] for name in HAIRS if has[name]), of_bald if has["Bald"] else RED_HAIR)
+        of_bald = HAIRS[OF_BALD[int(3 * chance.pop())]]
+        unstated = of_bald if self.bald else RED_HAIR
+        light, dark = next((HAIRS[name] for name in HAIRS if has[name]), unstated)
         tint = chance.pop() * 0.1
-        self.hair, self.hair_dark = mix(rgb(light), INK, tint), mix(rgb(dark), INK, tint)
+        self.hair = mix(rgb(light), INK, tint)
+        self.hair_dark = mix(rgb(dark), INK, tint)
         self.hair_light = mix(self.hair, WHITE, 0.32)
-        self.hat, self.bald, self.bangs = has["Wearing_Hat"], has["Bald"], has["Bangs"]
-        self.cut = "wavy" if has["Wavy_Hair"] else "straight" if has["Straight_Hair"] else "neat"
 
 
-def draw_background(pen: Pen, look: Look) -> None:
+def draw_background(pen: Pen, look: Look):
     r"""A disc of light behind the head."""
-    pen.ellipse(32 + 31j, 28.5, 28.5, mix(look.background, WHITE, 0.22))
-    pen.ellipse(32 + 31j, 22.5, 22.5, mix(look.background, WHITE, 0.36))
+    pen.ellipse(32 + 31j, 28.5, 28.5, mix(look.paint["background"], WHITE, 0.22))
+    pen.ellipse(32 + 31j, 22.5, 22.5, mix(look.paint["background"], WHITE, 0.36))
 
 
-def draw_hair_behind(pen: Pen, look: Look) -> None:
+def draw_hair_behind(pen: Pen, look: Look):
     r"""Hair that hangs behind face and neck: a woman's, by cut; a man's only when straight or wavy."""
     if look.bald:
         return
+    both = pen.both_sides()
     if look.male:
         if look.cut != "neat":
             pen.blob(mirrored(-21j, 11 - 19j, 16.5 - 9j, 16.8 + 3j, 14.5 + 12j, 6 + 15j), look.hair_dark)
     elif look.cut == "straight":
         pen.polygon(mirrored(-19j, 11 - 18j, 16.6 - 8j, 17.6 + 8j, 18.6 + 29j, 8 + 29j), look.hair_dark)
-        for side in (-1, 1):
-            pen.polygon([side * 16.6 - 8j, side * 18.6 + 29j, side * 13.5 + 29j, side * 12 - 4j], look.hair)
+        both.polygon([16.6 - 8j, 18.6 + 29j, 13.5 + 29j, 12 - 4j], look.hair)
     elif look.cut == "wavy":
         for y, x, r in ((-9, 12.5, 7), (-1, 15.5, 6), (7, 15, 6.6), (15, 16.5, 6.6), (22.5, 15, 6.8)):
-            for side in (-1, 1):
-                pen.ellipse(side * x + 1j * y, r, r * 0.95, look.hair_dark)
-                pen.ellipse(side * (x + 0.6) + 1j * (y - 1), r * 0.78, r * 0.7, look.hair)
-        pen.polygon([-12 + 0j, 12 + 0j, 12 + 24j, -12 + 24j], look.hair_dark)
+            both.ellipse(x + 1j * y, r, r * 0.95, look.hair_dark)
+            both.ellipse(x + 0.6 + 1j * (y - 1), r * 0.78, r * 0.7, look.hair)
+        pen.polygon([-12, 12, 12 + 24j, -12 + 24j], look.hair_dark)
     elif look.style < 0.5 and not look.hat:
         pen.ellipse(-22.2j, 6.6, 6, look.hair_dark)
         pen.ellipse(-22.8j, 5.6, 4.9, look.hair)
         pen.crescent(-3.2 - 24j, 3.2 - 24j, -1.4, 1.4, look.hair_light)
     else:
         pen.blob(mirrored(-21j, 11 - 19j, 17 - 9j, 18.4 + 4j, 17 + 15j, 8 + 16.5j), look.hair_dark)
-        for side in (-1, 1):
-            lock = [side * 14 - 12j, side * 18 - 4j, side * 17.4 + 14j, side * 12.6 + 15j, side * 12 - 3j]
-            pen.blob(lock, look.hair)
+        both.blob([14 - 12j, 18 - 4j, 17.4 + 14j, 12.6 + 15j, 12 - 3j], look.hair)
 
 
-def draw_clothes(pen: Pen, look: Look) -> None:
+def draw_clothes(pen: Pen, look: Look):
     r"""Shoulders, neck and a neckline; with a necktie a suit, a white shirt and the tie."""
     tie = look.has["Wearing_Necktie"]
-    wide, neck = (25, 7.2) if look.male else (20.5, 5.4)
-    cloth = look.suit if tie else look.cloth
+    wide = 25 if look.male else 20.5
+    neck = 7.2 if look.male else 5.4
+    cloth = look.paint["suit" if tie else "cloth"]
     pen.blob(mirrored(20.5j, neck + 20.8j, wide - 6 + 23.5j, wide + 27j, wide + 2.5 + 40j), cloth)
     if tie:
         pen.polygon([-neck - 1.5 + 20.5j, neck + 1.5 + 20.5j, 5 + 40j, -5 + 40j], WHITE)
@@ -196,102 +219,106 @@ def draw_clothes(pen: Pen, look: Look) -> None:
         draw_necktie(pen, look, neck)
 
 
-def draw_necktie(pen: Pen, look: Look, neck: float) -> None:
-    lapel = mix(look.suit, WHITE, 0.16)
-    for side in (-1, 1):
-        pen.polygon([side * (neck + 0.5) + 20j, side * (neck + 4) + 22j, side * 5 + 40j], lapel)
-        pen.polygon([side * neck + 19j, side * (neck + 2) + 21.5j, side * 4.5 + 27j, 23.4j], WHITE)
-    pen.polygon([-2.2 + 23.4j, 2.2 + 23.4j, 3.6 + 36j, -3.6 + 36j], look.tie)
-    pen.polygon([-2.7 + 22.6j, 2.7 + 22.6j, 1.7 + 26.2j, -1.7 + 26.2j], mix(look.tie, INK, 0.3))
-    pen.polygon([-1.6 + 28.5j, 2.4 + 26.6j, 2.6 + 28.2j, -1.9 + 30.4j], mix(look.tie, WHITE, 0.5))
+def draw_necktie(pen: Pen, look: Look, neck: float):
+    colour = look.paint["tie"]
+    for half in (replace(pen, sides=(-1,)), pen):  # the right half of the collar lies over the left one
+        half.polygon([neck + 0.5 + 20j, neck + 4 + 22j, 5 + 40j], mix(look.paint["suit"], WHITE, 0.16))
+        half.polygon([neck + 19j, neck + 2 + 21.5j, 4.5 + 27j, 23.4j], WHITE)
+    pen.polygon([-2.2 + 23.4j, 2.2 + 23.4j, 3.6 + 36j, -3.6 + 36j], colour)
+    pen.polygon([-2.7 + 22.6j, 2.7 + 22.6j, 1.7 + 26.2j, -1.7 + 26.2j], mix(colour, INK, 0.3))
+    pen.polygon([-1.6 + 28.5j, 2.4 + 26.6j, 2.6 + 28.2j, -1.9 + 30.4j], mix(colour, WHITE, 0.5))
 
 
-def draw_necklace(pen: Pen, look: Look) -> None:
+def draw_necklace(pen: Pen, look: Look):
     r"""A string of pearls, or a chain with a pendant."""
-    z = np.linspace(-1, 1, 9)
-    beads = (z * 8.2 + 1j * (25.6 - 4.6 * z**2)).tolist()
+    x = np.linspace(-1, 1, 9)
+    beads = (x * 8.2 + 1j * (25.6 - 4.6 * x**2)).tolist()
     if look.style < 0.5:
-        for p in beads:
-            pen.ellipse(p + 0.3j, 1.35, 1.35, (150, 120, 140))
-            pen.ellipse(p, 1.1, 1.1, (255, 250, 240))
+        for bead in beads:
+            pen.ellipse(bead + 0.3j, 1.35, 1.35, (150, 120, 140))
+            pen.ellipse(bead, 1.1, 1.1, (255, 250, 240))
     else:
         pen.stroke(beads, 1.1, (240, 180, 30))
         pen.ellipse(27.4j, 2.1, 2.4, (170, 110, 10))
         pen.ellipse(27.2j, 1.6, 1.9, (255, 214, 70))
 
 
-def draw_head(pen: Pen, look: Look) -> None:
+def draw_head(pen: Pen, look: Look):
     r"""Ears, the face in shadow and, a little smaller, the face in light."""
     man = (14.2 - 6j, 14.2 + 3j, 13 + 11.5j, 7.6 + 18.2j, 19.6j)
     woman = (13.7 - 6j, 13.6 + 2.5j, 11 + 11j, 5.2 + 17.4j, 19.2j)
     outline = np.array(mirrored(-17.8j, 9.4 - 15.6j, *(man if look.male else woman)))
-    for side in (-1, 1):
-        pen.ellipse(side * 14 + 2.2j, 2.8, 3.7, look.shade)
-        pen.ellipse(side * 14 + 1.8j, 2.0, 2.8, look.skin)
+    both = pen.both_sides()
+    both.ellipse(14 + 2.2j, 2.8, 3.7, look.shade)
+    both.ellipse(14 + 1.8j, 2.0, 2.8, look.skin)
     pen.blob(outline, look.shade)
     pen.blob(outline * 0.955 - 0.3 - 0.5j, look.skin)
     if look.bald and not look.hat:
         pen.ellipse(-5 - 13j, 4.6, 2, mix(look.skin, WHITE, 0.5))
 
 
-def draw_age(pen: Pen, look: Look) -> None:
+def draw_age(pen: Pen, look: Look):
     r"""Lines on the forehead, under the eyes and beside the mouth."""
     line = mix(look.shade, (90, 30, 40), 0.22)
-    for side in (-1, 1):
-        pen.crescent(side * 3.2 + 4.6j, side * 9.4 + 4.4j, 1.2, 1.0, line)
-        pen.crescent(side * 4.2 + 6.6j, side * 7.4 + 12j, 0.1, 1.5, line)
-        pen.stroke([side * 4.2 + 6.6j, side * 6.4 + 9j, side * 7.4 + 12j], 0.7, line)
-        pen.crescent(side * 10.6 - 0.4j, side * 12.8 - 1.2j, 0, 0.8, line)
+    both = pen.both_sides()
+    both.crescent(3.2 + 4.6j, 9.4 + 4.4j, 1.2, 1.0, line)
+    both.crescent(4.2 + 6.6j, 7.4 + 12j, 0.1, 1.5, line)
+    both.stroke([4.2 + 6.6j, 6.4 + 9j, 7.4 + 12j], 0.7, line)
+    both.crescent(10.6 - 0.4j, 12.8 - 1.2j, 0, 0.8, line)
     if not (look.bangs or look.hat):
         pen.crescent(-6 - 9.6j, 6 - 9.6j, -0.7, 0.9, line)
         pen.crescent(-4.6 - 7.4j, 4.6 - 7.4j, -0.6, 0.9, line)
 
 
-def draw_cheeks(pen: Pen, look: Look) -> None:
-    for side in (-1, 1):
-        pen.ellipse(side * 8.8 + 7.0j, 4.8, 4.0, (238, 44, 74, 100))
-        pen.ellipse(side * 8.8 + 7.0j, 3.6, 2.9, (238, 44, 74, 105))
+def draw_cheeks(pen: Pen, look: Look):
+    both = pen.both_sides()
+    both.ellipse(8.8 + 7.0j, 4.8, 4.0, (238, 44, 74, 100))
+    both.ellipse(8.8 + 7.0j, 3.6, 2.9, (238, 44, 74, 105))
 
 
-def draw_eyes(pen: Pen, look: Look) -> None:
+def draw_eyes(pen: Pen, look: Look):
     r"""White, iris, pupil, highlight and lid; a smile raises the lower lids, women have lashes."""
-    rx, ry = (2.9, 2.3) if look.male else (3.2, 2.9)
-    ry -= 0 if look.young else 0.5
+    rx = 2.9 if look.male else 3.2
+    ry = (2.3 if look.male else 2.9) - (0 if look.young else 0.5)
+    lid = 1.1 if look.male else 1.8
     for side in (-1, 1):
         eye = side * 6.1 + 0.6j
         pen.ellipse(eye, rx, ry, WHITE)
-        pen.ellipse(eye, 2.0, min(2.1, ry), look.iris)
+        pen.ellipse(eye, 2.0, min(2.1, ry), look.paint["iris"])
         pen.ellipse(eye, 1.1, 1.2, INK)
-        pen.ellipse(eye - 0.7 - 0.8j, 0.75, 0.75, WHITE)
-        pen.crescent(eye - rx - 0.4 + 0.2j, eye + rx + 0.4 + 0.2j, -ry, 1.1 if look.male else 1.8, INK)
+        pen.ellipse(eye - 0.7 - 0.8j, 0.75, 0.75, WHITE)  # light comes from the left
+        pen.crescent(eye - rx - 0.4 + 0.2j, eye + rx + 0.4 + 0.2j, -ry, lid, INK)
         if look.has["Smiling"]:
             pen.crescent(eye - rx - 0.2 + 1j * ry, eye + rx + 0.2 + 1j * ry, -0.3, 1.9, look.skin)
-        if not look.male:
-            pen.polygon([eye + side * 1.8 - 2.2j, eye + side * 4.9 - 2.6j, eye + side * 3.2 - 0.2j], INK)
+    if not look.male:
+        eye = 6.1 + 0.6j
+        pen.both_sides().polygon([eye + 1.8 - 2.2j, eye + 4.9 - 2.6j, eye + 3.2 - 0.2j], INK)
 
 
-def draw_brows(pen: Pen, look: Look) -> None:
+def draw_brows(pen: Pen, look: Look):
     bushy = look.has["Bushy_Eyebrows"]
     thick = (4.2 if bushy else 1.6) - (0 if look.male else 0.3)
     colour = mix(look.hair_dark, INK, 0.7 if bushy else 0.3)
-    height, bend = (-4.4, -0.9) if look.male else (-4.9, -1.5)
-    for side in (-1, 1):
-        pen.crescent(side * 2.7 + 1j * height, side * 10 + 1j * (height + 0.5), bend, thick, colour)
-        if bushy:
-            pen.crescent(side * 1.8 + 1j * height, side * 7.6 + 1j * (height - 0.4), -0.3, thick, colour)
+    height = -4.4j if look.male else -4.9j
+    both = pen.both_sides()
+    both.crescent(2.7 + height, 10 + height + 0.5j, -0.9 if look.male else -1.5, thick, colour)
+    if bushy:
+        both.crescent(1.8 + height, 7.6 + height - 0.4j, -0.3, thick, colour)
 
 
-def draw_nose(pen: Pen, look: Look) -> None:
+def draw_nose(pen: Pen, look: Look):
     size = 2.9 if look.male else 2.1
     pen.crescent(-size + 5.6j, size + 5.6j, 1.3, 1.7, mix(look.shade, (120, 30, 40), 0.18))
     pen.ellipse(-0.3 + 4.2j, 0.9, 1.3, mix(look.skin, WHITE, 0.35))
 
 
-def draw_mouth(pen: Pen, look: Look) -> None:
+def draw_mouth(pen: Pen, look: Look):
     r"""Smiling or not, open or not: four mouths, in the lips' natural colour or in lipstick."""
-    painted, smiling = look.has["Wearing_Lipstick"], look.has["Smiling"]
-    lips = look.lipstick if painted else mix(look.skin, (168, 52, 62), 0.5)
-    full, dark = 1.0 if painted else 0.0, (92, 20, 34)
+    painted = look.has["Wearing_Lipstick"]
+    smiling = look.has["Smiling"]
+    lips = look.paint["lipstick"] if painted else mix(look.skin, (168, 52, 62), 0.5)
+    full = 1.0 if painted else 0.0
+    dark = (92, 20, 34)
     if smiling and look.has["Mouth_Slightly_Open"]:
         pen.crescent(-8.6 + 8.8j, 8.6 + 8.8j, 3.2, 7.2 + 1.6 * full, lips)
         pen.crescent(-7.8 + 9.2j, 7.8 + 9.2j, 3.2, 5.8, dark)
@@ -309,9 +336,8 @@ def draw_mouth(pen: Pen, look: Look) -> None:
         pen.crescent(-4.7 + 11.3j, 4.7 + 11.3j, 0.35, 0.9, dark)
 
 
-def draw_beard(pen: Pen, look: Look) -> None:
-    r"""A mustache, a goatee, both; and where neither is said and No_Beard is false, a full beard."""
-    mustache, goatee = look.has["Mustache"], look.has["Goatee"]
+def draw_beard(pen: Pen, look: Look):
+    r"""A mustache, a goatee, both; and where neither is stated and No_Beard is false, a full beard."""
     colour = mix(look.hair_dark, (50, 24, 20), 0.42)  # dark edge, light middle: seen on every skin
     if look.has["5_o_Clock_Shadow"]:
         pen.blob(mirrored(20j, 7.5 + 18.4j, 13 + 11.5j, 13.6 + 5j, 6.4 + 7.2j, 6.6j), (*look.hair_dark, 70))
@@ -319,17 +345,17 @@ def draw_beard(pen: Pen, look: Look) -> None:
         inner = (9.6 + 6.6j, 6.4 + 8.2j, 7.9j)
         pen.blob(mirrored(21.4j, 8.2 + 19.6j, 13.6 + 12j, 14.2 + 2j, 12.6 + 1.6j, *inner), colour)
         pen.blob(mirrored(20.6j, 6 + 19j, 9 + 14j, 5 + 16.4j, 16.6j), look.hair)
-    if goatee:
+    if look.has["Goatee"]:
         pen.blob(mirrored(14.4j, 3.6 + 14.2j, 4.8 + 17j, 2.6 + 21.4j, 22.4j), colour)
         pen.blob(mirrored(15.6j, 2.2 + 15.8j, 2.6 + 18j, 19.8j), look.hair)
-    if mustache:
+    if look.has["Mustache"]:
         for side in (-1, 1):
             tip = side * 7.6 + 10.6j
             pen.blob([0.2 * side + 7.2j, side * 3.6 + 7j, tip, side * 4 + 11.2j, 10.2j], colour)
             pen.crescent(side * 0.4 + 8.3j, side * 6.8 + 10.3j, -0.4, 1.7, look.hair)
 
 
-def draw_hair(pen: Pen, look: Look) -> None:
+def draw_hair(pen: Pen, look: Look):
     r"""Hair before the face: the crown with its hairline (or bangs), locks and a highlight."""
     if look.bald:
         return
@@ -344,9 +370,9 @@ def draw_hair(pen: Pen, look: Look) -> None:
         line = [12.9 - 2j, 10.6 - 8.6j, part + 3.2 - 12.6j, part - 15.6j, part - 3.2 - 12.6j]
         line += [-10.6 - 8.6j, -12.9 - 2j]
     if look.cut == "wavy" and not look.hat:
-        for x, y in ((-13, -9), (-10.5, -15), (-5, -19), (1.5, -20), (8, -17.5), (12.6, -11.5)):
-            pen.ellipse(x + 1j * y, 4.6, 4.3, look.hair_dark)
-            pen.ellipse(x + 0.2 + 1j * (y - 0.4), 3.9, 3.6, look.hair)
+        for curl in (-13 - 9j, -10.5 - 15j, -5 - 19j, 1.5 - 20j, 8 - 17.5j, 12.6 - 11.5j):
+            pen.ellipse(curl, 4.6, 4.3, look.hair_dark)
+            pen.ellipse(curl + 0.2 - 0.4j, 3.9, 3.6, look.hair)
     if look.hat:
         line = [0.93 * p.real + 1j * p.imag + 1.6j for p in line]
     pen.blob([*crown, *(p * 0.97 + 1.5j for p in line)], look.shade)
@@ -356,40 +382,39 @@ def draw_hair(pen: Pen, look: Look) -> None:
         pen.crescent(-9.5 - 14.4j, 7.5 - 16.4j, -2.4, 2.0, look.hair_light)
 
 
-def draw_locks(pen: Pen, look: Look) -> None:
-    r"""Strands that tell the cuts and the bangs apart."""
-    dark = look.hair_dark
+def draw_locks(pen: Pen, look: Look):
+    r"""Strands by which the cuts and the bangs differ."""
     if look.bangs:
         for x in (-8.4, -4.2, 0, 4.2, 8.4):
             low = -6.4 + 0.022 * x * x
-            pen.polygon([0.86 * x + (low - 5) * 1j, x + 0.7 + low * 1j, x - 0.7 + low * 1j], dark)
+            pen.polygon([0.86 * x + (low - 5) * 1j, x + 0.7 + low * 1j, x - 0.7 + low * 1j], look.hair_dark)
+    both = pen.both_sides()
     if look.male and look.cut == "straight":
-        for side in (-1, 1):
-            pen.polygon([side * 12.4 - 9j, side * 16 - 9j, side * 16.8 + 8j, side * 12.6 + 9.4j], look.hair)
-            pen.polygon([side * 14.2 - 6j, side * 14.8 - 6j, side * 15.2 + 8j, side * 14.4 + 8j], dark)
+        both.polygon([12.4 - 9j, 16 - 9j, 16.8 + 8j, 12.6 + 9.4j], look.hair)
+        both.polygon([14.2 - 6j, 14.8 - 6j, 15.2 + 8j, 14.4 + 8j], look.hair_dark)
     if look.male and look.cut == "wavy":
-        for side in (-1, 1):
-            for y in (-5, 1.5, 7.5):
-                pen.ellipse(side * 15 + 1j * y, 3.4, 3.6, dark)
-                pen.ellipse(side * 15.2 + 1j * (y - 0.5), 2.6, 2.7, look.hair)
+        for y in (-5, 1.5, 7.5):
+            both.ellipse(15 + 1j * y, 3.4, 3.6, look.hair_dark)
+            both.ellipse(15.2 + 1j * (y - 0.5), 2.6, 2.7, look.hair)
 
 
-def draw_earrings(pen: Pen, look: Look) -> None:
+def draw_earrings(pen: Pen, look: Look):
     r"""Hoops or drops, before the hair so that they always show."""
-    gold, edge = (255, 208, 60), (120, 66, 10)
-    for side in (-1, 1):
-        lobe = side * 14.8 + 7.2j
-        if look.neckline < 0.5:
-            hoop = lobe + 1.6j + 2.5 * CIRCLE[[*range(24), 0]]
-            pen.stroke(hoop + 0.3j, 1.9, edge)
+    gold = (255, 208, 60)
+    lobe = 14.8 + 7.2j
+    both = pen.both_sides()
+    if look.neckline < 0.5:
+        for side in (-1, 1):
+            hoop = side * 14.8 + 7.2j + 1.6j + 2.5 * CIRCLE[[*range(24), 0]]
+            pen.stroke(hoop + 0.3j, 1.9, (120, 66, 10))
             pen.stroke(hoop, 1.2, gold)
-        else:
-            pen.ellipse(lobe, 1.1, 1.1, gold)
-            pen.blob([lobe, lobe + 2.3 + 3.8j, lobe + 6j, lobe - 2.3 + 3.8j], (16, 96, 120))
-            pen.blob([lobe + 0.8j, lobe + 1.6 + 3.6j, lobe + 5j, lobe - 1.6 + 3.6j], (60, 214, 208))
+    else:
+        both.ellipse(lobe, 1.1, 1.1, gold)
+        both.blob([lobe, lobe + 2.3 + 3.8j, lobe + 6j, lobe - 2.3 + 3.8j], (16, 96, 120))
+        both.blob([lobe + 0.8j, lobe + 1.6 + 3.6j, lobe + 5j, lobe - 1.6 + 3.6j], (60, 214, 208))
 
 
-def draw_glasses(pen: Pen, look: Look) -> None:
+def draw_glasses(pen: Pen, look: Look):
     frame = (34, 30, 44) if look.neckline < 0.6 else (150, 30, 48)
     for side in (-1, 1):
         lens = side * 6.4 + 0.9j + 5.0 * CIRCLE.real + 4.4j * CIRCLE.imag
@@ -399,9 +424,11 @@ def draw_glasses(pen: Pen, look: Look) -> None:
     pen.crescent(-1.8 + 0.4j, 1.8 + 0.4j, -0.6, 1.8, frame)
 
 
-def draw_hat(pen: Pen, look: Look) -> None:
+def draw_hat(pen: Pen, look: Look):
     r"""A knitted cap with a bobble, a peaked cap, or a hat with a brim."""
-    colour, dark, light = (look.hat_colour, mix(look.hat_colour, INK, 0.35), mix(look.hat_colour, WHITE, 0.4))
+    colour = look.paint["hat"]
+    dark = mix(colour, INK, 0.35)
+    light = mix(colour, WHITE, 0.4)
     dome = [-16.4 - 8j, -15.4 - 17j, -8 - 23.4j, -24.6j, 8 - 23.4j, 15.4 - 17j, 16.4 - 8j, -7j]
     if look.hat_style < 0.34:
         pen.ellipse(-25j, 4.2, 4.0, light)
@@ -419,11 +446,11 @@ def draw_hat(pen: Pen, look: Look) -> None:
 
 
 def draw_face(attributes: ArrayLike | Mapping[str, bool], seed: Seed, size: int = 64) -> np.ndarray:
-    r"""Draw the face that has these attributes; contradictions are settled by `ddpm.captions.consistent`.
+    r"""Draw the face that has these attributes; contradictions are resolved by `captions.consistent`.
 
     Args:
         attributes: 40 zeros and ones in the order of `ATTRIBUTES`, or a mapping name -> bool (missing: no).
-        seed: whatever `np.random.default_rng` takes; it alone decides what the attributes leave open.
+        seed: whatever `np.random.default_rng` takes; the seed alone decides what the attributes leave open.
         size: side of the picture in pixels, at least 16.
 
     Returns:
@@ -438,15 +465,15 @@ def draw_face(attributes: ArrayLike | Mapping[str, bool], seed: Seed, size: int 
     if size < 16:
         raise ValueError(f"expected a size of at least 16 pixels, got {size}")
     look = Look(dict(zip(ATTRIBUTES, consistent(attributes).tolist(), strict=True)), seed)
-    scale = 4 * size / 64
-    image = Image.new("RGB", (4 * size, 4 * size), look.background)
-    page = Pen(ImageDraw.Draw(image), ImageDraw.Draw(image, "RGBA"), 0, scale)
+    side = SUPERSAMPLING * size
+    image = Image.new("RGB", (side, side), look.paint["background"])
+    page = Pen(ImageDraw.Draw(image), ImageDraw.Draw(image, "RGBA"), origin=0, turn=side / 64)
     draw_background(page, look)
     draw_person(page.moved(look.place), look)
-    return np.asarray(image.reduce(4))
+    return np.asarray(image.reduce(SUPERSAMPLING))
 
 
-def draw_person(body: Pen, look: Look) -> None:
+def draw_person(body: Pen, look: Look):
     r"""From back to front; the body stands straight, the head is tilted, the features look a little aside."""
     has = look.has
     head = replace(body, turn=body.turn * look.turn)
@@ -476,46 +503,68 @@ def draw_person(body: Pen, look: Look) -> None:
 
 
 def random_attributes(rng: np.random.Generator) -> np.ndarray:
-    r"""A consistent row (40,) uint8 that says what `draw_face` shows; invisible attributes are 0.
+    r"""A consistent row (40,) uint8 that states what `draw_face` shows; invisible attributes are 0.
 
     Mustache or Goatee means No_Beard = 0; a man with neither and No_Beard = 0 has a full beard. Under a hat
     there are no bangs, and the colour shows at the sides.
     """
 
-    def maybe(share: float) -> bool:
-        return bool(rng.random() < share)
+    def maybe(probability: float) -> bool:
+        return bool(rng.random() < probability)
 
-    male, young, hat = maybe(0.5), maybe(0.65), maybe(0.18)
+    male = maybe(0.5)
+    young = maybe(0.65)
+    hat = maybe(0.18)
     bald = maybe(0.24 if male else 0.06) and not hat
     gray = 0.13 if young else 0.46
     colour = rng.choice(list(HAIRS), p=[(1 - gray) / 3] * 3 + [gray])
     cut = rng.choice(["Straight_Hair", "Wavy_Hair", "neat"], p=[0.3, 0.3, 0.4])
-    beards = {"No_Beard": ["No_Beard"], "full": [], "both": ["Mustache", "Goatee"]}
     beard = rng.choice(["No_Beard", "Mustache", "Goatee", "both", "full"], p=[0.4, 0.17, 0.15, 0.08, 0.2])
-    shares = {"Mouth_Slightly_Open": 0.4, "Smiling": 0.5}
-    shares |= {"Eyeglasses": 0.25, "Rosy_Cheeks": 0.22, "Pale_Skin": 0.22}
-    shares |= {"Bushy_Eyebrows": 0.3 if male else 0.15, "Wearing_Lipstick": 0.03 if male else 0.5}
-    shares |= {"Wearing_Earrings": 0.08 if male else 0.4, "Wearing_Necktie": 0.35 if male else 0.06}
-    names = {name for name, share in shares.items() if maybe(share)}
-    names |= {name for name, so in (("Male", male), ("Young", young), ("Wearing_Hat", hat)) if so}
-    names |= {"Bald"} if bald else {colour, cut}
-    names |= {"Bangs"} if maybe(0.35) and not (bald or hat) else set()
-    necklace = maybe(0.09 if male else 0.4) and "Wearing_Necktie" not in names
-    names |= {"Wearing_Necklace"} if necklace else set()
-    names |= set(beards.get(beard, [beard])) if male else {"No_Beard"}
-    return np.array([name in names for name in ATTRIBUTES], dtype=np.uint8)
+    probabilities = {
+        "Mouth_Slightly_Open": 0.4,
+        "Smiling": 0.5,
+        "Eyeglasses": 0.25,
+        "Rosy_Cheeks": 0.22,
+        "Pale_Skin": 0.22,
+        "Bushy_Eyebrows": 0.3 if male else 0.15,
+        "Wearing_Lipstick": 0.03 if male else 0.5,
+        "Wearing_Earrings": 0.08 if male else 0.4,
+        "Wearing_Necktie": 0.35 if male else 0.06,
+    }
+    has = {name: maybe(probability) for name, probability in probabilities.items()}
+    has["Bangs"] = maybe(0.35) and not (bald or hat)
+    has["Wearing_Necklace"] = maybe(0.09 if male else 0.4) and not has["Wearing_Necktie"]
+    has |= {"Male": male, "Young": young, "Wearing_Hat": hat, "Bald": bald}
+    has |= {colour: not bald, cut: not bald}
+    has["No_Beard"] = beard == "No_Beard" or not male
+    has["Mustache"] = beard in ("Mustache", "both") and male
+    has["Goatee"] = beard in ("Goatee", "both") and male
+    return np.array([has.get(name, False) for name in ATTRIBUTES], dtype=np.uint8)
 
 
-def drawn_rows(count: int, seed: int, per_row: int = 8) -> np.ndarray:
+def drawn_rows(count: int, seed: int, per_row: int = PER_ROW) -> np.ndarray:
     r"""The attributes (count, 40) of pictures 0..count-1, uint8; picture i has row i // per_row.
 
-    Neighbours share a row so that there are few captions to embed. Row r follows from (seed, r) alone: more
-    pictures leave the earlier ones as they were.
+    Row r follows from (seed, r) alone, so more pictures leave the earlier ones as they were.
     """
     if count < 0 or per_row < 1:
         raise ValueError(f"expected count >= 0 and per_row >= 1, got count {count} and per_row {per_row}")
     rows = [random_attributes(np.random.default_rng([seed, r])) for r in range(-(-count // per_row))]
     return np.repeat(np.array(rows, np.uint8).reshape(-1, len(ATTRIBUTES)), per_row, axis=0)[:count]
+
+
+def drawn_split(count: int) -> np.ndarray:
+    r"""The split (count,) of pictures 0..count-1, uint8: 90 % train, 5 % valid, 5 % test.
+
+    Pictures that share a row of attributes share their split. Rows are drawn independently, so equal ones may fall
+    into two splits by chance; the evaluation counts which prompts are unseen. Of fewer than 20 rows of pictures the
+    last tenth is valid, which may cut a row in two, and none is test.
+    """
+    part = np.arange(count) // PER_ROW % 20
+    split = np.where(part == 18, VALID, np.where(part == 19, TEST, TRAIN)).astype(np.uint8)
+    if count < 20 * PER_ROW:
+        split[-max(1, count // 10) :] = VALID
+    return split
 
 
 def draw_many(rows: np.ndarray, seed: int, size: int = 64, start: int = 0) -> Iterator[np.ndarray]:
@@ -530,53 +579,43 @@ def draw_many(rows: np.ndarray, seed: int, size: int = 64, start: int = 0) -> It
         yield draw_face(row, [seed, i], size)
 
 
-def write_celeba(folder: str | Path, count: int, seed: int = 0, size: int = 64) -> None:
+def write_celeba(folder: str | Path, count: int, seed: int = 0, size: int = 64):
     r"""Write drawn faces as CelebA comes: img_align_celeba/, list_attr_celeba.txt, list_eval_partition.txt.
 
-    The last tenth is the test split, the tenth before it the validation split. `folder` must be new or empty.
+    Rows, splits and pictures are those of `dataset.drawn_pictures`, but for what JPEG rounds away.
+
+    Raises:
+        UserError: `folder` is neither new nor empty, no pictures, a size below 16, or a seed below 0.
     """
-    folder = Path(folder)
-    if count < 1 or size < 16:
-        raise ValueError(f"expected a count >= 1 and a size >= 16, got count {count} and size {size}")
-    if seed < 0:
-        raise ValueError(f"expected a seed >= 0, got {seed}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"expected a new or empty folder, got {folder}, which is not: name another folder")
-    (folder / "img_align_celeba").mkdir(parents=True)
+    if count < 1 or size < 16 or seed < 0:
+        got = f"count {count}, size {size} and seed {seed}"
+        raise UserError(f"expected count >= 1, size >= 16 and seed >= 0, got {got}")
     rows = drawn_rows(count, seed)
     names = [f"{i:06d}.jpg" for i in range(1, count + 1)]
-    for name, picture in zip(names, draw_many(rows, seed, size), strict=True):
-        Image.fromarray(picture).save(folder / "img_align_celeba" / name, quality=95, subsampling=0)
     values = (" ".join(f"{2 * value - 1:2d}" for value in row) for row in rows.tolist())
-    lines = [f"{name} {value}" for name, value in zip(names, values, strict=True)]
-    write_lines(folder / "list_attr_celeba.txt", [str(count), " ".join(ATTRIBUTES) + " ", *lines])
-    tenth = count // 10
-    splits = [0] * (count - 2 * tenth) + [1] * tenth + [2] * tenth
-    lines = [f"{name} {split}" for name, split in zip(names, splits, strict=True)]
-    write_lines(folder / "list_eval_partition.txt", lines)
+    attributes = [str(count), " ".join(ATTRIBUTES) + " ", *map(" ".join, zip(names, values, strict=True))]
+    partition = [f"{name} {part}" for name, part in zip(names, drawn_split(count), strict=True)]
+    with new_folder(folder) as place:
+        (place / "img_align_celeba").mkdir()
+        for name, picture in zip(names, draw_many(rows, seed, size), strict=True):
+            Image.fromarray(picture).save(place / "img_align_celeba" / name, quality=95, subsampling=0)
+        for name, lines in (("list_attr_celeba", attributes), ("list_eval_partition", partition)):
+            text = "".join(line + "\r\n" for line in lines)  # CelebA's own line ends, on every system
+            (place / f"{name}.txt").write_bytes(text.encode("ascii"))
 
 
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    r"""Lines with CelebA's own line ends, whatever the system's."""
-    path.write_bytes("".join(line + "\r\n" for line in lines).encode("ascii"))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    r"""`python -m ddpm.faces FOLDER --count 1000 --seed 0`."""
-    prog = "python -m ddpm.faces"
-    parser = argparse.ArgumentParser(prog, description="Write drawn faces in CelebA's layout.")
+def main(argv: list[str] | None = None):
+    r"""The command `python -m ddpm.celeba.faces`."""
+    parser = Parser("Write the faces that `train.py --data drawn` trains on, in CelebA's layout.")
+    parser.prog = "python -m ddpm.celeba.faces"
     parser.add_argument("folder", help="a new or empty folder")
-    parser.add_argument("--count", type=int, default=1000, help="how many pictures (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds, other faces (%(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels (%(default)s)")
-    args = parser.parse_args(arguments)
-    try:
-        write_celeba(args.folder, args.count, args.seed, args.size)
-    except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"{args.count} faces in {args.folder}")
+    parser.add_argument("--count", type=int, default=1000, help="how many pictures [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other faces [%(default)s]")
+    parser.add_argument("--size", type=int, default=64, help="side in pixels [%(default)s]")
+    a = parser.parse_args(argv)
+    write_celeba(a.folder, a.count, a.seed, a.size)
+    print(f"{a.count} faces in {a.folder}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

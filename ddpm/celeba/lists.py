@@ -1,31 +1,29 @@
 r"""Pictures on disk, in any layout people have them in, as one table.
 
 `open_table` reads CelebA (the official text files, Kaggle's csv, torchvision's folder) and any folder of
-pictures with a csv into an `ImageTable`. `read_image` turns one of its files into a square of pixels, by
-`crop_and_resize`: the one crop of this project, for training data and for statistics alike.
+pictures with a csv into an `ImageTable`. What cannot be used is refused in one line, by a `DataError`."""
 
-What cannot be used is told in one line: a `DataError` where the data as a whole is wrong, a `BadImage` where
-a single picture is."""
-
-import csv
 import hashlib
 import os
-import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
 from ddpm.celeba.captions import ATTRIBUTES
-from ddpm.celeba.refusals import DataError, _few, _head_of, _kind, _short, _wrong
-from ddpm.tools.strict_json import parse_json
+from ddpm.celeba.refusals import AGAIN, DataError, first_few, kind_of, quoted
+from ddpm.celeba.sheets import PLAIN_ATTRIBUTES, Sheet, is_image_name, read_sheet
 
 TRAIN, VALID, TEST = 0, 1, 2
-
-
-# ---------------------------------------------------------------------------------------------- the table
+FOLDERS = ("img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba_png")
+# Where CelebA's pictures are, seen from the folder with the annotations.
+IMAGE_FOLDERS = (*FOLDERS, *(f"Img/{name}" for name in FOLDERS), "Img", "images", ".")
+FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_id", "path")
+ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz")
+VALUES = {"-1": 0, "0": 0, "1": 1, "-1.0": 0, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+SPLITS = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
+SPLITS |= {"0": TRAIN, "1": VALID, "2": TEST, "0.0": TRAIN, "1.0": VALID, "2.0": TEST}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +39,7 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self.files)
 
-    def subset(self, index) -> "ImageTable":
+    def take(self, index) -> "ImageTable":
         r"""The rows that `index` picks, in its order: integers, a mask like `split == VALID`, a slice."""
         rows = np.arange(len(self))[index]
         return replace(
@@ -54,9 +52,9 @@ class ImageTable:
 
 
 def open_table(path) -> ImageTable:
-    r"""Reads a folder of pictures and their annotations.
+    r"""Read a folder of pictures and their annotations.
 
-    Looked for in this order:
+    These are tried in this order:
 
     - CelebA: `list_attr_celeba.txt` or `.csv` in the folder, in its `Anno/`, or the same below `celeba/`;
       pictures in `img_align_celeba/` (nested in itself, in `Img/`, as PNG) or beside the list; the split from
@@ -65,9 +63,9 @@ def open_table(path) -> ImageTable:
       names, and either `caption` (or `text`) or some of the 40 attributes, the others being 0. `split`
       is an optional column. Paths are relative to the folder, or to its `images/`.
 
-    Rows whose picture is not there are left out, so a part of CelebA opens too. Without a split, about
-    90 / 5 / 5 % of the pictures are train / valid / test by a hash of each file's name. Where a given split
-    has nothing in valid (the first thousands of CelebA are all train), 5 % of its train become valid.
+    Rows without a picture are left out, so a part of CelebA opens too. Without a split, about 90 / 5 / 5 % of the
+    pictures are train / valid / test by a hash of each file's name. Where a given split has nothing in valid
+    (for example, the first thousands of CelebA are all train), 5 % of its train become valid.
 
     Args:
         path: the folder.
@@ -80,59 +78,51 @@ def open_table(path) -> ImageTable:
     for home in (folder, folder / "celeba", folder / "CelebA"):
         if file := _find(home, "Anno", "list_attr_celeba"):
             return _open_celeba(home, file)
-    return _open_own(folder, _own_list(folder))
-
-
-IMAGE_FOLDERS = (  # where CelebA's pictures are, seen from the folder with the annotations
-    *("img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba_png"),
-    *("Img/img_align_celeba", "Img/img_align_celeba/img_align_celeba", "Img/img_align_celeba_png"),
-    *("Img", "images", "."),
-)
+    return _open_own(folder)
 
 
 def _open_celeba(home: Path, file: Path) -> ImageTable:
     r"""CelebA: all 40 attributes, and its own split if there is a file for it."""
-    sheet = _read_sheet(file)
+    sheet = read_sheet(file)
     columns = _attribute_columns(sheet)
     if missing := [name for name in ATTRIBUTES if name not in columns]:
-        raise _wrong(file, "all 40 attributes as columns", f"{len(columns)}, without {_few(missing)}", AGAIN)
-    table = _present(sheet, _all_rows(sheet, columns), [home / name for name in IMAGE_FOLDERS])
+        got = f"{len(columns)}, without {first_few(missing)}"
+        raise DataError(file, "all 40 attributes as columns", got, AGAIN)
+    table = _with_pictures(_every_row(sheet, columns), [home / name for name in IMAGE_FOLDERS], file)
     partition = _find(home, "Eval", "list_eval_partition") or _find(home, "Anno", "list_eval_partition")
-    split = _read_partition(partition, table) if partition else _split_by_name(table.files)
+    split = _read_partition(partition, table.files) if partition else split_by_name(table.files)
     return replace(table, split=split)
 
 
-def _open_own(folder: Path, file: Path) -> ImageTable:
+def _open_own(folder: Path) -> ImageTable:
     r"""Any pictures with a list: captions, or at least one of the 40 attributes."""
-    sheet = _read_sheet(file)
+    sheet = read_sheet(_own_list(folder))
     columns = _attribute_columns(sheet)
     caption = next((sheet.header.index(name) for name in ("caption", "text") if name in sheet.header), None)
     if caption is None and not columns:
         expected = "a column caption or text, or attributes (Male, Smiling, ...)"
-        raise _wrong(file, expected, _few(sheet.header) or "none", "name the columns in line 1")
-    table = _all_rows(sheet, columns, caption)
-    if "split" not in sheet.header:
-        table = _present(sheet, table, [folder, folder / "images"])
-        return replace(table, split=_split_by_name(table.files))
-    table = replace(table, split=_split_column(sheet, sheet.header.index("split")))
-    table = _present(sheet, table, [folder, folder / "images"])
-    return replace(table, split=_with_valid(table.split, table.files))
-
-
-# ---------------------------------------------------------------------------------- what is in the folder
-
-AGAIN = "fetch it again"
+        raise DataError(sheet.file, expected, first_few(sheet.header) or "none", "name the columns in line 1")
+    table = _every_row(sheet, columns, caption)
+    has_split = "split" in sheet.header
+    if has_split:
+        table = replace(table, split=_split_column(sheet, sheet.header.index("split")))
+    table = _with_pictures(table, [folder, folder / "images"], sheet.file)
+    split = _with_valid(table.split, table.files) if has_split else split_by_name(table.files)
+    return replace(table, split=split)
 
 
 def _existing_folder(path) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise _wrong(folder, "a folder of pictures", "nothing of that name", "check the path")
-    if not folder.is_dir():
-        kind = _kind(_head_of(folder)) if folder.is_file() else ""
-        step = "unpack it and give the folder" if "archive" in kind else f"give its folder, {folder.parent}"
-        raise _wrong(folder, "a folder of pictures", kind or "a file", step)
-    return folder
+        raise DataError(folder, "a folder of pictures", "nothing of that name", "check the path")
+    if folder.is_dir():
+        return folder
+    kind = ""
+    if folder.is_file():
+        with open(folder, "rb") as file:
+            kind = kind_of(file.read(512))
+    advice = "unpack it and give the folder" if "archive" in kind else f"give its folder, {folder.parent}"
+    raise DataError(folder, "a folder of pictures", kind or "a file", advice)
 
 
 def _find(home: Path, subfolder: str, name: str) -> Path | None:
@@ -150,36 +140,41 @@ def _own_list(folder: Path) -> Path:
     if len(tables) == 1:
         return folder / tables[0]
     if tables:
-        raise _wrong(folder, "one csv", f"{len(tables)}: {_few(tables)}", "name the right one captions.csv")
-    others = [name for name in names if not _is_image_name(name)]
+        got = f"{len(tables)}: {first_few(tables)}"
+        raise DataError(folder, "one csv", got, "name the right one captions.csv")
+    others = [name for name in names if not is_image_name(name)]
     pictures = len(names) - len(others)
-    found = [f"{pictures:,} pictures without annotations"] * (pictures > 0) + [_few(others)] * (others != [])
-    step = "put one of these beside the pictures"
+    found = [f"{pictures:,} pictures without annotations"] if pictures else []
+    found += [first_few(others)] if others else []
     if above := _find(folder.parent, "Anno", "list_attr_celeba"):
-        step = f"give the folder with {above.name}, {folder.parent}"
+        advice = f"give the folder with {above.name}, {folder.parent}"
     elif any(name.lower().endswith(ARCHIVES) for name in names):
-        step = "unpack the archive first"
+        advice = "unpack the archive first"
+    else:
+        advice = "put one of these beside the pictures"
     expected = "list_attr_celeba.txt or .csv (CelebA), captions.csv, metadata.csv or .jsonl (your own)"
-    raise _wrong(folder, expected, " and ".join(found) or "an empty folder", step)
+    raise DataError(folder, expected, " and ".join(found) or "an empty folder", advice)
 
 
-def _present(sheet: "_Sheet", table: ImageTable, folders: list[Path]) -> ImageTable:
-    r"""The rows whose picture is in the first folder that holds any. Lists folders, touches no file."""
+def _with_pictures(table: ImageTable, folders: list[Path], file: Path) -> ImageTable:
+    r"""The rows whose picture is in the first folder that holds any. Lists folders, touches no picture."""
     as_png = tuple(os.path.splitext(name)[0] + ".png" for name in table.files)  # CelebA is also given as PNG
     for files in (table.files, as_png):
+        subfolders = {name.rpartition("/")[0] for name in files}
         for folder in folders:
-            there = _listing(folder, {name.rpartition("/")[0] for name in files})
+            there = _listing(folder, subfolders)
             keep = np.array([name in there for name in files])
             if keep.any():
-                return replace(table, root=folder, files=files).subset(keep)
+                return replace(table, root=folder, files=files).take(keep)
     looked = [folder for folder in folders if folder.is_dir()]
     packed = [name for folder in looked for name in _listing(folder, {""}) if name.lower().endswith(ARCHIVES)]
     expected = f"its {len(table):,} pictures, such as {table.files[0]}"
-    step = f"unpack {packed[0]}" if packed else "put the pictures into one of these"
-    raise _wrong(sheet.file, expected, f"none of them in {_few(looked)}", step)
+    advice = f"unpack {packed[0]}" if packed else "put the pictures into one of these"
+    raise DataError(file, expected, f"none of them in {first_few(looked)}", advice)
 
 
 def _listing(folder: Path, subfolders: set[str]) -> set[str]:
+    r"""What is in these subfolders ("" is the folder itself), as paths relative to the folder."""
     names = set()
     for sub in subfolders:
         try:
@@ -187,242 +182,102 @@ def _listing(folder: Path, subfolders: set[str]) -> set[str]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:
-            got = _short(str(error))
-            raise _wrong(folder / _short(sub), "a folder that can be read", got, "correct it") from error
+            where = folder / quoted(sub)
+            raise DataError(where, "a folder that can be read", quoted(error), "correct it") from error
     return names
 
 
-# ----------------------------------------------------------------------------- readers: text, rows, columns
-
-MOST_LIST, MOST_ROW = 2**27, 2**20  # bytes of a list (CelebA's has 26 million), characters of a row
-VALUES = {"-1": 0, "0": 0, "1": 1, "-1.0": 0, "0.0": 0, "1.0": 1}
-VALUES |= {"False": 0, "True": 1, "false": 0, "true": 1, "FALSE": 0, "TRUE": 1}
-SPLITS = {"0": TRAIN, "1": VALID, "2": TEST, "0.0": TRAIN, "1.0": VALID, "2.0": TEST}
-SPLITS |= {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
-FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_id", "path")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz")
-
-
-@dataclass
-class _Sheet:
-    r"""A list as it stands in its file: plain column names, or [] if it has none, and rows of cells."""
-
-    file: Path
-    header: list[str]
-    rows: list[tuple[int, list[str]]]  # line number, cells
-
-    def wrong(self, line: int, expected: str, got: str) -> DataError:
-        return _wrong(f"{self.file} line {line}", expected, got, "correct the file or fetch it again")
+def _every_row(sheet: Sheet, columns: dict[str, int], caption: int | None = None) -> ImageTable:
+    r"""The table of all rows: captions if there is a column of them, else attributes; all of it in train."""
+    files = _picture_names(sheet)
+    captions = attributes = None
+    if caption is not None:
+        captions = tuple(" ".join(cells[caption].split()) for _, cells in sheet.rows)
+        if "" in captions:
+            row = captions.index("")
+            raise sheet.refusal(sheet.rows[row][0], "a caption", f"none for {quoted(files[row])}")
+    else:
+        attributes = np.zeros((len(files), len(ATTRIBUTES)), np.uint8)
+        expected = "values -1 and 1 (or 0 and 1, or False and True)"
+        for name, column in columns.items():
+            attributes[:, ATTRIBUTES.index(name)] = _numbers(sheet, column, VALUES, expected)
+    return ImageTable(sheet.file.parent, files, attributes, captions, np.zeros(len(files), np.uint8))
 
 
-def _read_sheet(file: Path) -> _Sheet:
-    r"""Reads a csv, a table split on white space, or a jsonl; checks the count in line 1, if there is one."""
-    text = _read_text(file).replace("\r\n", "\n").replace("\r", "\n")
-    first, _, rest = text.partition("\n")
-    counted = re.fullmatch(r"\s*[0-9]{1,18}\s*", first) is not None
-    body = rest if counted else text
-    head = body.lstrip().partition("\n")[0]
-    plain = not any(mark in head for mark in ",;\t")
-    cells_of = _json_cells if file.suffix == ".jsonl" else _plain_cells if plain else _csv_cells
-    line, rows = 0, []
-    try:
-        for line, cells in cells_of(body):
-            if any(cells):
-                rows.append((line + counted, list(map(sys.intern, cells))))  # 8 million times "-1": keep one
-    except (csv.Error, ValueError, TypeError, AttributeError) as error:
-        got = f"{_short(str(error))} after line {line + counted}"
-        raise _wrong(file, "well-formed rows", got, "correct the file or fetch it again") from error
-    header = []
-    if rows and not any(map(_is_image_name, rows[0][1])):
-        header = [_plain_name(cell) for cell in rows.pop(0)[1]]
-    if header and plain and header[0] in PLAIN_ATTRIBUTES:
-        header.insert(0, "image_id")  # the official list does not name its first column
-    if counted and int(first.strip()) != len(rows):
-        expected = f"{int(first.strip()):,} rows by its first line"
-        raise _wrong(file, expected, f"{len(rows):,}", f"if the download was cut short, {AGAIN}")
-    if not rows:
-        raise _wrong(file, "a line of column names and then rows", "no rows", AGAIN)
-    return _Sheet(file, header, rows)
-
-
-def _lines(body: str) -> Iterator[str]:
-    for found in re.finditer(r".*\n|.+", body):  # one at a time: a list of them would double the memory
-        if found.end() - found.start() > MOST_ROW:
-            raise ValueError(f"a line of more than {MOST_ROW:,} characters")
-        yield found[0]
-
-
-def _plain_cells(body: str) -> Iterator[tuple[int, list[str]]]:
-    return enumerate(map(str.split, _lines(body)), 1)
-
-
-def _csv_cells(body: str) -> Iterator[tuple[int, list[str]]]:
-    head = body.lstrip().partition("\n")[0]
-    mark = max(",;\t", key=head.count)
-    length = 0  # of the row so far, which quotes may spread over many lines
-
-    def lines() -> Iterator[str]:
-        nonlocal length
-        for line in _lines(body):
-            length += len(line)
-            if length > MOST_ROW:
-                raise ValueError(f"a row of more than {MOST_ROW:,} characters")
-            yield line
-
-    reader = csv.reader(lines(), delimiter=mark, strict=True, skipinitialspace=True)
-    for cells in reader:
-        length = 0
-        yield reader.line_num, cells
-
-
-def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
-    keys = []
-    for line, text in enumerate(_lines(body), 1):
-        if text.strip():
-            item = parse_json(text)
-            if not keys:
-                keys = list(item)
-                yield line, keys
-            yield line, [str(item.get(key, "")) for key in keys]
-
-
-def _read_text(file: Path) -> str:
-    r"""The text of a list: UTF-8, UTF-16 with a byte order mark, or latin-1 where the names are ASCII."""
-    try:
-        size = file.stat().st_size
-        if size > MOST_LIST:
-            got = f"{size / 2**20:,.0f}"
-            raise _wrong(file, f"a list of at most {MOST_LIST // 2**20} MiB", got, "use a part of the data")
-        data = file.read_bytes()
-    except OSError as error:
-        raise _wrong(file, "a list that can be read", _short(str(error)), "correct that") from error
-    kind = _kind(data[:512])
-    if kind or not data.strip():
-        raise _wrong(file, "a list of pictures as text", kind or "an empty file", AGAIN)
-    try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        ascii_names = all(line.split(None, 1)[0].isascii() for line in data.splitlines() if line.strip())
-        text = data.decode("latin-1") if file.suffix == ".txt" and ascii_names else "\0"
-    if "\0" in text:
-        raise _wrong(file, "text in UTF-8", "other bytes", f"save it as UTF-8, or {AGAIN}")
-    return text
-
-
-def _plain_name(name: str) -> str:
-    return re.sub(r"[\s_-]+", "_", name.strip().lower())
-
-
-PLAIN_ATTRIBUTES = {_plain_name(name): name for name in ATTRIBUTES}
-
-
-def _is_image_name(cell: str) -> bool:
-    return cell.rstrip().lower().endswith(IMAGE_SUFFIXES)
-
-
-def _attribute_columns(sheet: _Sheet) -> dict[str, int]:
+def _attribute_columns(sheet: Sheet) -> dict[str, int]:
     r"""Attribute -> column, matched by name, whatever the order, the case and the underscores."""
     columns = {}
     for column, name in enumerate(sheet.header):
         attribute = PLAIN_ATTRIBUTES.get(name)
         if attribute in columns:
-            raise _wrong(sheet.file, f"one column {attribute}", "two", "remove one")
+            raise DataError(sheet.file, f"one column {attribute}", "two", "remove one")
         if attribute:
             columns[attribute] = column
     return columns
 
 
-def _named_rows(sheet: _Sheet) -> Iterator[tuple[int, str, list[str]]]:
-    r"""Line, file name and cells of each row, checked: a cell for each column, each picture once."""
+def _picture_names(sheet: Sheet) -> tuple[str, ...]:
+    r"""The file name in each row, once every row has a cell for each column and no picture stands twice."""
     start = sheet.rows[0][1]
-    by_look = [column for column, cell in enumerate(start) if _is_image_name(cell)]  # after pandas' index
+    by_look = [column for column, cell in enumerate(start) if is_image_name(cell)]  # after pandas' index
     by_name = [column for column, name in enumerate(sheet.header) if name in FILE_COLUMNS]
     if not by_look + by_name:
-        got = f"{_few(sheet.header) or 'none'} with {_short(' '.join(start))}"
-        raise _wrong(sheet.file, "a column of picture files, such as file_name", got, "correct the file")
-    column, width, lines = (by_look + by_name)[0], len(sheet.header or start), {}
+        got = f"{first_few(sheet.header) or 'none'} with {quoted(' '.join(start))}"
+        raise DataError(sheet.file, "a column of picture files, such as file_name", got, "correct the file")
+    column = (by_look + by_name)[0]
+    width = len(sheet.header or start)
+    line_of: dict[str, int] = {}
     for line, cells in sheet.rows:
         if len(cells) != width:
-            raise sheet.wrong(line, f"{width} columns", f"{len(cells)}, {_short(' '.join(cells))}")
-        name = cells[column].strip()
-        if not _is_image_name(name):
-            raise sheet.wrong(line, "the file name of a picture", _short(name))
+            raise sheet.refusal(line, f"{width} columns", f"{len(cells)}, {quoted(' '.join(cells))}")
+        name = cells[column]
+        if not is_image_name(name):
+            raise sheet.refusal(line, "the file name of a picture", quoted(name))
         if "/" in name or "\\" in name or ":" in name:
-            name = _inner_path(sheet, line, name)
-        if lines.setdefault(name, line) != line:
-            raise sheet.wrong(line, "every picture once", f"{_short(name)} again, after line {lines[name]}")
-        yield line, name, cells
+            path = PurePosixPath(name.replace("\\", "/"))
+            if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts:
+                raise sheet.refusal(line, "a path inside the folder", quoted(name))
+            name = str(path)
+        if name in line_of:
+            got = f"{quoted(name)} again, after line {line_of[name]}"
+            raise sheet.refusal(line, "every picture once", got)
+        line_of[name] = line
+    return tuple(line_of)
 
 
-def _inner_path(sheet: _Sheet, line: int, name: str) -> str:
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts:
-        raise sheet.wrong(line, "a path inside the folder", _short(name))
-    return str(path)
+def _numbers(sheet: Sheet, column: int, meanings: dict[str, int], expected: str) -> np.ndarray:
+    r"""What the cells of a column mean, (N,) uint8."""
+    numbers = [meanings.get(cells[column].lower()) for _, cells in sheet.rows]
+    if None in numbers:
+        line, cells = sheet.rows[numbers.index(None)]
+        raise sheet.refusal(line, expected, quoted(cells[column]))
+    return np.array(numbers, np.uint8)
 
 
-def _all_rows(sheet: _Sheet, columns: dict[str, int], caption: int | None = None) -> ImageTable:
-    r"""The table of all rows: captions if there is a column of them, else attributes; all of it in train."""
-    files, captions, bits = [], [], bytearray()
-    for line, name, cells in _named_rows(sheet):
-        files.append(name)
-        if caption is not None:
-            captions.append(" ".join(cells[caption].split()))
-            if not captions[-1]:
-                raise sheet.wrong(line, "a caption", f"none for {_short(name)}")
-            continue
-        values = [VALUES.get(cells[column].strip()) for column in columns.values()]
-        if None in values:
-            value = cells[list(columns.values())[values.index(None)]]
-            raise sheet.wrong(line, "values -1 and 1 (or 0 and 1, or False and True)", _short(value))
-        bits += bytes(values)
-    split = np.zeros(len(files), np.uint8)
-    if caption is not None:
-        return ImageTable(sheet.file.parent, tuple(files), None, tuple(captions), split)
-    attributes = np.zeros((len(files), len(ATTRIBUTES)), np.uint8)
-    places = [ATTRIBUTES.index(name) for name in columns]
-    attributes[:, places] = np.frombuffer(bits, np.uint8).reshape(len(files), -1)
-    return ImageTable(sheet.file.parent, tuple(files), attributes, None, split)
+def _split_column(sheet: Sheet, column: int) -> np.ndarray:
+    return _numbers(sheet, column, SPLITS, "train, valid or test (or 0, 1 or 2)")
 
 
-# ------------------------------------------------------------------------------------------------- splits
+def _read_partition(file: Path, files: tuple[str, ...]) -> np.ndarray:
+    r"""The split of these pictures, (N,) uint8, from the last column of `list_eval_partition`."""
+    sheet = read_sheet(file)
+    stems = [os.path.splitext(name)[0] for name in _picture_names(sheet)]
+    split_of = dict(zip(stems, _split_column(sheet, -1), strict=True))
+    split = [split_of.get(os.path.splitext(name)[0]) for name in files]
+    missing = [name for name, part in zip(files, split, strict=True) if part is None]
+    if missing:
+        expected = f"a split for each of {len(files):,} pictures"
+        advice = f"{AGAIN}, or remove it to split by file name"
+        raise DataError(file, expected, f"none for {len(missing):,}, such as {missing[0]}", advice)
+    return _with_valid(np.array(split, np.uint8), files)
 
 
-def _split_column(sheet: _Sheet, column: int) -> np.ndarray:
-    r"""The split of every row, (N,) uint8, from names or numbers."""
-    split = [SPLITS.get(cells[column].strip().lower()) for _, cells in sheet.rows]
-    if None in split:
-        line, cells = sheet.rows[split.index(None)]
-        raise sheet.wrong(line, "train, valid or test (or 0, 1 or 2)", _short(cells[column]))
-    return np.array(split, np.uint8)
-
-
-def _read_partition(file: Path, table: ImageTable) -> np.ndarray:
-    r"""The split of the table's pictures, (N,) uint8, from the last column of `list_eval_partition`."""
-    sheet = _read_sheet(file)
-    names = [os.path.splitext(name)[0] for _, name, _ in _named_rows(sheet)]
-    split_of = dict(zip(names, _split_column(sheet, -1), strict=True))
-    split = [split_of.get(os.path.splitext(name)[0]) for name in table.files]
-    if None in split:
-        got = f"none for {split.count(None):,}, such as {table.files[split.index(None)]}"
-        step = f"{AGAIN}, or remove it to split by file name"
-        raise _wrong(file, f"a split for each of {len(table):,} pictures", got, step)
-    return _with_valid(np.array(split, np.uint8), table.files)
-
-
-def _unit_hash(files: Sequence[str]) -> np.ndarray:
-    r"""A number in [0, 1) for each name, (N,), that depends on the name alone, on every machine."""
-    digests = [hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in files]
-    return np.frombuffer(b"".join(digests), ">u8") / 2**64
-
-
-def _split_by_name(files: Sequence[str]) -> np.ndarray:
+def split_by_name(files: Sequence[str]) -> np.ndarray:
     r"""About 90 % train, 5 % valid, 5 % test by a hash of each name: order and other files do not matter.
 
     Only among a few pictures, where train or valid would be empty, one is moved there.
 
-    >>> np.bincount(_split_by_name([f"{i:06}.jpg" for i in range(2000)]))
+    >>> np.bincount(split_by_name([f"{i:06}.jpg" for i in range(2000)]))
     array([1824,   88,   88])
     """
     u = _unit_hash(files)
@@ -435,7 +290,7 @@ def _split_by_name(files: Sequence[str]) -> np.ndarray:
 
 
 def _with_valid(split: np.ndarray, files: Sequence[str]) -> np.ndarray:
-    r"""A given split; where nothing in it is valid, the 5 % of train that `_split_by_name` would take."""
+    r"""A given split; where nothing in it is valid, the 5 % of train that `split_by_name` would take."""
     train = np.flatnonzero(split == TRAIN)
     if (split == VALID).any() or len(train) < 2:
         return split
@@ -444,3 +299,9 @@ def _with_valid(split: np.ndarray, files: Sequence[str]) -> np.ndarray:
     split = split.copy()
     split[moved if 0 < len(moved) < len(train) else train[u.argmin()]] = VALID
     return split
+
+
+def _unit_hash(files: Sequence[str]) -> np.ndarray:
+    r"""A number in [0, 1) for each name, (N,), that depends on the name alone, on every machine."""
+    digests = [hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in files]
+    return np.frombuffer(b"".join(digests), ">u8") / 2**64

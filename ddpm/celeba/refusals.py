@@ -1,36 +1,33 @@
-r"""What is told of data that cannot be used: one line, with what was expected, what came and what to do next."""
+r"""Data that cannot be used is refused in one line: what was expected, what was found, what to do next."""
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from ddpm.tools.errors import UserError
 
+AGAIN = "fetch it again"
+
 
 class DataError(UserError):
-    r"""The data cannot be used; one line: what was expected, what came, what to do next."""
+    r"""The data cannot be used."""
+
+    def __init__(self, where: object, expected: str, got: str, advice: str):
+        super().__init__(f"{where}: expected {expected}, got {got}; {advice}")
 
 
-def _wrong(where, expected: str, got: str, next_step: str) -> DataError:
-    return DataError(f"{where}: expected {expected}, got {got}; {next_step}")
-
-
-def _short(text: str) -> str:
-    text = repr(text)  # one line, whatever is in it
+def quoted(text: object) -> str:
+    r"""A text in quotes, on one line and cut after 100 characters."""
+    text = repr(str(text))
     return text if len(text) <= 100 else text[:96] + "..." + text[-1]
 
 
-def _few(names: Sequence) -> str:
+def first_few(names: Sequence) -> str:
+    r"""Up to four names, and how many more there are."""
     return ", ".join(map(str, names[:4])) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
-def _head_of(file: Path) -> bytes:
-    with open(file, "rb") as opened:
-        return opened.read(512)
-
-
-def _kind(head: bytes) -> str:
-    r"""What a file's first bytes show it to be, of the things saved by mistake; else an empty string."""
+def kind_of(head: bytes) -> str:
+    r"""What a file is by its first bytes, of the things that people save by mistake; else an empty string."""
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|!--)", head, re.IGNORECASE):
         return "an HTML page (a saved error or quota page)"
     if head.startswith(b"version https://git-lfs"):

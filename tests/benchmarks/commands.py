@@ -25,7 +25,7 @@ def decode(quick: bool, celeba: str | None, **_) -> Iterator[Row]:
     if not celeba:
         raise FileNotFoundError("DDPM_CELEBA names no folder of CelebA")
     table = open_table(celeba)
-    table = table.subset(slice(0, 1500 if quick else 3000))
+    table = table.take(slice(0, 1500 if quick else 3000))
     paths = [str(table.root / name) for name in table.files]
     two = ProcessPoolExecutor(
         2, multiprocessing.get_context("spawn")
