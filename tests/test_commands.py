@@ -16,8 +16,7 @@ import train
 from ddpm import diffusion, sampling
 from ddpm.celeba.faces import write_celeba
 from ddpm.config import PRESETS
-from ddpm.evaluation import classifier
-from ddpm.evaluation import parts as evaluation
+from ddpm.evaluation import __main__ as evaluation
 from ddpm.tools import command as cli
 from ddpm.tools import text_weights
 
@@ -365,4 +364,3 @@ def test_help_and_a_mistyped_flag_are_answered_where_torch_cannot_be_had(command
 def test_the_names_on_the_command_lines_are_those_of_the_library():
     assert sample.SAMPLERS == evaluation.SAMPLERS == sampling.SAMPLERS
     assert sample.VARIANCES == diffusion.VARIANCES
-    assert evaluation.EXTRACTORS == classifier.EXTRACTORS

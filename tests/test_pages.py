@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 
 import sample
 import train
-from ddpm.evaluation import parts as evaluation
+from ddpm.evaluation import __main__ as evaluation
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -75,8 +75,7 @@ def check(words: list[str]):
     elif words[:2] == ["python", "sample.py"]:
         sample.check(sample.parser().parse_args(words[2:]))
     elif words[:3] == ["python", "-m", "ddpm.evaluation"]:
-        a = evaluation.parser().parse_args(words[3:])
-        assert set((a.only or "vae").split(",")) <= set(evaluation.PARTS)
+        evaluation.parser().parse_args(words[3:])
     elif words[:3] == ["python", "-m", "pytest"]:
         check_tests(words[3], words[words.index("-k") + 1] if "-k" in words else "")
     elif words[:2] == ["python", "tests/fuzz/fuzz_readers.py"]:

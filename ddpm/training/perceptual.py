@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.evaluation.features import IMAGENET_DEVIATION, IMAGENET_MEAN
 from ddpm.tools.errors import UserError
 
 
@@ -25,8 +24,9 @@ def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         raise UserError(f"could not get VGG16's weights ({error}); leave --perceptual-weight at 0") from None
     features = features.to(device).eval().requires_grad_(False)
     groups = [features[:4], features[4:9], features[9:16]]
-    mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
-    std = torch.tensor(IMAGENET_DEVIATION, device=device)[:, None, None]
+    colours = VGG16_Weights.IMAGENET1K_V1.transforms()  # mean and standard deviation of its training pictures
+    mean = torch.tensor(colours.mean, device=device)[:, None, None]
+    std = torch.tensor(colours.std, device=device)[:, None, None]
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         x, y = (((picture + 1) / 2 - mean) / std for picture in (x, y))

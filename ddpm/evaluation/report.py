@@ -1,0 +1,111 @@
+r"""What an evaluation says and writes: lines on the screen, one JSON, its pictures."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ddpm.evaluation.choices import Setting
+from ddpm.tools.files import write_atomically
+
+RESULT = "result.json"
+PREVIOUS = "result.previous.json"
+PICTURES = [
+    f"{name}.png" for name in ("pictures", "neighbours", "adherence", "latents", "loss", "guidance", "steps")
+]
+
+
+def summary(part: str, result: dict | list) -> Iterator[str]:
+    r"""The main figures of one part in lines."""
+    if part == "adherence":
+        for name in ("held_out", "unseen", "far"):
+            if name in result:
+                yield _adherence_line(name.replace("_", "-"), result[name])
+    elif part == "frechet":
+        for name, row in result.items():
+            yield (
+                f"Frechet distance, n {row['n']}, {name}: {row['distance']:.3g}; "
+                f"precision {row['precision']:.2f}, recall {row['recall']:.2f}"
+            )
+    elif part == "neighbours":
+        for space, row in result.items():
+            yield _neighbours_line(space, row)
+    elif part == "vae":
+        yield f"VAE, n {result['n']}: {result['psnr']:.2f} dB PSNR, {result['ssim']:.4f} SSIM"
+    elif part == "loss":
+        yield f"loss ({result['prediction']}), n {result['n']}: {result['mean']:.4f}"
+    elif part == "bits":
+        yield _bits_line(result)
+    elif part in ("guidance", "steps"):
+        for point in result:
+            setting = Setting(*(point[field] for field in Setting._fields))
+            figures = [f"{y} {point[y]:.3g}" for y in ("adherence", "frechet") if point.get(y) is not None]
+            yield f"{setting}, n {point['n']}: {', '.join(figures)}"
+
+
+def _adherence_line(name: str, sources: dict) -> str:
+    generated = sources["generated"]
+    low, high = generated["interval"] or (math.nan, math.nan)
+    mean = {source: math.nan if row["mean"] is None else row["mean"] for source, row in sources.items()}
+    return (
+        f"adherence, {name}, {generated['n']} pictures of {generated['prompts']} prompts: "
+        f"{mean['generated']:.3f} ({low:.3f} to {high:.3f}) over {generated['counted']} attributes; "
+        f"real pictures {mean['real']:.3f}, through the VAE {mean['reconstructed']:.3f}"
+    )
+
+
+def _neighbours_line(space: str, row: dict) -> str:
+    figures = [
+        f"{row[f'ratio_to_{source}']:.2f} of the distance of {meaning}, "
+        f"{row[f'nearer_than_1_percent_of_{source}']:.1%} nearer than the nearest 1 % of those"
+        for source, meaning in (
+            ("held_out", "held-out ones"),
+            ("reconstructed", "held-out ones through the VAE"),
+        )
+    ]
+    return f"nearest training picture, {space}: {'; '.join(figures)}"
+
+
+def _bits_line(result: dict) -> str:
+    latent = result["latent"][result["variance"]]
+    picture = result["picture"]
+    return (
+        f"bits/dim, n {result['n']}: latents {latent['total']:.2f} +- {latent['standard_error']:.2f} "
+        f"(Sigma {result['variance']}), pictures {picture['total']:.2f} +- {picture['standard_error']:.2f}: "
+        f"latent {picture['latent']:.2f}, error {picture['error']:.2f}"
+    )
+
+
+def rounded(value):
+    r"""The same with six digits a number; what is not a number becomes null."""
+    if isinstance(value, dict):
+        return {name: rounded(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def write(out: Path, result: dict, pictures: dict[str, Callable[[Path], None]]):
+    r"""Replace the evaluation in `out` once the new one is on the disk; the old JSON stays as result.previous.json.
+
+    The JSON comes last, so a folder that has it is whole.
+
+    Args:
+        pictures: name, one of PICTURES -> function that saves it to a path.
+    """
+    text = json.dumps(rounded(result), indent=2, allow_nan=False)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as folder:
+        new = Path(folder)
+        for name, save in pictures.items():
+            write_atomically(new / name, save)
+        write_atomically(new / RESULT, (text + "\n").encode())
+        if (out / RESULT).exists():
+            (out / RESULT).replace(out / PREVIOUS)
+        for name in PICTURES:
+            (out / name).unlink(missing_ok=True)
+        for name in (*pictures, RESULT):
+            (new / name).replace(out / name)
