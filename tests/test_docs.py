@@ -24,10 +24,10 @@ from PIL import Image
 
 import sample
 import train
-from ddpm import export
 from ddpm.celeba.faces import write_celeba
 from ddpm.config import Config
-from ddpm.evaluation import parts as evaluation
+from ddpm.evaluation import __main__ as evaluation
+from ddpm.export import __main__ as export
 from ddpm.model import TextToImage
 from ddpm.tools import command as cli
 from ddpm.tools import text_weights

@@ -15,13 +15,28 @@ from conftest import TINY, refusal_of, without_zeros
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm import export
 from ddpm.config import PRESETS, Config, ModelConfig
-from ddpm.model import TextToImage
+from ddpm.export import diffusers_folder
+from ddpm.export.__main__ import main
+from ddpm.export.diffusers_folder import (
+    RENAMES,
+    TEXT_ALWAYS,
+    TEXT_RENAMES,
+    UNET_ALWAYS,
+    UNET_WEIGHTS,
+    VAE_ALWAYS,
+    export,
+    import_diffusers,
+    model_config,
+    schedule_config,
+    split,
+    text_config,
+    unet_config,
+    vae_config,
+)
+from ddpm.model import TextToImage, networks
 from ddpm.text import TextTower
-from ddpm.tools import command as cli
-from ddpm.unet import UNet
-from ddpm.vae import KLVAE
+from ddpm.tools.command import exit_code
 
 CONFIG_FILES = {
     "unet": "unet/config.json",
@@ -49,7 +64,7 @@ def folder(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "diffusers", None)
         patch.setitem(sys.modules, "transformers", None)
-        export.export(model, folder)
+        export(model, folder)
     yield folder
     shutil.rmtree(folder)  # a quarter of a gigabyte
 
@@ -58,6 +73,13 @@ def folder(model, tmp_path_factory):
 def copy(folder, tmp_path):
     r"""A copy of the folder whose settings a test may change; the weights are linked."""
     return shutil.copytree(folder, tmp_path / "copy", copy_function=lambda a, b: os.link(a, b))
+
+
+def assert_same_weights(model, expected):
+    weights = model.state_dict()
+    assert weights.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
 
 
 def settings(folder, part: str) -> dict:
@@ -80,9 +102,9 @@ def test_a_learned_variance_stays_behind_and_the_mean_is_exported(model, tmp_pat
     config = dataclasses.replace(model.config, variance="learned")
     learned = TextToImage(config, model.text).eval()
     without_zeros(learned.unet)
-    export.export(learned, tmp_path / "exported")
+    export(learned, tmp_path / "exported")
     assert settings(tmp_path / "exported", "unet")["out_channels"] == config.latent_channels
-    back = export.import_diffusers(tmp_path / "exported")
+    back = import_diffusers(tmp_path / "exported")
     z, t, c = torch.randn(1, *model.latent_shape), torch.tensor([7]), torch.randn(1, 77, 512)
     with torch.no_grad():
         assert torch.equal(back.unet(z, t, c), learned.unet(z, t, c)[:, : config.latent_channels])
@@ -119,7 +141,7 @@ def test_every_weights_file_says_that_it_is_pytorchs(folder):
 @pytest.mark.equation("network-configuration")
 def test_the_specs_model_is_described_in_diffusers_words():
     r"""attention_head_dim is the number of heads: 2, 4 and 8 make every head 32 wide."""
-    unet, vae = export.unet_config(ModelConfig()), export.vae_config(ModelConfig())
+    unet, vae = unet_config(ModelConfig()), vae_config(ModelConfig())
     assert unet["down_block_types"] == ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
     assert unet["up_block_types"] == ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
     assert (unet["block_out_channels"], unet["attention_head_dim"]) == ([64, 128, 256], [2, 4, 8])
@@ -142,7 +164,7 @@ def test_the_version_is_late_enough_for_sample_size_to_stand(folder):
 @pytest.mark.parametrize("timesteps", [1000, 50])
 def test_the_schedules_ends_are_written_for_any_length(prediction, timesteps):
     config = ModelConfig(schedule="linear", prediction=prediction, timesteps=timesteps)
-    written = export.schedule_config(config)
+    written = schedule_config(config)
     assert written["prediction_type"] == {"eps": "epsilon", "v": "v_prediction", "x_0": "sample"}[prediction]
     assert written["beta_start"] == pytest.approx(1e-4 * 1000 / timesteps)
     assert written["beta_end"] == pytest.approx(0.02 * 1000 / timesteps)
@@ -156,19 +178,15 @@ def test_nothing_is_clipped_and_the_times_trail(folder):
     assert (written["final_sigmas_type"], written["solver_order"]) == ("zero", 2)
 
 
-@pytest.mark.parametrize(
-    ("module", "renames"),
-    [(UNet, export.RENAMES), (KLVAE, export.RENAMES), (TextTower, export.TEXT_RENAMES)],
-    ids=["unet", "vae", "text"],
-)
-def test_no_two_tensors_get_one_name(module, renames):
+def test_no_two_tensors_get_one_name():
     with torch.device("meta"):
-        names = list(UNet().state_dict() if module is UNet else KLVAE().state_dict())
-    if module is TextTower:
-        names = list(TextTower().tower.state_dict())
-    theirs = [n for name in names for n in export.their_names(name, renames)]
-    assert len(set(theirs)) == len(theirs)
-    assert len(theirs) == {UNet: 496, KLVAE: 156, TextTower: 196}[module]
+        vae, unet = networks(ModelConfig())
+    for module, renames, count in (
+        (unet, RENAMES, 496),
+        (vae, RENAMES, 156),
+        (TextTower().tower, TEXT_RENAMES, 196),
+    ):
+        assert len(split(module.state_dict(), renames)) == count
 
 
 def test_the_text_towers_one_matrix_becomes_three(folder, model):
@@ -191,18 +209,16 @@ def test_the_vocabulary_is_open_clips_with_a_second_name_for_id_0(folder, model)
 
 
 def test_the_activation_is_written():
-    assert export.text_config(quick_gelu=False)["hidden_act"] == "gelu"
-    assert export.text_config(quick_gelu=True)["hidden_act"] == "quick_gelu"
+    assert text_config(quick_gelu=False)["hidden_act"] == "gelu"
+    assert text_config(quick_gelu=True)["hidden_act"] == "quick_gelu"
 
 
 # ------------------------------------------------------------------------------------------- there and back
 
 
 def test_the_model_comes_back_bit_for_bit(folder, model):
-    back = export.import_diffusers(folder)
-    expected, came = model.state_dict(), back.state_dict()
-    assert came.keys() == expected.keys()
-    assert all(torch.equal(came[name], expected[name]) for name in expected)
+    back = import_diffusers(folder)
+    assert_same_weights(back, model)
     assert back.latent_scale == model.latent_scale
     assert torch.equal(back.schedule.alpha_bar, model.schedule.alpha_bar)
     assert not back.training
@@ -228,45 +244,38 @@ def test_the_model_comes_back_bit_for_bit(folder, model):
     ids=[*PRESETS, "odd", "one-level"],
 )
 def test_every_configuration_comes_back(copy, c):
-    change(copy, "unet", **export.unet_config(c))
-    change(copy, "vae", **export.vae_config(c))
-    change(copy, "text", **export.text_config(c.text_quick_gelu))
-    change(copy, "scheduler", **({"beta_start": ..., "beta_end": ...} | export.schedule_config(c)))
-    back = export.model_config(copy)
+    change(copy, "unet", **unet_config(c))
+    change(copy, "vae", **vae_config(c))
+    change(copy, "text", **text_config(c.text_quick_gelu))
+    change(copy, "scheduler", **({"beta_start": ..., "beta_end": ...} | schedule_config(c)))
+    back = model_config(copy)
     assert {**vars(back), "text_weights": c.text_weights} == vars(c)
 
 
 def test_half_precision_weights_are_read(copy, model):
-    path = copy / "unet" / export.WEIGHTS
-    tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
-    path.unlink()
-    save_file(tensors, path)
-    unet = UNet(4, 4, TINY.channels, TINY.attention_levels, TINY.res_blocks, 512, TINY.head_width)
-    export.read_weights(path, unet, export.RENAMES)
-    for ours, theirs in zip(model.unet.parameters(), unet.parameters(), strict=True):
-        assert theirs.dtype == torch.float32
-        assert (ours - theirs).abs().max() < 1e-3  # half precision keeps 11 bits of weights up to 1
+    tensors = {name: tensor.half() for name, tensor in load_file(copy / UNET_WEIGHTS).items()}
+    (copy / UNET_WEIGHTS).unlink()
+    save_file(tensors, copy / UNET_WEIGHTS)
+    for name, tensor in import_diffusers(copy).unet.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.unet.state_dict()[name].half().float())
 
 
 def test_settings_that_diffusers_leaves_to_their_default_may_be_missing(copy):
-    for part, always in (
-        ("unet", export.UNET_ALWAYS),
-        ("vae", export.VAE_ALWAYS),
-        ("text", export.TEXT_ALWAYS),
-    ):
+    for part, always in (("unet", UNET_ALWAYS), ("vae", VAE_ALWAYS), ("text", TEXT_ALWAYS)):
         change(copy, part, **dict.fromkeys(always, ...))
-    assert export.model_config(copy).channels == TINY.channels
+    assert model_config(copy).channels == TINY.channels
 
 
 def test_an_activation_that_is_missing_is_transformers_default(copy):
     change(copy, "text", hidden_act=...)
-    assert export.model_config(copy).text_quick_gelu is True
+    assert model_config(copy).text_quick_gelu is True
 
 
 @pytest.mark.parametrize("pad", ["!", "<|pad|>", {"content": "!", "special": True}], ids=str)
 def test_padding_with_id_0_has_several_names(copy, pad):
     change(copy, "tokenizer", pad_token=pad)
-    assert export.model_config(copy).image_size == 16
+    assert model_config(copy).image_size == 16
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -287,7 +296,7 @@ REFUSED = {  # setting, its value, what the refusal names
         ("sample_size", [8, 16], "sample_size"),
         ("sample_size", 7, "image_size"),
         ("sample_size", 8.5, "image_size"),
-        ("block_out_channels", [48, 96], "widths"),
+        ("block_out_channels", [48, 96], "channels that 32 divides"),
         ("block_out_channels", [], "block_out_channels"),
         ("block_out_channels", None, "block_out_channels"),
         ("down_block_types", ["AttnDownBlock2D", "DownBlock2D"], "down_block_types"),
@@ -323,13 +332,13 @@ CASES = [(part, *case) for part, cases in REFUSED.items() for case in cases]
 )
 def test_what_our_networks_are_not_is_refused_by_name(copy, part, key, value, named):
     change(copy, part, **{key: value})
-    assert named in refusal_of(export.import_diffusers, copy)
+    assert named in refusal_of(import_diffusers, copy)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), "1.25", None, ...], ids=str)
 def test_a_scaling_factor_that_is_none_is_refused(copy, value):
     change(copy, "vae", scaling_factor=value)
-    assert "scaling_factor" in refusal_of(export.import_diffusers, copy)
+    assert "scaling_factor" in refusal_of(import_diffusers, copy)
 
 
 @pytest.mark.parametrize("part", CONFIG_FILES)
@@ -341,62 +350,49 @@ def test_a_damaged_settings_file_is_named(copy, part, content):
     path.unlink()
     if content is not None:
         path.write_bytes(content.encode(errors="surrogateescape"))
-    assert str(path) in refusal_of(export.import_diffusers, copy)
+    assert str(path) in refusal_of(import_diffusers, copy)
 
 
-@pytest.mark.parametrize("fault", ["gone", "damaged", "missing", "too many", "other shape"])
+NAME = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
+FAULTS = {
+    "missing": ({NAME: None}, f"{NAME} is missing"),
+    "too many": ({"class_embedding.weight": torch.zeros(2)}, "class_embedding.weight is too much"),
+    "other shape": ({NAME: torch.zeros(3)}, r"got (3,)"),
+    "gone": (None, "could not read the weights"),
+    "damaged": (b"not a file of tensors", "could not read the weights"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_weights_that_do_not_fit_are_refused_by_name(copy, fault):
-    path = copy / "unet" / export.WEIGHTS
+    content, expected = FAULTS[fault]
+    path = copy / UNET_WEIGHTS
     tensors = load_file(path)
-    name = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
-    whole = tensors[name]
     path.unlink()
-    if fault == "damaged":
-        path.write_bytes(b"not a file of tensors")
-    elif fault != "gone":
-        del tensors[name]
-        tensors |= {
-            "too many": {name: whole, "class_embedding.weight": torch.zeros(2)},
-            "other shape": {name: torch.zeros(3)},
-        }.get(fault, {})
-        save_file(tensors, path)
-    said = refusal_of(export.import_diffusers, copy)
-    assert str(path) in said
-    assert {"missing": name, "too many": "class_embedding.weight", "other shape": "(3,)"}.get(
-        fault, ""
-    ) in said
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        save_file({name: t for name, t in (tensors | content).items() if t is not None}, path)
+    refusal = refusal_of(import_diffusers, copy)
+    assert str(path) in refusal and expected in refusal
 
 
 def test_something_that_is_there_is_not_overwritten(model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for taken in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
-        assert str(taken) in refusal_of(export.export, model, taken)
+        assert str(taken) in refusal_of(export, model, taken)
     assert [p.name for p in tmp_path.rglob("*")] == ["full", "mine.txt"]
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
-def test_a_folder_appears_whole(tmp_path, there):
-    target = tmp_path / "a" / "b"
-    if there:
-        target.mkdir(parents=True)
-    with export.new_folder(target) as folder:
-        (folder / "file").write_text("whole")
-        assert not (target / "file").exists()
-        written = folder.stat().st_ino
-    assert target.stat().st_ino == written  # renamed, not copied
-    assert (target / "file").read_text() == "whole"
-    assert list(target.parent.iterdir()) == [target]
 
 
 def test_an_export_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "write_weights", full)
+    monkeypatch.setattr(diffusers_folder, "write_weights", full)
     with pytest.raises(OSError):
-        export.export(model, tmp_path / "out")
+        export(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -407,11 +403,10 @@ def test_the_command_goes_there_and_back(model, tmp_path, capsys):
     run, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
     model.save(run)
     for arguments in ([run, out], ["--reverse", out, back]):
-        assert cli.exit_code(export.main, arguments) == 0
+        assert exit_code(main, arguments) == 0
         assert capsys.readouterr() == (f"wrote {arguments[-1]}\n", "")
     again = TextToImage.load(back)
-    expected, came = model.state_dict(), again.state_dict()
-    assert all(torch.equal(came[name], expected[name]) for name in expected)
+    assert_same_weights(again, model)
     assert again.latent_scale == model.latent_scale
     for folder in (run, out, back):
         shutil.rmtree(folder)
@@ -420,15 +415,15 @@ def test_the_command_goes_there_and_back(model, tmp_path, capsys):
 def test_a_run_in_float16_is_half_as_large_loads_and_keeps_its_configuration(model, tmp_path, capsys):
     run, small = tmp_path / "run", tmp_path / "small"
     model.save(run, preset="tiny")
-    assert cli.exit_code(export.main, ["--half", str(run), str(small)]) == 0
+    assert exit_code(main, ["--half", str(run), str(small)]) == 0
     assert (small / "config.json").read_bytes() == (run / "config.json").read_bytes()
     again = TextToImage.load(small)
     for name in ("vae", "ema"):
         sizes = [(folder / f"{name}.safetensors").stat().st_size for folder in (run, small)]
         assert 0.4 < sizes[1] / sizes[0] < 0.75, sizes  # the header stays
-    for part in ("vae", "unet"):
-        expected, came = getattr(model, part).state_dict(), getattr(again, part).state_dict()
-        assert all(torch.equal(came[name], expected[name].half().float()) for name in expected)
+    for part, rounded in ((model.vae, again.vae), (model.unet, again.unet)):
+        for name, tensor in part.state_dict().items():
+            assert torch.equal(rounded.state_dict()[name], tensor.half().float()), name
     for folder in (run, small):
         shutil.rmtree(folder)
 
@@ -438,7 +433,7 @@ def test_a_run_in_float16_is_half_as_large_loads_and_keeps_its_configuration(mod
 )
 def test_a_source_that_is_not_there_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.exit_code(export.main, arguments) == 2
+    assert exit_code(main, arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: expected") and err.count("\n") == 1 and "nowhere" in err
     assert list(tmp_path.iterdir()) == []
@@ -446,7 +441,7 @@ def test_a_source_that_is_not_there_is_one_line_and_exit_code_2(arguments, tmp_p
 
 def test_wrong_arguments_are_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as stop:
-        export.main(["only-one"])
+        main(["only-one"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == (
         "error: the following arguments are required: DIR; see python -m ddpm.export --help\n"
@@ -456,6 +451,6 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(capsys):
 def test_a_setting_of_theirs_may_be_infinite_and_one_that_we_use_may_not(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "theirs", copy_function=os.link)
     change(tmp_path / "theirs", "scheduler", lambda_min_clipped=-float("inf"))
-    assert export.import_diffusers(tmp_path / "theirs").latent_scale == 1.25
+    assert import_diffusers(tmp_path / "theirs").latent_scale == 1.25
     change(tmp_path / "theirs", "vae", scaling_factor=float("inf"))
-    assert "scaling_factor as a number above 0" in refusal_of(export.import_diffusers, tmp_path / "theirs")
+    assert "scaling_factor as a number above 0" in refusal_of(import_diffusers, tmp_path / "theirs")

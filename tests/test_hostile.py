@@ -33,13 +33,13 @@ from safetensors.torch import save_file
 
 import sample
 import train
-from ddpm import export
 from ddpm.celeba.captions import ATTRIBUTES, parse
 from ddpm.celeba.faces import write_celeba
 from ddpm.celeba.images import BadImage, read_image
 from ddpm.celeba.lists import open_table
 from ddpm.celeba.sheets import MAX_BYTES
 from ddpm.config import TEXT_FILE, Config, ModelConfig, add_flags, given_flags, parameters
+from ddpm.export import __main__ as export
 from ddpm.model import TextToImage, networks
 from ddpm.text import TextTower
 from ddpm.tools import command as cli

@@ -18,10 +18,11 @@ from test_docs import blocks, commands
 
 import sample
 import train
-from ddpm import export
 from ddpm.celeba.faces import write_celeba
+from ddpm.evaluation import __main__ as evaluation
 from ddpm.evaluation import classifier
-from ddpm.evaluation import parts as evaluation
+from ddpm.evaluation import parts as evaluation_parts
+from ddpm.export import __main__ as export
 from ddpm.tools import command as cli
 from ddpm.tools import text_weights
 
@@ -146,7 +147,7 @@ def place(runs, tmp_path, monkeypatch) -> Path:
     for name, scope in evaluation.SCOPES.items():
         short = scope._replace(prompts=8, curve_prompts=4, guidances=(1.0, 3.0), steps=(2,))
         monkeypatch.setitem(evaluation.SCOPES, name, short)
-    monkeypatch.setattr(evaluation, "feature_extractor", lambda *_: lambda x: x.flatten(1)[:, :64])
+    monkeypatch.setattr(evaluation_parts, "feature_extractor", lambda *_: lambda x: x.flatten(1)[:, :64])
     for part in benchmarks.PARTS:
         monkeypatch.setitem(benchmarks.PARTS, part, ("measure", "one_row"))
     row = measure.Row("part", "what", "ours", "theirs", 1.0, 1.0, 1.0, None, True)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.config import ModelConfig, TrainConfig
-from ddpm.export import RENAMES, their_names, unet_config, vae_config
+from ddpm.export.diffusers_folder import RENAMES, diffusers_names, unet_config, vae_config
 from ddpm.model import networks
 from ddpm.tools.command import keep_freed_memory
 from ddpm.tools.devices import autocast, choose_precision
@@ -47,7 +47,7 @@ def theirs(kind: str, config: dict, ours: nn.Module) -> nn.Module:
     import diffusers
 
     network = getattr(diffusers, kind).from_config(config)
-    network.load_state_dict({their_names(name, RENAMES)[0]: w for name, w in ours.state_dict().items()})
+    network.load_state_dict({diffusers_names(name, RENAMES)[0]: w for name, w in ours.state_dict().items()})
     return network
 
 

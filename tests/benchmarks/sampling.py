@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ddpm.config import ModelConfig
-from ddpm.export import export
+from ddpm.export.diffusers_folder import export
 from ddpm.model import TextToImage
 from ddpm.tools.command import keep_freed_memory
 from ddpm.tools.devices import autocast, choose_precision

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from ddpm.export import export
+from ddpm.export.diffusers_folder import export
 from ddpm.model import TextToImage
 from ddpm.tools.seeding import generator
 

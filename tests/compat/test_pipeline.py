@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compat.conftest import largest
-from ddpm.export import import_diffusers
+from ddpm.export.diffusers_folder import import_diffusers
 from ddpm.tools.seeding import generator
 
 diffusers = pytest.importorskip("diffusers")

@@ -23,7 +23,7 @@ import torch
 from compat.conftest import largest
 from ddpm.config import ModelConfig
 from ddpm.diffusion import q_sample, x_0_and_eps
-from ddpm.export import SAMPLER, schedule_config
+from ddpm.export.diffusers_folder import SAMPLER, schedule_config
 from ddpm.losses import split_output, training_target
 from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, sample_loop, timesteps
 from ddpm.schedule import Schedule

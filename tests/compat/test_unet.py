@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from compat.conftest import largest, normalisations, randomised
 from ddpm.config import PRESETS, Config, ModelConfig
-from ddpm.export import RENAMES, UNET_ALWAYS, unet_config, write_weights
+from ddpm.export.diffusers_folder import RENAMES, UNET_ALWAYS, unet_config, write_weights
 from ddpm.layers import timestep_embedding
 from ddpm.text import WIDTH
 from ddpm.unet import UNet

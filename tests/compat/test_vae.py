@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from compat.conftest import largest, normalisations, randomised
 from ddpm.config import PRESETS, Config, ModelConfig
-from ddpm.export import RENAMES, VAE_ALWAYS, vae_config, write_weights
+from ddpm.export.diffusers_folder import RENAMES, VAE_ALWAYS, vae_config, write_weights
 from ddpm.vae import KLVAE, DiagonalGaussian
 
 diffusers = pytest.importorskip("diffusers")

@@ -36,7 +36,7 @@ with contextlib.ExitStack() as instrumented:
     from ddpm.celeba.images import BadImage, read_image
     from ddpm.celeba.lists import open_table
     from ddpm.config import Config
-    from ddpm.export import Settings
+    from ddpm.export.diffusers_folder import Settings
     from ddpm.tools.errors import UserError
     from ddpm.tools.weights import load_weights
 
