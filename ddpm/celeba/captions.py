@@ -7,6 +7,7 @@ r"""Forty CelebA attributes <-> one English sentence.
 One table, `PHRASES`, holds every wording. `describe` reads it from left to right, `parse` from right to left,
 and for every row of attributes they agree: what `parse(describe(row))` states is true of `consistent(row)`."""
 
+import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,16 +28,13 @@ NAMES = """
 ATTRIBUTES: tuple[str, ...] = tuple(NAMES.split())
 
 
-# ---------------------------------------------------------------------------------------------- the phrases
-
-
 class Phrase(NamedTuple):
-    r"""How the statement `name = value` is said and recognised.
+    r"""How sentences express the statement `name = value`.
 
     `wordings`, separated by "|", each begin with their place in the sentence: "photo" (the opening), "is"
     (an adjective), "age", "haired" (an adjective after the age), "noun", "with", "without" or "wearing".
-    The full form takes the first, a seeded one any. A phrase without wordings is never said.
-    `synonyms`, separated by commas, are only understood, never said.
+    The full form takes the first, a seeded one any. `describe` never uses a phrase without wordings.
+    `synonyms`, separated by commas, are for `parse` alone.
     """
 
     name: str
@@ -45,15 +43,13 @@ class Phrase(NamedTuple):
     synonyms: str = ""
 
 
-OPEN_MOUTH = "open mouth, mouth open, mouth slightly open, parted lips, lips parted"
 FACIAL_HAIR = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns")
 # In the order of the full form. Spellings (grey, blonde, moustache, black-haired) are unified by SPELLING.
 PHRASES: tuple[Phrase, ...] = (
     Phrase("Male", True, "noun man | noun man | noun gentleman | noun guy", "male, boy, he, his, him"),
     Phrase("Male", False, "noun woman | noun woman | noun lady", "female, girl, she, her, hers"),
-    Phrase(
-        "Blurry", True, "photo a blurry photo of | photo a blurry picture of", "blurry, blurred, out of focus"
-    ),
+    Phrase("Blurry", True, "photo a blurry photo of | photo a blurry picture of", "blurry, blurred"),
+    Phrase("Blurry", True, "", "out of focus"),
     Phrase("Attractive", True, "is attractive | is good-looking", "handsome, beautiful, pretty, gorgeous"),
     Phrase("Smiling", True, "is smiling | is smiling | with a smile", "smiles, grin, grinning, laughing"),
     Phrase("Smiling", False, "", "unsmiling, frowning"),
@@ -81,19 +77,19 @@ PHRASES: tuple[Phrase, ...] = (
     Phrase("High_Cheekbones", True, "with high cheekbones", "prominent cheekbones"),
     Phrase("Rosy_Cheeks", True, "with rosy cheeks | with pink cheeks", "red cheeks"),
     Phrase("Big_Lips", True, "with big lips | with full lips", "large lips, thick lips, plump lips"),
-    Phrase("Mouth_Slightly_Open", True, "with a slightly open mouth | with slightly parted lips", OPEN_MOUTH),
+    Phrase("Mouth_Slightly_Open", True, "with a slightly open mouth | with slightly parted lips"),
+    Phrase("Mouth_Slightly_Open", True, "", "open mouth, mouth open, mouth slightly open"),
+    Phrase("Mouth_Slightly_Open", True, "", "parted lips, lips parted"),
     Phrase("Mouth_Slightly_Open", False, "", "closed mouth, mouth closed"),
     Phrase("Double_Chin", True, "with a double chin"),
     Phrase("Sideburns", True, "with sideburns", "sideburn"),
     Phrase("Goatee", True, "with a goatee"),
     Phrase("Mustache", True, "with a mustache | with a moustache"),
-    Phrase(
-        "5_o_Clock_Shadow", True, "with a five o'clock shadow | with stubble", "o'clock shadow, clock shadow"
-    ),
+    Phrase("5_o_Clock_Shadow", True, "with a five o'clock shadow | with stubble", "o'clock shadow"),
+    Phrase("5_o_Clock_Shadow", True, "", "clock shadow"),
     Phrase("No_Beard", False, "with a beard", "facial hair"),
-    Phrase(
-        "Eyeglasses", True, "wearing eyeglasses | wearing glasses | with glasses", "sunglasses, spectacles"
-    ),
+    Phrase("Eyeglasses", True, "wearing eyeglasses | wearing glasses | with glasses", "sunglasses"),
+    Phrase("Eyeglasses", True, "", "spectacles"),
     Phrase("Wearing_Hat", True, "wearing a hat", "cap, beanie, fedora"),
     Phrase("Wearing_Hat", False, "", "hatless"),
     Phrase("Wearing_Earrings", True, "wearing earrings", "earring"),
@@ -104,26 +100,18 @@ PHRASES: tuple[Phrase, ...] = (
 )
 OPENINGS = ("", "", "", "a photo of", "a portrait of", "a picture of", "this is")  # where nothing is blurry
 SHARED = ("hair", "eyebrows", "nose")  # one noun for several adjectives: "wavy brown hair"
-
-# What cannot be said together; the upper line wins. Of several hair colours the rarest one in CelebA does.
+HAIR_COLOURS = ("Gray_Hair", "Blond_Hair", "Brown_Hair", "Black_Hair")  # the rarest of CelebA comes first
+# What cannot be true together: the name before the colon wins. Of several hair colours the rarest one does.
 EXCLUDES: dict[str, tuple[str, ...]] = {
-    "Bald": (
-        *("Gray_Hair", "Blond_Hair", "Brown_Hair", "Black_Hair"),
-        *("Straight_Hair", "Wavy_Hair", "Bangs", "Receding_Hairline"),
-    ),
-    "Gray_Hair": ("Blond_Hair", "Brown_Hair", "Black_Hair"),
-    "Blond_Hair": ("Brown_Hair", "Black_Hair"),
-    "Brown_Hair": ("Black_Hair",),
+    "Bald": (*HAIR_COLOURS, "Straight_Hair", "Wavy_Hair", "Bangs", "Receding_Hairline"),
+    **{colour: HAIR_COLOURS[i + 1 :] for i, colour in enumerate(HAIR_COLOURS)},
     "Straight_Hair": ("Wavy_Hair",),
     **{name: ("No_Beard",) for name in FACIAL_HAIR},
 }
 
 
-# ------------------------------------------------------------------------------------ attributes -> sentence
-
-
 def consistent(attributes: ArrayLike | Mapping[str, object]) -> np.ndarray:
-    r"""The attributes as a sentence can say them: contradictions resolved, everything else untouched.
+    r"""The attributes as a sentence can state them: contradictions resolved, everything else untouched.
 
     Bald wins over hair colour, straight or wavy hair, bangs and a receding hairline. Of several hair colours
     the rarest wins: gray, blond, brown, black. Straight and wavy at once is neither. Goatee, mustache,
@@ -143,25 +131,25 @@ def consistent(attributes: ArrayLike | Mapping[str, object]) -> np.ndarray:
     >>> [name for name, value in zip(ATTRIBUTES, row) if value]
     ['Bald', 'Goatee', 'Male']
     """
-    true = dict(zip(ATTRIBUTES, _read(attributes), strict=True))
-    if not true["Male"]:
-        true.update(dict.fromkeys(FACIAL_HAIR, False), No_Beard=True)
-    if true["Straight_Hair"] and true["Wavy_Hair"]:
-        true.update(Straight_Hair=False, Wavy_Hair=False)
+    has = dict(zip(ATTRIBUTES, _truths(attributes), strict=True))
+    if not has["Male"]:
+        has.update(dict.fromkeys(FACIAL_HAIR, False), No_Beard=True)
+    if has["Straight_Hair"] and has["Wavy_Hair"]:
+        has.update(Straight_Hair=False, Wavy_Hair=False)
     for winner, losers in EXCLUDES.items():
-        if true[winner]:
-            true.update(dict.fromkeys(losers, False))
-    return np.array([true[name] for name in ATTRIBUTES], dtype=np.uint8)
+        if has[winner]:
+            has.update(dict.fromkeys(losers, False))
+    return np.array([has[name] for name in ATTRIBUTES], dtype=np.uint8)
 
 
 def describe(attributes: ArrayLike | Mapping[str, object], seed: int | Sequence[int] | None = None) -> str:
     r"""One sentence that describes a face: lowercase, without a full stop.
 
     Without a seed it is the full form, used for evaluation: fixed wording, every positive attribute of
-    `consistent(attributes)`, and always man or woman, young or older. (No_Beard is said of men only.)
+    `consistent(attributes)`, and always man or woman, young or older. (No_Beard is stated of men only.)
     With a seed it is one of many, used for training: synonyms, order and opening vary, gender stays in 90 %.
-    Half of them say everything else too, since what some leave out is learned late; of the others each thing stays
-    with a probability that is itself drawn for the caption, so that some are short.
+    Half of these state everything else too, because a model learns late what some captions leave out. In the others
+    each statement stays with a probability that is itself drawn for the caption, so that some are short.
 
     Args:
         attributes: as for `consistent`.
@@ -192,31 +180,24 @@ def describe(attributes: ArrayLike | Mapping[str, object], seed: int | Sequence[
     return _sentence(places, rng)
 
 
-def _read(attributes: ArrayLike | Mapping[str, object]) -> list[bool]:
+def _truths(attributes: ArrayLike | Mapping[str, object]) -> list[bool]:
     r"""40 truths in the order of `ATTRIBUTES`, or a ValueError that says what is wrong with the input."""
     if isinstance(attributes, Mapping):
-        unknown = [name for name in attributes if name not in ATTRIBUTES]
-        if unknown:
-            raise ValueError(
-                f"expected names of ddpm.captions.ATTRIBUTES, got {unknown[:3]}; "
-                "check the spelling, for example 'Black_Hair' or '5_o_Clock_Shadow'"
-            )
+        if unknown := [name for name in attributes if name not in ATTRIBUTES]:
+            advice = "check the spelling, for example 'Black_Hair' or '5_o_Clock_Shadow'"
+            raise ValueError(f"expected names of captions.ATTRIBUTES, got {unknown[:3]}; {advice}")
         attributes = [attributes.get(name, 0) for name in ATTRIBUTES]
-    advice = "pass 0/1, -1/1 or bools in the order of ddpm.captions.ATTRIBUTES, or a mapping name -> truth"
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         values = np.asarray(attributes, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"expected {len(ATTRIBUTES)} numbers, got {attributes!r:.80}; {advice}") from error
-    if values.shape != (len(ATTRIBUTES),):
-        raise ValueError(f"expected {len(ATTRIBUTES)} numbers, got shape {values.shape}; {advice}")
-    for name, value in zip(ATTRIBUTES, values, strict=True):
-        if not np.isfinite(value):
-            raise ValueError(f"expected finite numbers, got {value} for {name}; {advice}")
-    return (values > 0).tolist()
+        if values.shape == (len(ATTRIBUTES),) and np.isfinite(values).all():
+            return (values > 0).tolist()
+    got = " ".join(repr(attributes).split())
+    advice = "pass 0/1, -1/1 or bools in the order of captions.ATTRIBUTES, or a mapping name -> truth"
+    raise ValueError(f"expected {len(ATTRIBUTES)} finite numbers, got {got:.80}; {advice}")
 
 
 def _is_sensible(phrase: Phrase, row: Mapping[str, int], places: Mapping[str, list[str]]) -> bool:
-    r"""Beards: "clean-shaven" of someone called a man, "a beard" where no other facial hair is said."""
+    r"""Beards: "clean-shaven" of someone called a man, "a beard" where there is no other facial hair."""
     if phrase.name != "No_Beard":
         return True
     if phrase.value:
@@ -230,7 +211,9 @@ def _sentence(places: dict[str, list[str]], rng: np.random.Generator | None) -> 
     def sometimes() -> bool:
         return rng is not None and rng.random() < 0.25
 
-    has, wears, qualities = _share_nouns(places["with"]), places["wearing"], places["is"]
+    has = _share_nouns(places["with"])
+    wears = places["wearing"]
+    qualities = places["is"]
     opening = places["photo"]
     if rng is not None:
         for texts in (has, wears, qualities):
@@ -279,8 +262,6 @@ def _join(*words: str) -> str:
     return " ".join(filter(None, words))
 
 
-# ------------------------------------------------------------------------------------ sentence -> attributes
-
 SPELLINGS = """
     grey=gray blonde=blond moustache=mustache mustached=mustache mustachioed=mustache bearded=beard
     goateed=goatee eyebrow=eyebrows brows=eyebrows haired=hair skinned=skin
@@ -291,17 +272,17 @@ NEGATORS = {"no", "not", "non", "without", "neither", "never", "lacks", "lacking
 NEGATION_REACH = 4  # words from a negator to what it negates: "not wearing any kind of hat"
 PUNCTUATION = set(",.;:!?")
 STOPS = PUNCTUATION | {"and", "but", "with", "who", "that", "wearing", "is", "has"}  # end a served negation
-# Not what they seem to say.
+# Not what they seem to state.
 IGNORED = "year old, years old, old photo, old picture, old hat, bow tie, blurry background"
 
 
 def parse(sentence: str) -> dict[str, bool]:
-    r"""What a sentence states about the 40 attributes; those it does not mention are absent.
+    r"""What a sentence states about the 40 attributes; those that are not mentioned are absent.
 
-    True is what it says, False what it negates ("without glasses") or excludes ("woman" is not Male, and both
-    sides of `EXCLUDES`). Any text will do; unknown words are skipped. Of two contradictory statements the
-    first holds, and what is said holds over what is excluded by something else. A negation covers the next
-    phrase, and the one after "or"; with "without", also the one after "and".
+    True is what the sentence states, False what it negates ("without glasses") or excludes ("woman" is not Male, and
+    both sides of `EXCLUDES`). Any text will do; unknown words are skipped. Of two contradictory statements the
+    first holds, and a statement holds over what another one excludes. A negation covers the next phrase, and the
+    one after "or"; with "without", also the one after "and".
 
     Args:
         sentence: free English text of any length.
@@ -322,14 +303,9 @@ def parse(sentence: str) -> dict[str, bool]:
     stated: dict[str, bool] = {}
     for name, value in _statements(_words(sentence)):
         stated.setdefault(name, value)
-    excluded: dict[str, bool] = {}
-    for winner, losers in EXCLUDES.items():
-        for loser in losers:
-            if stated.get(winner):
-                excluded[loser] = False
-            if stated.get(loser):
-                excluded[winner] = False
-    return {**stated, **{name: value for name, value in excluded.items() if name not in stated}}
+    excluded = [loser for winner, losers in EXCLUDES.items() if stated.get(winner) for loser in losers]
+    excluded += [winner for winner, losers in EXCLUDES.items() if any(map(stated.get, losers))]
+    return stated | {name: False for name in excluded if name not in stated}
 
 
 def _words(text: str) -> list[str]:
@@ -342,24 +318,29 @@ def _words(text: str) -> list[str]:
 def _statements(words: list[str]) -> Iterator[tuple[str, bool]]:
     r"""(attribute, truth) in the order of the text: phrases of the vocabulary, turned round by negators."""
     words = _or_for_commas(words)
-    negator, reach, resume = "", -1, 0  # a phrase that begins no later than reach is negated
+    negator = ""
+    reach = -1  # a phrase that begins at this word or before it is negated
+    resume = 0  # no phrase begins before this word
     for i, word in enumerate(words):
         if word in NEGATORS or (negator and _goes_on(words, i, negator)):
-            negator, reach = (word if word in NEGATORS else negator), i + NEGATION_REACH
+            negator = word if word in NEGATORS else negator
+            reach = i + NEGATION_REACH
         elif word in PUNCTUATION or (word in STOPS and i > reach):
-            negator, reach = "", -1
+            negator = ""
+            reach = -1
         found = _longest_phrase(words, i) if i >= resume else None
         if found:
-            name, value, end, resume = found
             negated = i <= reach
-            reach = end - 1 if negated else reach
-            if name:
-                yield name, value != negated
+            reach = found.end - 1 if negated else reach
+            resume = found.resume
+            if found.name:
+                yield found.name, found.value != negated
 
 
 def _or_for_commas(words: list[str]) -> list[str]:
     r""" "no hat, tie or glasses" -> "no hat or tie or glasses"."""
-    words, or_follows = list(words), False
+    words = list(words)
+    or_follows = False
     for i in reversed(range(len(words))):
         if words[i] == "," and or_follows:
             words[i] = "or"
@@ -376,16 +357,26 @@ def _goes_on(words: list[str], i: int, negator: str) -> bool:
     return not (following in STOPS or following.endswith("ing"))
 
 
-def _longest_phrase(words: list[str], i: int) -> tuple[str, bool, int, int] | None:
-    r"""(attribute, truth, end of the phrase, where to read on) of the longest phrase from word i on."""
-    longest, rest = None, words[i + 1 : i + 7]
+class Found(NamedTuple):
+    r"""A phrase in a text."""
+
+    name: str  # the attribute, or "" if the phrase states nothing
+    value: bool
+    end: int  # the word behind the phrase
+    resume: int  # where the next phrase may begin
+
+
+def _longest_phrase(words: list[str], i: int) -> Found | None:
+    r"""The longest phrase from word i on."""
+    longest = None
+    rest = words[i + 1 : i + 7]
     for phrase, name, value in VOCABULARY.get(words[i], ()):
         gap = 0
         if len(phrase) == 2:  # adjective and noun: "black, wavy hair" is also "black hair"
             gap = next((k for k, word in enumerate(rest) if word == phrase[1] or word not in BETWEEN), 0)
         end = i + gap + len(phrase)
-        if tuple(rest[gap : end - i - 1]) == phrase[1:] and (not longest or end > longest[2]):
-            longest = name, value, end, (i + 1 if gap else end)
+        if tuple(rest[gap : end - i - 1]) == phrase[1:] and (longest is None or end > longest.end):
+            longest = Found(name, value, end, resume=i + 1 if gap else end)
     return longest
 
 
@@ -396,8 +387,8 @@ def _vocabulary() -> dict[str, list[tuple[tuple[str, ...], str, bool]]]:
         vocabulary[text.split()[0]].append((tuple(text.split()), "", True))
     for phrase in PHRASES:
         wordings = (wording.partition(" ") for wording in phrase.wordings.split(" | "))
-        said = [text for place, _, text in wordings if place not in ("photo", "without")]
-        for text in filter(None, said + phrase.synonyms.split(", ")):
+        texts = [text for place, _, text in wordings if place not in ("photo", "without")]
+        for text in filter(None, texts + phrase.synonyms.split(", ")):
             words = tuple(_words(text.removeprefix("a ").removeprefix("an ")))
             vocabulary[words[0]].append((words, phrase.name, phrase.value))
     return dict(vocabulary)
