@@ -12,7 +12,15 @@ from conftest import refusal_of
 
 import ddpm.tools.files
 from ddpm.tools.arrays import cached_array
-from ddpm.tools.files import CannotWrite, digest_of, flock, remove_leftovers, write_atomically
+from ddpm.tools.files import (
+    CannotWrite,
+    check_new_folder,
+    digest_of,
+    flock,
+    new_folder,
+    remove_leftovers,
+    write_atomically,
+)
 from ddpm.training.run import save_state
 
 MEGABYTE = 2**20
@@ -57,17 +65,17 @@ def test_a_full_disk_leaves_the_old_file_and_is_told_with_what_is_needed_and_wha
     path = small_disk / "state.pt"
     if kind != "cache":
         path.write_bytes(b"old")
-    told = refusal_of(lambda: WRITERS[kind](path))
-    assert "could not write" in told and os.strerror(errno.ENOSPC) in told and "are free" in told
-    if kind != "state":  # where the size is not known before, what was written so far is told
-        assert "needs 3.1 MB, 1.0 MB are free" in told
+    refusal = refusal_of(lambda: WRITERS[kind](path))
+    assert "could not write" in refusal and os.strerror(errno.ENOSPC) in refusal and "are free" in refusal
+    if kind != "state":  # where the size is not known before, what was written so far is given
+        assert "needs 3.1 MB, 1.0 MB are free" in refusal
     assert [p.read_bytes() for p in small_disk.iterdir()] == ([] if kind == "cache" else [b"old"])
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_limit_on_a_files_size_leaves_the_old_file(kind, limited, tmp_path):
-    told = refusal_of(lambda: WRITERS[kind](tmp_path / "state.pt"))
-    assert os.strerror(errno.EFBIG) in told
+    refusal = refusal_of(lambda: WRITERS[kind](tmp_path / "state.pt"))
+    assert os.strerror(errno.EFBIG) in refusal
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,8 +95,8 @@ def test_a_fault_at_any_point_of_writing_leaves_the_old_file_and_is_one_line(
         monkeypatch.setattr(ddpm.tools.files, "_held", fail)
     elif at != "write":
         monkeypatch.setattr(ddpm.tools.files.os, {"fsync": "fsync", "rename": "replace"}[at], fail)
-    told = refusal_of(lambda: write_atomically(path, content))
-    assert os.strerror(number) in told and str(path) in told
+    refusal = refusal_of(lambda: write_atomically(path, content))
+    assert os.strerror(number) in refusal and str(path) in refusal
     monkeypatch.undo()
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["state.pt"]
 
@@ -157,6 +165,38 @@ def test_a_file_that_is_taken_away_before_it_is_locked_is_begun_again(tmp_path, 
     monkeypatch.setattr(ddpm.tools.files, "flock", late)
     write_atomically(tmp_path / "x", lambda to: os.truncate(to, 5))
     assert len(calls) == 2 and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_a_folder_appears_whole(tmp_path, there):
+    target = tmp_path / "a" / "b"
+    if there:
+        target.mkdir(parents=True)
+    with new_folder(target) as folder:
+        (folder / "file").write_text("whole")
+        assert not (target / "file").exists()
+        written = folder.stat().st_ino
+    assert target.stat().st_ino == written  # renamed, not copied
+    assert (target / "file").read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_or_is_a_file_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for taken in (tmp_path, tmp_path / "file"):
+        assert str(taken) in refusal_of(check_new_folder, taken)
+        refusal = refusal_of(new_folder(taken).__enter__)
+        assert (
+            refusal == f"expected a new or empty folder, got {taken}, which is there already; choose another"
+        )
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
 
 
 def test_a_digest_sees_every_value_name_kind_and_shape():

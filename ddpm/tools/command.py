@@ -1,4 +1,7 @@
-r"""What the commands share: one line for what a person can mend, exit code 2, lines and bars, a device."""
+r"""What the commands share: refusals in one line with exit code 2, signals, lines and bars on the screen.
+
+No torch, so that `--help` answers at once.
+"""
 
 import argparse
 import contextlib
@@ -15,11 +18,15 @@ from ddpm.tools.errors import UserError, escaped, printable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+OUT_OF_MEMORY = (
+    "out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
+    "--preset lowvram (train.py --dry-run tells what is needed); to draw, ask for fewer pictures at once"
+)
 _quiet = False  # by `be_quiet`
 
 
 class Parser(argparse.ArgumentParser):
-    r"""An argument parser whose complaint is one line."""
+    r"""An argument parser whose refusal is one line."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,33 +36,32 @@ class Parser(argparse.ArgumentParser):
 
 
 class Stopped(KeyboardInterrupt):
-    r"""SIGINT (Ctrl-C) or SIGTERM came; `signum` says which."""
+    r"""SIGINT (Ctrl-C) or SIGTERM ended the command; `signum` is the signal's number."""
 
-    def __init__(self, signum: int, told: str = "stopped"):
-        super().__init__(told)
+    def __init__(self, signum: int, message: str = "stopped"):
+        super().__init__(message)
         self.signum = signum
 
 
 class StopRequest:
-    r"""A signal handler that only notes the first signal, for those who ask; the next one ends the process at once."""
+    r"""A signal handler that only notes the first signal, in `signum`; the next one ends the process at once."""
 
     signum = 0
 
     def __call__(self, signum: int, frame):
         self.signum = signum
         _next_ends()
-        with contextlib.suppress(OSError):
-            os.write(
-                2, b"\nfinishing the step and saving; once more leaves at once\n"
-            )  # print is not for handlers
+        with contextlib.suppress(OSError):  # print is not for handlers
+            os.write(2, b"\nfinishing the step and saving; once more leaves at once\n")
 
 
 @contextlib.contextmanager
 def on_signals(handler: Callable) -> Iterator:
     r"""Within this context SIGINT and SIGTERM call `handler`, except those that are ignored, as under nohup."""
-    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set them
-    before = {s: signal.getsignal(s) for s in SIGNALS if in_main}
-    before = {s: old for s, old in before.items() if old not in (signal.SIG_IGN, None)}
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may set them
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before = {signum: old for signum, old in before.items() if old not in (signal.SIG_IGN, None)}
     for signum in before:
         signal.signal(signum, handler)
     try:
@@ -80,30 +86,26 @@ def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None =
     keep_freed_memory()
     try:
         with on_signals(_leave), warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(
-                f"warning: {printable(str(message))}", file=sys.stderr
-            )
+            warnings.showwarning = _show_warning
             main(argv)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # one printable line by its making
+        refusal = str(error)
     except OSError as error:
-        print(
-            printable(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")),
-            file=sys.stderr,
-        )
+        refusal = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            "error: out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
-            "--preset lowvram (train.py --dry-run tells what is needed); to draw, ask for fewer pictures at once",
-            file=sys.stderr,
-        )
+        refusal = OUT_OF_MEMORY
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
+    print(f"error: {printable(refusal)}", file=sys.stderr)
     return 2
+
+
+def _show_warning(message, *_, **__):
+    print(f"warning: {printable(str(message))}", file=sys.stderr)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -114,8 +116,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def keep_freed_memory():
     r"""Let this process keep what it frees for what it takes next, where the C library is glibc; elsewhere nothing.
 
-    Left alone, glibc gives every large tensor back to the system and takes the next one from it page by page: a
-    quarter of a training step on the CPU. The numbers are the same.
+    Left alone, glibc gives every large tensor back to the system and takes the next one from it page by page. That
+    costs a quarter of a training step on the CPU. The numbers are the same.
     """
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -135,7 +137,7 @@ def check_drawing(a: argparse.Namespace):
 
 
 def be_quiet():
-    r"""From now on this process says nothing but its own end: another one of its group speaks."""
+    r"""From now on this process prints nothing but its own end, because another one of its group speaks."""
     global _quiet
     _quiet = True
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
@@ -155,7 +157,7 @@ def progress_bar(things: Iterable, total: int, label: str) -> Iterable:
 
 
 def say(text: str):
-    r"""A line on the screen, above a bar that is being drawn."""
+    r"""Print a line above a bar that is being drawn."""
     from tqdm import tqdm
 
     tqdm.write(escaped(text))  # file names may be in it

@@ -7,19 +7,18 @@ import torch
 from ddpm.tools.errors import UserError
 
 
-def choose_device(name: str):
+def choose_device(name: str) -> torch.device:
     r"""The torch device called `name`; auto takes cuda (ROCm too), then mps, then the CPU; raises UserError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    devices = [device for device, is_available in available.items() if is_available]
     if name == "auto":
-        name = next(n for n, is_there in there.items() if is_there)
-    if not there.get(name, False):
-        raise UserError(
-            f"expected a device out of {', '.join(n for n, ok in there.items() if ok)} on this machine, got {name!r}"
-        )
+        name = devices[0]
+    if name not in devices:
+        raise UserError(f"expected a device out of {', '.join(devices)} on this machine, got {name!r}")
     return torch.device(name)
 
 
-def choose_precision(name: str, device) -> str:
+def choose_precision(name: str, device: torch.device) -> str:
     r"""`auto` becomes bf16 where the device computes in it natively, fp32 elsewhere."""
     if name != "auto":
         return name
@@ -41,6 +40,6 @@ def autocast(device: torch.device, precision: str):
 
 
 def wait_for(device: torch.device):
-    r"""Return once the device has done what it was asked for; a GPU is asked without waiting, so clocks need this."""
+    r"""Return once the device has finished; a GPU works while Python goes on, so every clock needs this."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()

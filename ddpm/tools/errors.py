@@ -1,12 +1,12 @@
-r"""What a person can mend, in one printable line."""
+r"""Refusals: what a person can mend, in one printable line."""
 
 import re
 
 
 def printable(text: str, length: int = 2000) -> str:
-    r"""`text` as one line for a terminal: what is not printable is escaped, the middle of a long one left out.
+    r"""`text` as one line for a terminal: what is not printable is escaped, the middle of a long line is left out.
 
-    What came may be a stranger's: a file name or a setting can hold the escape codes that rewrite a screen.
+    A file name or a setting may be a stranger's, and hold the escape codes that rewrite a screen.
 
     >>> printable("no\n such   file: \x1b[2J")
     'no such file: \\x1b[2J'
@@ -23,12 +23,12 @@ def escaped(text: str) -> str:
 
 
 class UserError(ValueError):
-    r"""What a person can mend: one printable line that says what was expected, what came and what to do next."""
+    r"""What a person can mend: one printable line with what was expected, what was found and what to do next."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))
 
 
 def is_name(weights: str) -> bool:
-    r"""Whether text weights are told by a name, `random` or a tag, and not by a path."""
+    r"""Whether text weights are given by a name, `random` or a tag, and not by a path."""
     return re.fullmatch(r"[A-Za-z0-9_-]+", weights) is not None

@@ -1,4 +1,4 @@
-r"""Files that are whole or not there: written beside their place and renamed, locked, and told by their digest."""
+r"""Files that are whole or not there: written beside their place and renamed, locked, and known by their digest."""
 
 import contextlib
 import errno
@@ -23,12 +23,13 @@ except ImportError:  # Windows
 
 LEFTOVER = re.compile(
     r"\..+\.\d+\.[0-9a-f]{8}\.tmp"
-)  # name, process, chance: several may write one file at a time
-CANNOT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+)  # name, process, chance: several may write one file at once
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CANNOT = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class CannotWrite(UserError):
-    r"""A file that the disk has no room for, or the folder no leave; what was there before still is."""
+    r"""A file could not be written, for want of room or of permission; what was there before still is."""
 
 
 def write_atomically(
@@ -38,7 +39,7 @@ def write_atomically(
 
     Args:
         content: bytes, or a function that writes to the path it is given.
-        size: bytes that such a function will write, as far as known; said where there is no room for them.
+        size: bytes that such a function will write, as far as known, for the message where there is no room for them.
         keep: where the file that was there is renamed to first.
 
     Raises: CannotWrite where the disk is full, a limit is met, or the folder may not be written to.
@@ -59,10 +60,10 @@ def write_atomically(
         number = _error_number(error)
         if number not in CANNOT:
             raise
-        needed = max(size, 0 if callable(content) else len(content), _size(temporary))
+        needed = max(size, _size(temporary)) if callable(content) else len(content)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CannotWrite(_told(path, number, needed)) from None
+        raise CannotWrite(_refusal(path, number, needed)) from None
     finally:
         with contextlib.suppress(OSError):  # a folder that may no longer be written to
             temporary.unlink(missing_ok=True)
@@ -147,11 +148,13 @@ def digest_of(value) -> str:
         if isinstance(value, Tensor):
             digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(value, dict | list | tuple):
-            digest.update(f"{'dict' if isinstance(value, dict) else 'list'} {len(value)};".encode())
-            for part in (
-                sorted(value.items(), key=lambda item: repr(item[0])) if isinstance(value, dict) else value
-            ):
+        elif isinstance(value, dict):
+            digest.update(f"dict {len(value)};".encode())
+            for item in sorted(value.items(), key=lambda item: repr(item[0])):
+                add(item)
+        elif isinstance(value, list | tuple):
+            digest.update(f"list {len(value)};".encode())
+            for part in value:
                 add(part)
         else:
             digest.update(f"{type(value).__name__} {value!r};".encode())
@@ -182,8 +185,8 @@ def _error_number(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        if told := re.search(r"\(os error (\d+)\)", str(error)):
-            return int(told[1])
+        if wrapped := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(wrapped[1])
         error = error.__context__
     return None
 
@@ -195,9 +198,10 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _told(path: Path, number: int, needed: int) -> str:
-    room = ""
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        room = f" (it needs {needed / 1e6:,.1f} MB, {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free)"
-    mend = "make room there or raise the limit" if room else "let it be written to"
-    return f"could not write {path}: {os.strerror(number)}{room}; {mend}"
+def _refusal(path: Path, number: int, needed: int) -> str:
+    reason = f"could not write {path}: {os.strerror(number)}"
+    if number not in NO_ROOM:
+        return f"{reason}; let it be written to"
+    free = shutil.disk_usage(path.parent).free
+    room = f"it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+    return f"{reason} ({room}); make room there or raise the limit"

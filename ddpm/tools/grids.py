@@ -1,7 +1,8 @@
-r"""Tensors to pictures for people: grids with the prompt beneath each picture, films, PNG text."""
+r"""Pictures for people: grids with the prompt beneath each picture, films, text within a PNG."""
 
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,11 @@ from torch import Tensor
 
 from ddpm.tools.files import write_atomically
 
-PAPER, INK = (255, 255, 255), (40, 40, 40)
+PAPER = (255, 255, 255)
+INK = (40, 40, 40)
+GAP = 8  # pixels between pictures
+LINE = 14  # pixels from one line of a label to the next
+MOST_LINES = 6  # of a label
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -23,47 +28,47 @@ def to_uint8(x: Tensor) -> np.ndarray:
 def labelled_grid(
     x: Tensor, labels: Sequence[str], columns: int | None = None, side: int = 128
 ) -> Image.Image:
-    r"""Pictures (B, 3, H, W) in [-1, 1] in rows, enlarged to about `side` pixels, each with its label beneath."""
+    r"""Pictures (B, 3, H, W) in [-1, 1] in rows, enlarged to about `side` pixels, each with its label beneath.
+
+    Without `columns` the grid is nearly square, and at most 8 pictures wide.
+    """
     if len(labels) != len(x):
         raise ValueError(f"expected a label for each of {len(x)} pictures, got {len(labels)}")
-    columns = min(len(x), columns or max(1, min(8, round(len(x) ** 0.5 + 0.49)))) or 1
+    if columns is None:
+        columns = min(8, round(len(x) ** 0.5 + 0.49))
+    columns = max(1, min(columns, len(x)))
     scale = max(1, side // x.shape[-1])
-    width, height, gap = x.shape[-1] * scale, x.shape[-2] * scale, 8
+    width, height = x.shape[-1] * scale, x.shape[-2] * scale
     font = ImageFont.load_default(12)
     texts = [_wrapped(label, font, width) for label in labels]
-    line = 14
-    text_height = line * max((len(lines) for lines in texts), default=0)
+    row_height = height + LINE * max((len(lines) for lines in texts), default=0) + GAP
     rows = -(-len(x) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, rows * (height + text_height + gap) + gap), PAPER
-    )
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * row_height + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, (picture, lines) in enumerate(zip(to_uint8(x), texts, strict=True)):
-        left, top = (gap + i % columns * (width + gap), gap + i // columns * (height + text_height + gap))
+        row, column = divmod(i, columns)
+        left = GAP + column * (width + GAP)
+        top = GAP + row * row_height
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), (left, top))
         for k, text in enumerate(lines):
-            draw.text((left, top + height + 2 + k * line), text, INK, font)
+            draw.text((left, top + height + 2 + k * LINE), text, INK, font)
     return sheet
 
 
 def strip(frames: Sequence[Tensor], side: int = 64) -> Image.Image:
     r"""A film as one picture: one row a prompt, one column a step; frames are (B, 3, H, W) in [-1, 1]."""
     scale = max(1, side // frames[0].shape[-1])
-    rows = np.concatenate([np.concatenate(list(to_uint8(frame)), axis=0) for frame in frames], axis=1)
-    sheet = Image.fromarray(rows)
+    columns = [np.concatenate(to_uint8(frame), axis=0) for frame in frames]
+    sheet = Image.fromarray(np.concatenate(columns, axis=1))
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
 
 def save_gif(path: Path, frames: Sequence[Tensor], labels: Sequence[str], milliseconds: int = 120):
     r"""A film as a GIF of labelled grids; the last frame stays for two seconds."""
-    images = [labelled_grid(frame, labels) for frame in frames]
-    durations = [milliseconds] * (len(images) - 1) + [2000]
-    write_atomically(
-        path,
-        lambda to: images[0].save(
-            to, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0
-        ),
-    )
+    first, *others = [labelled_grid(frame, labels) for frame in frames]
+    durations = [milliseconds] * len(others) + [2000]
+    film = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    write_atomically(path, partial(first.save, format="GIF", **film))
 
 
 def save_png(path: Path, image: Image.Image, text: dict[str, str] | None = None):
@@ -71,19 +76,17 @@ def save_png(path: Path, image: Image.Image, text: dict[str, str] | None = None)
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value.encode("utf-8", "replace").decode().replace("\0", "\ufffd"))
-    write_atomically(path, lambda to: image.save(to, format="PNG", pnginfo=info))
+    write_atomically(path, partial(image.save, format="PNG", pnginfo=info))
 
 
-def _wrapped(label: str, font, width: int, lines: int = 6) -> list[str]:
-    r"""The label in lines no wider than `width` pixels, at most `lines` of them."""
+def _wrapped(label: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    r"""The label in at most `MOST_LINES` lines, each no wider than `width` pixels."""
     printable = "".join(c if c.isprintable() else " " for c in label[:500])
     letters = max(8, int(width / max(font.getlength("n"), 1)))
-    wrapped = textwrap.wrap(printable, letters)
-    while any(font.getlength(text) > width for text in wrapped) and letters > 8:
+    lines = textwrap.wrap(printable, letters)
+    while letters > 8 and any(font.getlength(line) > width for line in lines):
         letters -= 1
-        wrapped = textwrap.wrap(printable, letters)
-    return (
-        wrapped
-        if len(wrapped) <= lines
-        else [*wrapped[: lines - 1], wrapped[lines - 1][: letters - 3] + "..."]
-    )
+        lines = textwrap.wrap(printable, letters)
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], lines[MOST_LINES - 1][: letters - 3] + "..."]
+    return lines

@@ -8,8 +8,9 @@ MOST_JSON = 2**20  # bytes of a file of settings
 
 
 def read_json(path: Path, constants: bool = False):
-    r"""What a small JSON file holds, by `parse_json`; raises OSError or ValueError."""
-    if Path(path).exists() and not Path(path).is_file():
+    r"""The content of a small JSON file, by `parse_json`; raises OSError or ValueError."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
         raise ValueError("it is no file")
     with open(path, "rb") as file:
         data = file.read(MOST_JSON + 1)
@@ -19,17 +20,20 @@ def read_json(path: Path, constants: bool = False):
 
 
 def parse_json(text: str, constants: bool = False):
-    r"""JSON without what Python lets pass: ValueError for a name given twice, NaN, infinities and 1e999, whole numbers
-    beyond 64 bits, and brackets nested too deep.
+    r"""JSON without what Python lets pass.
 
-    Args: constants: NaN, Infinity and -Infinity pass, which others' files have.
+    ValueError for a name given twice, NaN, infinities and 1e999, whole numbers beyond 64 bits, and brackets nested too
+    deep.
+
+    Args: constants: let NaN, Infinity and -Infinity pass, which diffusers writes.
     """
 
     def once(pairs: list) -> dict:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+        values = {}
+        for name, value in pairs:
+            if name in values:
+                raise ValueError(f"{name!r} is given twice")
+            values[name] = value
         return values
 
     def whole(digits: str) -> int:
@@ -42,11 +46,9 @@ def parse_json(text: str, constants: bool = False):
             raise ValueError(f"{digits[:25]} is not finite")
         return float(digits)
 
+    hooks = {"object_pairs_hook": once, "parse_int": whole, "parse_float": finite}
     try:
-        constant = float if constants else finite
-        return json.loads(
-            text, object_pairs_hook=once, parse_int=whole, parse_float=finite, parse_constant=constant
-        )
+        return json.loads(text, **hooks, parse_constant=float if constants else finite)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
