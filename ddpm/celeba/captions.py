@@ -7,7 +7,6 @@ r"""Forty CelebA attributes <-> one English sentence.
 One table, `PHRASES`, holds every wording. `describe` reads it from left to right, `parse` from right to left,
 and for every row of attributes they agree: what `parse(describe(row))` states is true of `consistent(row)`."""
 
-import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -187,13 +186,14 @@ def _truths(attributes: ArrayLike | Mapping[str, object]) -> list[bool]:
             advice = "check the spelling, for example 'Black_Hair' or '5_o_Clock_Shadow'"
             raise ValueError(f"expected names of captions.ATTRIBUTES, got {unknown[:3]}; {advice}")
         attributes = [attributes.get(name, 0) for name in ATTRIBUTES]
-    with contextlib.suppress(TypeError, ValueError):
-        values = np.asarray(attributes, dtype=float)
-        if values.shape == (len(ATTRIBUTES),) and np.isfinite(values).all():
-            return (values > 0).tolist()
-    got = " ".join(repr(attributes).split())
+    values = np.asarray(attributes, dtype=float)
     advice = "pass 0/1, -1/1 or bools in the order of captions.ATTRIBUTES, or a mapping name -> truth"
-    raise ValueError(f"expected {len(ATTRIBUTES)} finite numbers, got {got:.80}; {advice}")
+    if values.shape != (len(ATTRIBUTES),):
+        raise ValueError(f"expected {len(ATTRIBUTES)} numbers, got shape {values.shape}; {advice}")
+    if not np.isfinite(values).all():
+        name = ATTRIBUTES[np.isfinite(values).argmin()]
+        raise ValueError(f"expected finite numbers, got another one for {name}; {advice}")
+    return (values > 0).tolist()
 
 
 def _is_sensible(phrase: Phrase, row: Mapping[str, int], places: Mapping[str, list[str]]) -> bool:
