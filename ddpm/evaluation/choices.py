@@ -52,3 +52,8 @@ class Setting(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}, {self.steps} steps, guidance {self.guidance:g}"
+
+
+def setting_of(point: dict) -> Setting:
+    r"""The setting of one point of a curve, as the result has it."""
+    return Setting(*(point[field] for field in Setting._fields))

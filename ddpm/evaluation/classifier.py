@@ -50,7 +50,7 @@ class AttributeClassifier(nn.Module):
     r"""Pictures (B, 3, S, S) in [-1, 1] -> one logit for each attribute in `names`, (B, A); above 0 is yes.
 
     Two by two pixels become twelve channels, so nothing is lost before the first convolution: a necklace is two
-    pixels high. Three levels follow, at 32 x 32, 16 x 16 and 8 x 8.
+    pixels high. Three levels follow, at 32 x 32, 16 x 16 and 8 x 8. The weights start from a fixed seed.
     """
 
     def __init__(self, names: tuple[str, ...]):
@@ -64,6 +64,11 @@ class AttributeClassifier(nn.Module):
         self.levels = nn.ModuleList(levels)
         self.head = nn.Linear(WIDTHS[-1], len(self.names))
         self.register_buffer("std", torch.ones(sum(WIDTHS[:-1])))  # of `features` on real pictures
+        g = generator(0, "classifier", "weights")
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=g)  # He et al. 2015
+        nn.init.zeros_(self.head.bias)
 
     def means(self, x: Tensor) -> list[Tensor]:
         r"""The mean over the picture of the channels of each level, (B, width)."""
@@ -174,26 +179,17 @@ def balanced_loss(logits: Tensor, truth: Tensor, frequency: Tensor) -> Tensor:
 
 
 def train_classifier(
-    pictures: Pictures,
-    names: tuple[str, ...],
-    device: torch.device,
-    precision: str = "fp32",
-    progress: Progress = silent,
-) -> AttributeClassifier:
-    r"""A classifier of `names` after STEPS steps on degraded pictures of the train split."""
+    network: AttributeClassifier, pictures: Pictures, precision: str = "fp32", progress: Progress = silent
+):
+    r"""Train a new classifier for STEPS steps on degraded pictures of the train split."""
+    device = network.head.weight.device
     rows = pictures.rows(TRAIN)
-    network = AttributeClassifier(names)
-    g = generator(0, "classifier", "weights")  # the weights are drawn from it (He et al. 2015)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=g)
-    nn.init.zeros_(network.head.bias)
-    network.to(device, memory_format=torch.channels_last).train()
     truth = truths(pictures, rows)[:, network.columns]
     frequency = truth.float().mean(dim=0).to(device)
     fused = device.type in ("cuda", "cpu")
     optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=WEIGHT_DECAY, fused=fused)
 
+    network.train()
     for step in progress(range(STEPS), STEPS, "training the attribute classifier"):
         g = generator(0, "classifier", step)
         chosen = torch.randint(len(rows), (BATCH,), generator=g)
@@ -213,7 +209,6 @@ def train_classifier(
         some = pictures.batch(rows[:: -(-len(rows) // 512)]).to(device)
         features = torch.cat([network.features(x) for x in some.split(BATCH)])
         network.std.copy_(features.std(dim=0).clamp(min=1e-3))
-    return network
 
 
 def attribute_classifier(
@@ -235,10 +230,11 @@ def attribute_classifier(
     labels = digest_of([torch.from_numpy(rows), torch.from_numpy(pictures.attributes[rows])])
     training = (VERSION, WIDTHS, STEPS, BATCH, LR, WEIGHT_DECAY, precision)
     path = folder / f"classifier-{key_of('classifier', pictures.key, labels, *training)}.safetensors"
-    if not path.exists():
-        network = train_classifier(pictures, names, device, precision, progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    network = AttributeClassifier(names).to(device, memory_format=torch.channels_last)
+    if path.exists():
+        load_weights(path, network)
+    else:
+        train_classifier(network, pictures, precision, progress)
+        folder.mkdir(parents=True, exist_ok=True)
         save_weights(path, network.state_dict())
-    network = AttributeClassifier(names)
-    load_weights(path, network)
-    return network.to(device, memory_format=torch.channels_last).eval()
+    return network.eval()

@@ -31,18 +31,18 @@ SPLITS = {"valid": VALID, "test": TEST}
 
 def evaluate(options: argparse.Namespace):
     r"""Measure the run that the command names, and write what was found."""
-    out, cache = choose_folders(options)
+    choose_folders(options)
     device = choose_device(options.device)
-    precision = choose_precision(options.precision, device)
-    model, config, pictures = open_run(options, cache)
+    options.precision = choose_precision(options.precision, device)
+    model, config, pictures = open_run(options)
     rows = choose_rows(pictures, options)
     model.to(device, memory_format=torch.channels_last)
-    evaluation = Evaluation(model, pictures, rows, cache, options, precision)
-    say(f"{len(rows)} {options.split} pictures of {config.training.data}, {precision} on {device}")
+    evaluation = Evaluation(model, pictures, rows, options)
+    say(f"{len(rows)} {options.split} pictures of {config.training.data}, {options.precision} on {device}")
     if evaluation.planned:
         say(f"drawing will take about {evaluation.minutes_of_drawing():.1f} minutes")
 
-    result = {"format": 2, "settings": settings_of(evaluation, config, device)}
+    result = {"format": 2, "settings": settings_of(evaluation, config)}
     left_out = {}
     seconds = {}
     for part in ("prepare", *options.only):
@@ -60,35 +60,30 @@ def evaluate(options: argparse.Namespace):
         seconds[part] = round(time.monotonic() - started, 1)
         say(f"{part}: {seconds[part]:.0f} s")
     if DRAWING & set(options.only):
-        evaluation.grid()
-    write(out, {**result, "left_out": left_out, "seconds": seconds}, evaluation.files)
-    say(f"wrote {out}")
+        evaluation.files["pictures.png"] = evaluation.grid()
+    write(options.out, {**result, "left_out": left_out, "seconds": seconds}, evaluation.files)
+    say(f"wrote {options.out}")
 
 
-def choose_folders(options: argparse.Namespace) -> tuple[Path, Path]:
-    r"""The folder to write to and the cache; UserError where the first cannot be written to.
+def choose_folders(options: argparse.Namespace):
+    r"""Fill in --out and --cache where they are not given; UserError where --out cannot be written to.
 
     What ships is measured into runs/, because the package's own folder stays as it is.
     """
     run = Path(options.run)
     ships = run.resolve() == SHIPPED.resolve()
-    out = Path("runs/shipped-evaluation") if ships else run / "evaluation"
-    cache = Path("runs/cache") if ships else run.parent / "cache"
-    if options.out is not None:
-        out = Path(options.out)
-    if options.cache is not None:
-        cache = Path(options.cache)
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    options.out = Path(options.out or ("runs/shipped-evaluation" if ships else run / "evaluation"))
+    options.cache = Path(options.cache or ("runs/cache" if ships else run.parent / "cache"))
+    existing = next(p for p in (options.out, *options.out.absolute().parents) if p.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError:
         raise UserError(
             f"expected a folder that can be written to, {existing} cannot; choose another --out"
         ) from None
-    return out, cache
 
 
-def open_run(options: argparse.Namespace, cache: Path) -> tuple[TextToImage, Config, Pictures]:
+def open_run(options: argparse.Namespace) -> tuple[TextToImage, Config, Pictures]:
     r"""The run's model and its data; UserError where either is not whole."""
     model = TextToImage.load(options.run, options.weights)
     T = model.schedule.timesteps
@@ -101,7 +96,7 @@ def open_run(options: argparse.Namespace, cache: Path) -> tuple[TextToImage, Con
         table = open_data(config)
     except DataError as error:
         raise UserError(f"{error}; or say with --data where the run's data is now") from None
-    return model, config, load_pictures(config, table, cache, progress_bar)
+    return model, config, load_pictures(config, table, options.cache, progress_bar)
 
 
 def choose_rows(pictures: Pictures, options: argparse.Namespace) -> np.ndarray:
@@ -124,22 +119,19 @@ def choose_rows(pictures: Pictures, options: argparse.Namespace) -> np.ndarray:
     return rows[order[:n].numpy()]
 
 
-def settings_of(evaluation: Evaluation, config: Config, device: torch.device) -> dict:
+def settings_of(evaluation: Evaluation, config: Config) -> dict:
     r"""What a person needs to get the same figures again, and to see whether weights and data are the same."""
-    options = evaluation.options
     model = evaluation.model
-    flags = ("split", "extractor", "sampler", "steps", "guidance", "eta", "weights", "seed", "scope")
+    unneeded = ("only", "data", "cache", "out", "device")
     return {
-        "run": str(options.run),
+        **{flag: value for flag, value in vars(evaluation.options).items() if flag not in unneeded},
+        "n": evaluation.n,
         "preset": config.preset,
         "data": config.training.data,
         "image_size": config.model.image_size,
         "crop": config.training.crop or "automatic",
-        "n": evaluation.n,
-        **{flag: getattr(options, flag) for flag in flags},
         "text_weights": config.model.text_weights,
-        "precision": evaluation.precision,
-        "device": str(device),
+        "device": str(model.device),
         "ddpm": __version__,
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

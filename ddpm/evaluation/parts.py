@@ -3,12 +3,13 @@ r"""The parts of an evaluation: what is measured of one run, from pictures that 
 import argparse
 import json
 import time
-from collections.abc import Callable
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
 from ddpm.celeba.dataset import Pictures
@@ -21,7 +22,7 @@ from ddpm.evaluation.features import feature_extractor
 from ddpm.model import TextToImage
 from ddpm.tools.command import bar, progress_bar
 from ddpm.tools.devices import autocast, wait_for
-from ddpm.tools.grids import labelled_grid, save_png
+from ddpm.tools.grids import labelled_grid
 from ddpm.tools.seeding import generator
 from ddpm.training.caches import Texts, encode_latents
 from ddpm.training.validation import loss_by_timestep, psnr, ssim
@@ -32,7 +33,7 @@ READING = {
     "neighbours",
     "guidance",
     "steps",
-}  # parts that use the classifier, if there can be one
+}  # parts that use the classifier, where one is possible
 MIN_READ = 0.8
 RULE = (
     f"counted are attributes that the captions of at least {metrics.MIN_EACH} held-out pictures want and of "
@@ -43,6 +44,7 @@ UNSEEN = "held-out pictures whose row of 40 attributes, as the full caption says
 FAR = "those of them whose row differs from that of every training picture in two attributes or more"
 NO_CLASSIFIER = "the data has no attribute with enough pictures of both values to train a classifier on"
 BATCH = 32
+POOL = 512  # training pictures that are compared at once
 
 
 class LeftOut(Exception):
@@ -68,29 +70,19 @@ class Evaluation:
         held_out: the n held-out pictures, as a data set of their own; x: the same, (n, 3, S, S).
         prompts: their full captions. groups: (n,) long, equal where the prompts are.
         planned: setting -> how many prompts the chosen parts draw with it.
-        files: name -> function of the path to write to, for all files but the JSON.
+        files: name -> plot or grid.
     """
 
-    def __init__(
-        self,
-        model: TextToImage,
-        pictures: Pictures,
-        rows: np.ndarray,
-        cache: Path,
-        options: argparse.Namespace,
-        precision: str,
-    ):
+    def __init__(self, model: TextToImage, pictures: Pictures, rows: np.ndarray, options: argparse.Namespace):
         self.model = model
         self.pictures = pictures
-        self.cache = cache
         self.options = options
-        self.precision = precision
         self.held_out = pictures.subset(rows)
         self.n = len(rows)
         self.x = self.held_out.batch(np.arange(self.n))
         self.prompts = [self.held_out.full_caption(i) for i in range(self.n)]
         self.groups = torch.tensor([self.prompts.index(prompt) for prompt in self.prompts])
-        self.files: dict[str, Callable[[Path], None]] = {}
+        self.files: dict[str, Figure | Image.Image] = {}
         self.classifier = None
         self.extract = None
         if options.extractor != "classifier":
@@ -121,7 +113,7 @@ class Evaluation:
         for _ in range(2):  # the first call is slower
             wait_for(device)
             started = time.monotonic()
-            with autocast(device, self.precision):
+            with autocast(device, self.options.precision):
                 self.model.unet(z_t, t, context)
             wait_for(device)
             seconds = time.monotonic() - started
@@ -130,19 +122,19 @@ class Evaluation:
     def prepare(self):
         r"""What the parts need from the cache, or made now: classifier, the prompts' embeddings, latents."""
         parts = set(self.options.only)
+        cache = self.options.cache
+        device = self.model.device
+        precision = self.options.precision
         if parts & READING or ("frechet" in parts and self.extract is None):
-            precision = "fp32" if self.precision == "fp16" else self.precision  # its training scales no loss
-            self.classifier = attribute_classifier(
-                self.cache, self.pictures, self.model.device, precision, progress_bar
-            )
+            safe = "fp32" if precision == "fp16" else precision  # its training scales no loss
+            self.classifier = attribute_classifier(cache, self.pictures, device, safe, progress_bar)
             if self.classifier is not None and self.extract is None:
                 self.extract = self.classifier.features
         if parts - {"vae", "latents"}:
-            self.texts = Texts(self.cache, self.model.text, self.prompts, progress=progress_bar)
-            self.model.text = CachedText(self.texts, self.model.device)
+            self.texts = Texts(cache, self.model.text, self.prompts, progress=progress_bar)
+            self.model.text = CachedText(self.texts, device)
         if parts & {"latents", "loss", "bits"}:
-            vae = self.model.vae
-            self.encoded = encode_latents(self.cache, vae, self.held_out, self.precision, progress_bar)
+            self.encoded = encode_latents(cache, self.model.vae, self.held_out, precision, progress_bar)
 
     # ---- what several parts need
 
@@ -160,17 +152,18 @@ class Evaluation:
                     self.options.seed,
                     callback=lambda state: progress.update(),
                     eta=setting.eta,
-                    precision=self.precision,
+                    precision=self.options.precision,
                     batch_size=BATCH,
                 ).cpu()
         return self.drawn[setting]
 
     @torch.no_grad()
-    def through(self, network: Callable[[Tensor], Tensor], x: Tensor, label: str) -> Tensor:
+    def through(self, network: Callable[[Tensor], Tensor], x: Tensor, label: str = "") -> Tensor:
         r"""A network's output for many pictures, on the CPU in fp32, batch by batch."""
         batches = x.split(BATCH)
-        outputs = [network(b.to(self.model.device)) for b in progress_bar(batches, len(batches), label)]
-        return torch.cat([output.float().cpu() for output in outputs])
+        if label:
+            batches = progress_bar(batches, len(batches), label)
+        return torch.cat([network(batch.to(self.model.device)).float().cpu() for batch in batches])
 
     def features(self, x: Tensor) -> Tensor:
         r"""What the Frechet distance compares, (N, D)."""
@@ -189,7 +182,7 @@ class Evaluation:
 
         def network(x: Tensor) -> Tensor:
             x = x.contiguous(memory_format=torch.channels_last)
-            with autocast(self.model.device, self.precision):
+            with autocast(self.model.device, self.options.precision):
                 return self.model.vae.decode(self.model.vae.encode(x).mode()).clamp(-1, 1)
 
         return self.through(network, x, "encoding and decoding")
@@ -222,9 +215,8 @@ class Evaluation:
 
     def scores(self, seen: Tensor, rows: Tensor | slice) -> dict:
         r"""`metrics.adherence` of the attributes seen in pictures of the prompts `rows`."""
-        return metrics.adherence(
-            self.wanted[rows], seen, self.classifier.names, self.groups[rows], self.countable
-        )
+        names = self.classifier.names
+        return metrics.adherence(self.wanted[rows], seen, names, self.groups[rows], self.countable)
 
     # ---- the parts
 
@@ -244,7 +236,7 @@ class Evaluation:
             rows = distance >= least
             if rows.any():
                 result[name] = {source: self.scores(values[rows], rows) for source, values in seen.items()}
-        self.files["adherence.png"] = partial(plots.plot_adherence, sources=result["held_out"])
+        self.files["adherence.png"] = plots.plot_adherence(result["held_out"])
         return result
 
     def frechet(self) -> dict:
@@ -292,32 +284,28 @@ class Evaluation:
                     f"ratio_to_{name}": (generated.median() / others.median()).item(),
                     f"nearer_than_1_percent_of_{name}": nearer.double().mean().item(),
                 }
-        sheet = self.neighbour_grid(found)
-        self.files["neighbours.png"] = partial(save_png, image=sheet)
+        self.files["neighbours.png"] = self.neighbour_grid(found)
         return result
 
-    @torch.no_grad()
     def nearest_train(self, network: Callable, queries: Tensor, label: str) -> tuple[Tensor, Tensor]:
         r"""`metrics.nearest` among all training pictures, and after them all their mirror images."""
         train = self.pictures.rows(TRAIN)
-        chunks = [train[begin : begin + BATCH] for begin in range(0, len(train), BATCH)]
-        pool = [(chunk, mirrored) for mirrored in (False, True) for chunk in chunks]
+        chunks = [train[begin : begin + POOL] for begin in range(0, len(train), POOL)]
 
-        def features(x: Tensor) -> Tensor:
-            return torch.cat([network(b.to(self.model.device)).cpu() for b in x.split(BATCH)])
+        def pool() -> Iterator[Tensor]:
+            for mirrored in (False, True):
+                for rows in chunks:
+                    flip = torch.full((len(rows),), mirrored)
+                    yield self.through(network, self.pictures.batch(rows, flip))
 
-        parts = progress_bar(pool, len(pool), f"nearest training pictures, {label}")
-        described = (
-            features(self.pictures.batch(rows, torch.full((len(rows),), mirrored)))
-            for rows, mirrored in parts
-        )
-        return metrics.nearest(features(queries), described)
+        parts = progress_bar(pool(), 2 * len(chunks), f"nearest training pictures, {label}")
+        return metrics.nearest(self.through(network, queries), parts)
 
-    def neighbour_grid(self, found: dict):
+    def neighbour_grid(self, found: dict) -> Image.Image:
         r"""The eight generated pictures that come nearest to a training picture, each before its neighbours."""
         train = self.pictures.rows(TRAIN)
-        distances, _ = found.get("features", found["pixels"])
-        closest = distances[: self.n, 0].argsort(stable=True)[:8].tolist()
+        nearest, _ = found.get("features", found["pixels"])
+        closest = nearest[: self.n, 0].argsort(stable=True)[:8].tolist()
         pictures = []
         labels = []
         for i in closest:
@@ -342,7 +330,7 @@ class Evaluation:
         scale = self.model.latent_scale
         q = self.encoded.gaussian(np.arange(self.n), torch.zeros(self.n, dtype=torch.bool))
         health = metrics.latent_health(q, scale)
-        self.files["latents.png"] = partial(plots.plot_latents, health=health)
+        self.files["latents.png"] = plots.plot_latents(health)
         return {"n": self.n, "scale": scale, **health}
 
     def loss(self) -> dict:
@@ -350,8 +338,8 @@ class Evaluation:
         n = min(self.n, 256)
         prediction = self.model.config.prediction
         inputs = (self.model, self.encoded, self.texts, self.held_out, np.arange(n))
-        tenths = loss_by_timestep(*inputs, self.precision, seed=self.options.seed)
-        self.files["loss.png"] = partial(plots.plot_loss, tenths=tenths, prediction=prediction)
+        tenths = loss_by_timestep(*inputs, self.options.precision, seed=self.options.seed)
+        self.files["loss.png"] = plots.plot_loss(tenths, prediction)
         return {"n": n, "prediction": prediction, "tenths": tenths, "mean": sum(tenths) / len(tenths)}
 
     def bits(self) -> dict:
@@ -360,7 +348,7 @@ class Evaluation:
         train = self.train_pictures[:n]
         width = (train - self.decoded(train)).abs().mean().item()
         inputs = (self.model, self.encoded, self.texts, self.held_out, np.arange(n))
-        found = bits_per_dimension(*inputs, width, self.precision, seed=self.options.seed)
+        found = bits_per_dimension(*inputs, width, self.options.precision, seed=self.options.seed)
         return {"n": n, "variance": self.model.config.variance, "width": width, **found}
 
     def guidance(self) -> list[dict]:
@@ -374,7 +362,7 @@ class Evaluation:
     def curve(self, x: str) -> list[dict]:
         r"""The points of the curve over `x`, and its plot."""
         points = [self.point(setting) for setting in self.curves[x]]
-        self.files[f"{x}.png"] = partial(plots.plot_curve, points=points, x=x)
+        self.files[f"{x}.png"] = plots.plot_curve(points, x)
         return points
 
     def point(self, setting: Setting) -> dict:
@@ -393,14 +381,14 @@ class Evaluation:
         point["frechet"] = metrics.frechet_distance(*real, *metrics.gaussian_of(self.features(x)))
         return point
 
-    def grid(self):
-        r"""The first pictures of up to 32 distinct prompts, as a file."""
+    def grid(self) -> Image.Image:
+        r"""The first pictures of up to 32 distinct prompts, with what drew them in `info`."""
         first = self.groups.unique()[:32].tolist()
         prompts = [self.prompts[i] for i in first]
         sheet = labelled_grid(self.draw(self.main)[first], prompts, columns=8)
-        text = {"prompt": json.dumps(prompts), "seed": str(self.options.seed)}
-        text |= {name: str(value) for name, value in self.main._asdict().items()}
-        self.files["pictures.png"] = partial(save_png, image=sheet, text=text)
+        sheet.info |= {"prompt": json.dumps(prompts), "seed": str(self.options.seed)}
+        sheet.info |= {name: str(value) for name, value in self.main._asdict().items()}
+        return sheet
 
 
 def attribute_distance(pictures: Pictures, held_out: Pictures) -> Tensor:

@@ -3,11 +3,16 @@ r"""What an evaluation says and writes: lines on the screen, one JSON, its pictu
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from ddpm.evaluation.choices import Setting
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ddpm.evaluation.choices import setting_of
 from ddpm.tools.files import write_atomically
+from ddpm.tools.grids import save_png
 
 RESULT = "result.json"
 PREVIOUS = "result.previous.json"
@@ -39,9 +44,8 @@ def summary(part: str, result: dict | list) -> Iterator[str]:
         yield _bits_line(result)
     elif part in ("guidance", "steps"):
         for point in result:
-            setting = Setting(*(point[field] for field in Setting._fields))
             figures = [f"{y} {point[y]:.3g}" for y in ("adherence", "frechet") if point.get(y) is not None]
-            yield f"{setting}, n {point['n']}: {', '.join(figures)}"
+            yield f"{setting_of(point)}, n {point['n']}: {', '.join(figures)}"
 
 
 def _adherence_line(name: str, sources: dict) -> str:
@@ -88,20 +92,20 @@ def rounded(value):
     return value
 
 
-def write(out: Path, result: dict, pictures: dict[str, Callable[[Path], None]]):
+def write(out: Path, result: dict, pictures: dict[str, Figure | Image.Image]):
     r"""Replace the evaluation in `out` once the new one is on the disk; the old JSON stays as result.previous.json.
 
-    The JSON comes last, so a folder that has it is whole.
-
-    Args:
-        pictures: name, one of PICTURES -> function that saves it to a path.
+    The JSON comes last, so a folder that has it is whole. `pictures` are by name, one of PICTURES.
     """
     text = json.dumps(rounded(result), indent=2, allow_nan=False)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as folder:
         new = Path(folder)
-        for name, save in pictures.items():
-            write_atomically(new / name, save)
+        for name, picture in pictures.items():
+            if isinstance(picture, Figure):
+                write_atomically(new / name, partial(picture.savefig, format="png", dpi=110))
+            else:
+                save_png(new / name, picture, picture.info)
         write_atomically(new / RESULT, (text + "\n").encode())
         if (out / RESULT).exists():
             (out / RESULT).replace(out / PREVIOUS)
