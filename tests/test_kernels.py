@@ -115,7 +115,7 @@ def test_within_the_context_keys_and_values_of_a_caption_are_computed_once_and_t
         assert reads == {1}
     assert torch.equal(once, every_time)
     assert torch.equal(three_steps(context + 1)[0], other)
-    with pytest.raises(RuntimeError, match="stop"), context_read_once(unet):
+    with pytest.raises(RuntimeError, match="stop"), context_read_once(unet), context_read_once(unet):
         raise RuntimeError("stop")
     assert three_steps(context)[1] == {3}
 
