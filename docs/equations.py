@@ -172,7 +172,7 @@ CODE = (
         "scaled-linear-schedule",
         "sqrt(beta) in equal steps",
         "schedule.scaled_linear_beta",
-        "start end timesteps first last",
+        "start end timesteps roots",
         r"\sqrt{\beta_t} = \sqrt{\beta_{\mathrm{start}}}"
         r" + \frac{t}{T - 1} (\sqrt{\beta_{\mathrm{end}}} - \sqrt{\beta_{\mathrm{start}}})",
         lambda t: (sqrt(0.00085) + t / 999 * (sqrt(0.012) - sqrt(0.00085))) ** 2,
@@ -387,13 +387,13 @@ CODE = (
     Row(
         "bits-per-dimension",
         "The whole variational bound, of latents and of pictures",
-        "evaluation.metrics.bits_per_dimension",
+        "evaluation.bits.bits_per_dimension",
         "prior terms entropy rate error",
     ),
     Row(
         "laplace-bits",
         "The probability of an 8-bit value",
-        "evaluation.metrics.laplace_bits",
+        "evaluation.bits.laplace_bits",
         "x x_hat width F",
         formula=lambda x, x_hat, width: (
             -log2(
@@ -412,7 +412,7 @@ CODE = (
         "classifier-loss",
         "The attribute classifier's loss: both values of an attribute weigh the same",
         "evaluation.classifier.balanced_loss",
-        "y share logits",
+        "y frequency logits",
         formula=lambda truth, share, logit: (
             truth / (2 * share) * log(1 + exp(-logit)) + (1 - truth) / (2 * (1 - share)) * log(1 + exp(logit))
         ),
@@ -421,16 +421,16 @@ CODE = (
         "balanced-accuracy",
         "Balanced accuracy: do pictures have what their prompts want, and lack what they do not",
         "evaluation.metrics.balanced_accuracy",
-        "wanted seen right rows",
+        "wanted seen right positive negative",
         formula=lambda n_wanted, n_both, n_unwanted, n_neither: (
             (n_both / n_wanted + n_neither / n_unwanted) / 2
         ),
     ),
     Row(
         "wilson-interval",
-        "The interval of a share; Z is 1.96",
+        "The interval of a rate; Z is 1.96",
         "evaluation.metrics.wilson_interval",
-        "right of Z centre half",
+        "right n Z centre half",
         formula=lambda n_both, n_wanted: tuple(
             (n_both + 1.96**2 / 2 + sign * 1.96 * sqrt(n_both * (1 - n_both / n_wanted) + 1.96**2 / 4))
             / (n_wanted + 1.96**2)
@@ -439,9 +439,9 @@ CODE = (
     ),
     Row(
         "balanced-interval",
-        "The interval of balanced accuracy; i counts its two shares",
+        "The interval of balanced accuracy; i counts its two rates",
         "evaluation.metrics.balanced_interval evaluation.metrics.wilson_interval",
-        "p right of low high below above",
+        "p rate n low high below above",
     ),
     Row(
         "frechet-distance",

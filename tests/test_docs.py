@@ -4,7 +4,6 @@ tests/browser looks at the built site.
 """
 
 import ast
-import contextlib
 import importlib
 import inspect
 import re
@@ -21,6 +20,7 @@ import trials
 from _ext import parsed
 from benchmarks import __main__ as benchmarks
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 import sample
 import train
@@ -29,16 +29,14 @@ from ddpm.config import Config
 from ddpm.evaluation import __main__ as evaluation
 from ddpm.export import __main__ as export
 from ddpm.model import TextToImage
-from ddpm.tools import command as cli
 from ddpm.tools import text_weights
+from ddpm.tools.command import exit_code
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
 
 ROOT = Path(__file__).parents[1]
-PAGES = {
-    path.name: path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-}
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MODULES = [parsed.parse(file) for file in parsed.files()]
 
@@ -53,33 +51,34 @@ def blocks(language: str) -> list:
     ]
 
 
+def names_of_tests(path: Path) -> set[str]:
+    r"""The test functions of a file."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
 # -------------------------------------------------------------------------------------- the pages of the code
 
 
-def things_of(module) -> list:
-    return [one for thing in module.things for one in (thing, *thing.members)]
-
-
-def test_every_file_of_the_house_has_one_page():
-    files = {f"ddpm/{path.name}" for path in (ROOT / "ddpm").glob("*.py")} | {"train.py", "sample.py"}
-    assert sorted(files) == sorted(module.file for module in MODULES)
+def test_every_file_of_the_house_has_one_page_and_the_core_comes_first():
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ddpm").rglob("*.py")}
+    assert sorted(files | {"train.py", "sample.py"}) == sorted(module.file for module in MODULES)
     assert len({parsed.page_of(module.file) for module in MODULES}) == len(MODULES)
-
-
-KINDS = property | cached_property | classmethod | staticmethod
+    core = ["schedule", "diffusion", "losses", "layers", "attention", "vae", "unet", "text", "sampling"]
+    assert [module.name for module in MODULES[:9]] == [f"ddpm.{name}" for name in core]
 
 
 def is_method(name: str, value) -> bool:
+    value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
     written = inspect.isfunction(value) and "<string>" not in value.__code__.co_filename  # not by dataclass
-    return not name.startswith("_") and (written or isinstance(value, KINDS))
+    return not name.startswith("_") and (written or isinstance(value, property | cached_property))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.name)
 def test_every_public_name_has_exactly_one_place(module):
     there = importlib.import_module(module.name)
-    imports = [
-        n for n in ast.parse(inspect.getsource(there)).body if isinstance(n, ast.Import | ast.ImportFrom)
-    ]
+    body = ast.parse(inspect.getsource(there)).body
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
     names = {n for n, value in vars(there).items() if not n.startswith("_") and not inspect.ismodule(value)}
     listed = [name for thing in module.things for name in thing.names]
@@ -101,7 +100,7 @@ def test_no_line_of_a_file_is_hidden_and_none_is_shown_twice(module):
         bare = [line.removeprefix('r"""').removesuffix('"""').strip() for line in lines]
         return Counter(line for line in bare if line)
 
-    things = things_of(module)
+    things = [one for thing in module.things for one in (thing, *thing.members)]
     shown = lines_of(module.docstring, module.rest, *(t.docstring for t in things), *(t.code for t in things))
     assert shown == lines_of((ROOT / module.file).read_text(encoding="utf-8"))
 
@@ -111,80 +110,101 @@ def test_every_docstring_is_raw():
         text = (ROOT / file).read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-                docstring = node.body[0]
-                assert ast.get_source_segment(text, docstring).startswith('r"""'), (file, docstring.lineno)
+                line = node.body[0].lineno
+                assert text.splitlines()[line - 1].lstrip().startswith('r"""'), (file, line)
 
 
 # -------------------------------------------------------------------------------------------------- commands
 
 
 def commands(text: str) -> list[list[str]]:
-    r"""The commands of a block, comments and line ends taken away."""
+    r"""The commands of a block, without comments, line ends, loops and settings of the environment."""
     lines = [part for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    words = [shlex.split(line, comments=True) for line in lines]
+    words = [w[1:] if w and re.match(r"[A-Z_]+=", w[0]) else w for w in words]
+    return [w for w in words if w and w[0] not in ("for", "done", "error:")]
+
+
+def commands_of(page: str) -> list[list[str]]:
+    r"""The commands of a page, in its blocks and its prose; --help parses nothing else."""
+    text = PAGES[page]
+    found = [
+        words
+        for language, block in BLOCK.findall(text)
+        if language in ("", "sh")
+        for words in commands(block)
+    ]
+    prose = re.findall(r"`((?:python|torchrun) [^`]+)`", BLOCK.sub("", text))
+    found += [shlex.split(command.replace("--preset NAME", "--preset tiny")) for command in prose]
+    return [words for words in found if words[-1] != "--help"]
+
+
+def check_training(arguments: list[str], processes: int):
+    r"""Parse as train.py does; the batches of a new run must be ones that its processes can share."""
+    a = train.parser().parse_args(arguments)
+    if a.resume is None:
+        settings = train.configuration(a).training
+        for batch in (settings.batch_size, settings.vae_batch_size):
+            assert batch % (processes * settings.accumulation) == 0, arguments
+
+
+def check_tests(file: str, options: list[str]):
+    r"""What -k chooses is some test of the file."""
+    words = options[options.index("-k") + 1] if "-k" in options else ""
+    names = names_of_tests(ROOT / file)
+    assert any(all(word in name for word in words.split(" and ")) for name in names), (file, words)
 
 
 def check_command(words: list[str]):
     r"""Parse a command as its program would, without running it."""
-    program = [word.removeprefix(".venv/bin/") for word in words]
-    if program[:2] == ["python", "train.py"]:
-        arguments = train.parser().parse_args(program[2:])
-        if arguments.resume is None:
-            train.configuration(arguments)
-    elif program[:2] == ["python", "sample.py"]:
-        sample.check(sample.parser().parse_args(program[2:]))
-    elif program[:3] == ["python", "-m", "ddpm.export"]:
-        with pytest.raises(ValueError, match="expected the folder of a run|expected a diffusers folder"):
-            export.main(program[3:])
-    elif program[:3] == ["python", "-m", "ddpm.evaluation"]:
-        evaluation.parser().parse_args(program[3:])
-    elif program[:2] == ["python", "tests/benchmarks"]:
-        only = benchmarks.parser().parse_args(program[2:]).only
-        assert set(only.split(",")) <= set(benchmarks.PARTS)
-    elif program[:2] == ["python", "tests/trials.py"]:
-        trials.parser().parse_args(program[2:])
-    elif program[0] == "torchrun":
-        check_command(["python", *program[program.index("train.py") :]])
-    elif program[:3] == ["pip", "install", "-e"]:
-        parts = ConfigParser()
-        parts.read(ROOT / "setup.cfg")
-        assert set(re.findall(r"\w+", program[3])) <= set(parts["options.extras_require"])
-    else:
-        assert program[:3] in (
-            ["python3", "-m", "venv"],
-            ["python", "-m", "pytest"],
-            ["python", "-m", "sphinx"],
-        ), words
-
-
-@pytest.mark.parametrize("page, text", blocks(""))
-def test_every_command_is_one_that_its_program_takes(page, text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
-    told = [words for words in commands(text) if words[0] != "error:"]
-    for words in told:
-        check_command(words)
-    assert told or "error: out of memory; lower" in inspect.getsource(cli)
+    match [word.removeprefix(".venv/bin/") for word in words]:
+        case ["torchrun", *arguments]:
+            a = get_args_parser().parse_args(arguments)
+            assert a.training_script == "train.py"
+            check_training(a.training_script_args, int(a.nnodes.split(":")[-1]) * int(a.nproc_per_node))
+        case ["python", "train.py", *arguments]:
+            check_training(arguments, 1)
+        case ["python", "sample.py", *arguments]:
+            sample.check(sample.parser().parse_args(arguments))
+        case ["python", "-m", "ddpm.export", *arguments]:
+            export.parser().parse_args(arguments)
+        case ["python", "-m", "ddpm.evaluation", *arguments]:
+            evaluation.parser().parse_args(arguments)
+        case ["python", "tests/benchmarks", *arguments]:
+            assert set(benchmarks.parser().parse_args(arguments).only.split(",")) <= set(benchmarks.PARTS)
+        case ["python", "tests/trials.py", *arguments]:
+            trials.parser().parse_args(arguments)
+        case ["pip", "install", "-e", extras]:
+            parts = ConfigParser()
+            parts.read(ROOT / "setup.cfg")
+            assert set(re.findall(r"\w+", extras)) <= set(parts["options.extras_require"])
+        case ["python", "-m", "pytest", file, *options] if file.startswith("tests/"):
+            check_tests(file, options)
+        case ["python", script, *_] if not script.startswith("-"):
+            assert (ROOT / script).is_file(), words
+        case ["python3" | "python", "-m", "venv" | "pytest" | "sphinx" | "ddpm.celeba.faces", *_]:
+            pass
+        case _:
+            pytest.fail(f"unknown: {words}")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_and_flags_in_prose_are_taken_too(page, tmp_path, monkeypatch):
+def test_every_command_is_one_that_its_program_takes(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prose = BLOCK.sub("", PAGES[page])
-    for command in re.findall(r"`((?:python|torchrun) [^`]+)`", prose):
-        command = " ".join(command.split())
-        if not command.startswith(("python docs/", "python -m sphinx")):
-            with contextlib.suppress(SystemExit) if command.endswith("--help") else contextlib.nullcontext():
-                check_command(shlex.split(command.replace("--preset NAME", "--preset tiny")))
-    known = " ".join(
-        [train.parser().format_help(), sample.parser().format_help(), inspect.getsource(export.main)]
-    )
-    known += evaluation.parser().format_help() + trials.parser().format_help()
-    for flag in re.findall(r"`(--[a-z][a-z-]+)", prose):
+    for folder in ("PATH", "pictures"):
+        (tmp_path / folder).mkdir()
+    for words in commands_of(page):
+        check_command(words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_in_prose_are_taken_too(page):
+    known = " ".join(m.parser().format_help() for m in (train, sample, evaluation, export, trials))
+    for flag in re.findall(r"`(--[a-z][a-z-]+)", BLOCK.sub("", PAGES[page])):
         assert re.search(rf"{flag}\b", known), flag
 
 
-# -------------------------------------------------------------------------------------------------- messages
+# ----------------------------------------------------------------------------------------------- transcripts
 
 
 @pytest.fixture
@@ -204,7 +224,7 @@ def sandbox(tmp_path, tower, monkeypatch):
     monkeypatch.setattr("ddpm.tools.text_weights.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("torchvision.datasets.CelebA", refused)
-    monkeypatch.setattr(text_weights, "random_tower", (lambda: tower))
+    monkeypatch.setattr(text_weights, "random_tower", lambda: tower)
     for folder in ("celeba", "quota", "cut", "torn"):
         write_celeba(tmp_path / folder, 60, seed=1)
     (tmp_path / "quota/list_attr_celeba.txt").write_text("<!DOCTYPE html><title>Quota exceeded</title>")
@@ -241,6 +261,7 @@ def without_numbers(line: str) -> str:
     return line if line.startswith("error:") else re.sub(r"\d+\.\d+", "#", line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if transcripts(page)])
 def test_the_messages_in_the_docs_are_what_the_commands_print(page, sandbox, capsys):
     mains = {"train.py": train.main, "sample.py": sample.main, "-m": export.main}
@@ -248,12 +269,11 @@ def test_the_messages_in_the_docs_are_what_the_commands_print(page, sandbox, cap
     for command, expected in transcripts(page):
         if command not in printed:
             program, *arguments = shlex.split(command)[1:]
-            cli.exit_code(mains[program], arguments[1:] if program == "-m" else arguments)
+            exit_code(mains[program], arguments[1:] if program == "-m" else arguments)
             printed[command] = [without_numbers(line) for line in "".join(capsys.readouterr()).splitlines()]
         for line in expected:
-            assert without_numbers(line) in printed[command], "\n".join(
-                [command, line, "got:", *printed[command]]
-            )
+            there = "\n".join([command, line, "got:", *printed[command]])
+            assert without_numbers(line) in printed[command], there
 
 
 # ----------------------------------------------------------------------------------------- Python, links, facts
@@ -271,7 +291,8 @@ def test_python_in_the_docs_runs(page, text, tiny, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_to_the_code_name_what_is_there(page):
-    known = {name for module in MODULES for one in things_of(module) for name in (*one.names, *one.untold)}
+    things = [one for module in MODULES for thing in module.things for one in (thing, *thing.members)]
+    known = {name for thing in things for name in (*thing.names, *thing.untold)}
     up = ROOT if page == "README.md" else ROOT / "docs"
     for text, target in re.findall(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)", BLOCK.sub("", PAGES[page])):
         if target.startswith("https://"):
@@ -280,8 +301,7 @@ def test_links_to_the_code_name_what_is_there(page):
         assert file.is_file() or target.startswith("code/"), target
         name = text.strip("`")
         if re.fullmatch(r"\w+(\.\w+)+", name) and file.suffix == ".py" and not name.endswith(".py"):
-            module = parsed.module_name(file.relative_to(ROOT).as_posix())
-            assert f"{module}.{name.partition('.')[2]}" in known, name
+            assert parsed.meant(name, file.relative_to(ROOT).as_posix()) in known, name
 
 
 def test_with_the_widths_in_the_docs_the_networks_have_stable_diffusions_size():

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from textwrap import dedent
 
 from docutils import nodes
-from parsed import ROOT, Thing, files, module_name, page_of, parse
+from parsed import ROOT, Thing, files, meant, module_name, page_of, parse
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -229,12 +229,6 @@ def link_pages(app: Sphinx, docname: str, source: list[str]):
         return f"[{match[1]}](../../{file})" if docname.startswith("notebooks/") else match[0]
 
     source[0] = LINK.sub(link, source[0])
-
-
-def meant(text: str, file: str) -> str:
-    r"""The full name that a link to a file is about: caches.Latents in ddpm/training/caches.py."""
-    module = module_name(file)
-    return f"{module}.{text.partition(module.rpartition('.')[2] + '.')[2]}"
 
 
 def cell_label(cell: str) -> str:

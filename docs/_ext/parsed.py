@@ -68,6 +68,12 @@ def page_of(file: str) -> str:
     return f"code/{module_name(file).removeprefix('ddpm.')}"
 
 
+def meant(text: str, file: str) -> str:
+    r"""The full name that a link to a file is about: caches.Latents in ddpm/training/caches.py."""
+    module = module_name(file)
+    return f"{module}.{text.partition(module.rpartition('.')[2] + '.')[2]}"
+
+
 def parse(file: str) -> Module:
     r"""The module in `file`, a path from the root."""
     text = (ROOT / file).read_text(encoding="utf-8")
