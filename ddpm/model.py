@@ -101,6 +101,8 @@ class TextToImage(nn.Module):
             raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
         if batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
+        if variance == "learned" and self.config.variance != "learned":
+            raise ValueError("expected variance posterior or beta, got learned: this model learned none")
         if guidance_scale not in (0, 1) and not self.config.caption_drop:
             told = "guidance has no unconditional model to lead away from, because caption_drop was 0"
             warnings.warn(told, stacklevel=2)
