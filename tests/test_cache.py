@@ -1,3 +1,5 @@
+r"""What is computed once: pictures, latents and captions in memory-mapped files that follow what they depend on."""
+
 import json
 
 import numpy as np
@@ -5,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm.celeba import dataset as cache
-from ddpm.celeba.dataset import PER_ROW, Pictures, drawn_pictures, photographs
-from ddpm.celeba.faces import write_celeba
+from ddpm.celeba.dataset import Pictures, drawn_pictures, photographs
+from ddpm.celeba.faces import PER_ROW, drawn_rows, drawn_split, write_celeba
 from ddpm.celeba.lists import TEST, TRAIN, VALID, open_table
 from ddpm.tools.arrays import cached_array
 from ddpm.tools.errors import UserError
@@ -43,34 +44,20 @@ def test_an_array_whose_filling_fails_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def drawn_blank(folder, count, monkeypatch):
-    monkeypatch.setattr(
-        cache, "draw_many", lambda rows, seed, size: (np.zeros((size, size, 3)) for _ in rows)
-    )
-    return drawn_pictures(folder, count, seed=0, size=1)
-
-
-def test_drawn_splits_are_of_whole_groups_that_share_a_row_of_attributes(tmp_path, monkeypatch):
-    pictures = drawn_blank(tmp_path, 40 * PER_ROW, monkeypatch)
-    split, rows = pictures.split.reshape(40, PER_ROW), pictures.attributes.reshape(40, PER_ROW, 40)
-    assert (split == split[:, :1]).all() and (rows == rows[:, :1]).all()
+def test_drawn_splits_are_of_whole_groups_that_share_a_row_of_attributes():
+    split = drawn_split(40 * PER_ROW).reshape(40, PER_ROW)
+    assert (split == split[:, :1]).all()
     assert np.bincount(split[:, 0]).tolist() == [36, 2, 2]
+    assert drawn_split(50).tolist() == [TRAIN] * 45 + [VALID] * 5  # of few pictures none is test
 
 
-def test_equal_rows_of_attributes_fall_into_two_splits_by_chance(tmp_path, monkeypatch):
-    pictures = drawn_blank(tmp_path, 8000, monkeypatch)
-    train, valid, test = (
-        {row.tobytes() for row in pictures.attributes[pictures.rows(s)]} for s in (TRAIN, VALID, TEST)
-    )
+def test_equal_rows_of_attributes_fall_into_two_splits_by_chance():
+    rows = drawn_rows(8000, seed=0)
+    split = drawn_split(8000)
+    train, valid, test = ({row.tobytes() for row in rows[split == part]} for part in (TRAIN, VALID, TEST))
     assert train & valid and train & test
-    assert len(train & (valid | test)) < 0.15 * len(
-        valid | test
-    )  # or the held-out splits would hold little back
-
-
-def test_of_few_drawn_pictures_the_last_tenth_is_valid(tmp_path, monkeypatch):
-    pictures = drawn_blank(tmp_path, 50, monkeypatch)
-    assert pictures.split.tolist() == [TRAIN] * 45 + [VALID] * 5
+    held_out = valid | test
+    assert len(train & held_out) < 0.15 * len(held_out)  # or these splits would hold little back
 
 
 def test_pictures_of_equal_attributes_share_their_caption(tmp_path):
@@ -81,21 +68,23 @@ def test_pictures_of_equal_attributes_share_their_caption(tmp_path):
     assert {pictures.caption(0, seed=0, variant=v) for v in range(20)} != {captions[0]}
 
 
-def test_a_batch_is_mirrored_where_it_is_said(tmp_path):
-    pictures = drawn_pictures(tmp_path, 8, seed=0, size=16)
-    rows = np.array([1, 2])
-    plain, mixed = pictures.batch(rows), pictures.batch(rows, flip=torch.tensor([False, True]))
-    assert plain.min() >= -1 and plain.max() <= 1 and plain.shape == (2, 3, 16, 16)
-    assert torch.equal(mixed[0], plain[0]) and torch.equal(mixed[1], plain[1].flip(2))
+def test_a_subset_is_these_rows_under_a_key_of_its_own(tmp_path):
+    pictures = drawn_pictures(tmp_path, 24, seed=0, size=16)
+    part = pictures.subset(np.array([20, 3]))
+    assert torch.equal(part.batch(np.arange(2)), pictures.batch(np.array([20, 3])))
+    assert part.full_caption(0) == pictures.full_caption(20) and part.split.tolist() == [TRAIN, TRAIN]
+    keys = {pictures.key, part.key, pictures.subset(np.array([3, 20])).key}
+    assert len(keys) == 3 and pictures.subset(np.array([20, 3])).key == part.key
 
 
 @pytest.mark.equation("preprocessing")
-def test_levels_from_0_to_255_become_numbers_from_minus_one_to_one(tmp_path):
+def test_levels_from_0_to_255_become_numbers_from_minus_one_to_one():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     pictures = Pictures(levels, np.ones(1, bool), np.zeros(1, np.uint8), None, ("a ramp",), (), "ramp")
-    x = pictures.batch(np.array([0]))
-    assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32
+    x = pictures.batch(np.array([0, 0]), flip=torch.tensor([False, True]))
+    assert x.shape == (2, 3, 16, 16) and x.dtype == torch.float32
     assert (x[0, 0].flatten() - torch.linspace(-1, 1, 256)).abs().max().item() < 1e-6
+    assert torch.equal(x[1], x[0].flip(2))
 
 
 def test_photographs_are_decoded_once_and_again_when_a_file_changes(celeba, tmp_path):
@@ -113,19 +102,19 @@ def test_photographs_are_decoded_once_and_again_when_a_file_changes(celeba, tmp_
 
 def test_a_few_bad_pictures_are_skipped_and_named(celeba, tmp_path):
     (celeba / "img_align_celeba" / "000002.jpg").write_bytes(b"<html>quota exceeded</html>")
-    pictures = photographs(tmp_path / "cache", open_table(celeba), size=16, max_bad=0.1)
-    again = photographs(tmp_path / "cache", open_table(celeba), size=16, max_bad=0.1)
-    for p in (pictures, again):
-        assert [name.endswith("000002.jpg") for name, _ in p.bad] == [True]
-        assert 1 not in p.rows(TRAIN) and not p.good[1]
+    for _ in range(2):
+        pictures = photographs(tmp_path / "cache", open_table(celeba), size=16, max_bad=0.1)
+        ((name, reason),) = pictures.bad
+        assert name.endswith("000002.jpg") and "HTML" in reason
+        assert 1 not in pictures.rows(TRAIN) and not pictures.good[1]
+    assert json.loads(next((tmp_path / "cache").glob("*.json")).read_text()) == [[name, reason]]
 
 
 def test_too_many_bad_pictures_stop_the_run_and_leave_no_cache(celeba, tmp_path):
     for i in range(1, 11):
         (celeba / "img_align_celeba" / f"{i:06d}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="unreadable pictures of 40.*000001.jpg.*--max-bad-images") as error:
+    with pytest.raises(UserError, match="unreadable pictures of 40.*000001.jpg.*--max-bad-images"):
         photographs(tmp_path / "cache", open_table(celeba), size=16, max_bad=0.1)
-    assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache").glob("*.npy"))
 
 
@@ -147,18 +136,17 @@ def test_latents_hold_both_ways_round_and_follow_the_weights(tmp_path):
 
 
 def test_captions_are_embedded_once_and_come_back_as_the_tower_gives_them(tmp_path, tower):
-    sentences = ["a man", "a woman", "a man"]
-    texts = Texts(tmp_path, tower, sentences)
+    texts = Texts(tmp_path, tower, ["a man", "a woman", "a man"])
     assert texts.states.shape == (3, 77, 512)  # two sentences and the empty one
     assert (texts(["a woman", ""]) - tower(["a woman", ""])).abs().max() < 5e-3  # kept as float16
     assert (texts(["never seen"]) - tower(["never seen"])).abs().max() == 0
 
 
+@pytest.mark.slow
 def test_captions_may_be_embedded_in_bf16_and_are_kept_apart(tmp_path, tower):
     sentences = ["a smiling young man with black hair", "an older woman wearing a hat", "a bald man"]
-    exact, rounded = (
-        Texts(tmp_path, tower, sentences, precision)(sentences) for precision in ("fp32", "bf16")
-    )
+    exact = Texts(tmp_path, tower, sentences, "fp32")(sentences)
+    rounded = Texts(tmp_path, tower, sentences, "bf16")(sentences)
     apart = (exact - exact.mean(0)).norm()
     assert 1e-4 * apart < (rounded - exact).norm() < 0.03 * apart
     assert len(list(tmp_path.glob("texts-*.npy"))) == 2
@@ -170,8 +158,3 @@ def test_captions_beyond_the_limit_go_through_the_tower(tmp_path, tower):
     texts = Texts(tmp_path, tower, ["a man", "a woman"], limit_gb=0.0)
     assert not texts.cached and not list(tmp_path.iterdir())
     assert torch.equal(texts(["a man"]), tower(["a man"]))
-
-
-def test_the_list_of_skipped_pictures_is_json(celeba, tmp_path):
-    photographs(tmp_path / "cache", open_table(celeba), size=16)
-    assert json.loads(next((tmp_path / "cache").glob("*.json")).read_text()) == []
