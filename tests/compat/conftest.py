@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import TINY
-from torch import Tensor, nn
+from torch import nn
 
 from ddpm.export.diffusers_folder import export
 from ddpm.model import TextToImage
@@ -19,12 +19,6 @@ def randomised(module: nn.Module, *keys) -> nn.Module:
             std = 0.1 if parameter.ndim == 1 else 0.5 / parameter[0].numel() ** 0.5
             parameter += std * torch.randn(parameter.shape, generator=generator("compat", name, *keys))
     return module.eval()
-
-
-def largest(theirs: Tensor, ours: Tensor) -> float:
-    r"""The largest absolute difference of two tensors of one shape."""
-    assert theirs.shape == ours.shape
-    return (theirs.double() - ours.double()).abs().max().item()
 
 
 def normalisations(module: nn.Module) -> dict[str, tuple]:
