@@ -68,8 +68,8 @@ def read_sheet(file: Path) -> Sheet:
         header = [plain_name(cell) for cell in rows.pop(0)[1]]
     if in_words and header and header[0] in PLAIN_ATTRIBUTES:
         header.insert(0, "image_id")  # the official list does not name its first column
-    if counted and int(first) != len(rows):
-        expected = f"{int(first):,} rows by its first line"
+    if counted and int(first.strip()) != len(rows):  # strip takes more kinds of space than int does
+        expected = f"{int(first.strip()):,} rows by its first line"
         raise DataError(file, expected, f"{len(rows):,}", f"if the download was cut short, {AGAIN}")
     if not rows:
         raise DataError(file, "a line of column names and then rows", "no rows", AGAIN)
