@@ -9,30 +9,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
-from ddpm.tools import command as cli
 from ddpm.tools import text_weights
-from ddpm.training.run import read_state
+from ddpm.tools.command import exit_code
+from ddpm.training import run_folder
+from ddpm.training.run_folder import read_state
 
-QUICK = [
-    "--preset",
-    "tiny",
-    "--image-size",
-    "16",
-    "--channels",
-    "32,32",
-    "--drawn-images",
-    "40",
-    "--device",
-    "cpu",
-    "--sample-every",
-    "4",
-    "--save-every",
-    "2",
-    "--warmup",
-    "2",
-    "--max-steps",
-    "6",
-]
+QUICK = "--preset tiny --image-size 16 --channels 32,32 --drawn-images 40 --device cpu".split()
+QUICK += "--sample-every 4 --save-every 2 --warmup 2 --max-steps 6".split()
 FP32 = ["--precision", "fp32"]
 SAME = ("stage", "step", "loss", "lr", "grad_norm", "psnr", "ssim", "val_loss")  # the rest are times
 
@@ -52,14 +35,12 @@ class PlainTower(nn.Module):
 
 def make_runs_cheap(patch):
     r"""Leave out what takes a small run's time and cannot change its outcome: the text tower, the drawing of plots."""
-    import ddpm.training.run
-
-    patch.setattr(text_weights, "random_tower", (lambda: PlainTower()))
-    patch.setattr(ddpm.training.run, "plot_losses", lambda path, rows: path.write_bytes(b"a plot"))
+    patch.setattr(text_weights, "random_tower", PlainTower)
+    patch.setattr(run_folder, "plot_losses", lambda path, rows: path.write_bytes(b"a plot"))
 
 
 def run_train(*arguments) -> int:
-    return cli.exit_code(train.main, [str(a) for a in arguments])
+    return exit_code(train.main, [str(a) for a in arguments])
 
 
 def metrics(folder: Path) -> list[tuple]:

@@ -21,7 +21,7 @@ from ddpm.tools.files import (
     remove_leftovers,
     write_atomically,
 )
-from ddpm.training.run import save_state
+from ddpm.training.run_folder import save_state
 
 MEGABYTE = 2**20
 

@@ -79,6 +79,21 @@ def save_png(path: Path, image: Image.Image, text: dict[str, str] | None = None)
     write_atomically(path, partial(image.save, format="PNG", pnginfo=info))
 
 
+def save_each(folder: Path, x: Tensor, texts: Sequence[dict[str, str]]):
+    r"""Write each of the pictures (B, 3, H, W) in [-1, 1] as a PNG of its number, with its text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (picture, text) in enumerate(zip(to_uint8(x), texts, strict=True)):
+        save_png(folder / f"{i:04d}.png", Image.fromarray(picture), text)
+
+
+def save_film(path: Path, frames: Sequence[Tensor], labels: Sequence[str], text: dict[str, str]):
+    r"""A film as a GIF, or as one PNG with a column for each step, by the file's name."""
+    if path.suffix.lower() == ".gif":
+        save_gif(path, frames, labels)
+    else:
+        save_png(path, strip(frames), text)
+
+
 def _wrapped(label: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     r"""The label in at most `MOST_LINES` lines, each no wider than `width` pixels."""
     printable = "".join(c if c.isprintable() else " " for c in label[:500])

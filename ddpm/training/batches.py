@@ -1,6 +1,5 @@
-r"""Which pictures and which times a step sees."""
+r"""Which pictures and which timesteps a step sees."""
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -29,28 +28,24 @@ def batch_rows(rows: np.ndarray, batch: int, step: int, *name) -> tuple[np.ndarr
 
 @lru_cache(maxsize=1)
 def permutation(n: int, seed: int) -> np.ndarray:
-    r"""0..n-1 in a random order; the last one is kept, for all steps of an epoch ask for the same."""
+    r"""0..n-1 in a random order; the last one is kept, because all steps of an epoch need the same."""
     return np.random.default_rng(seed).permutation(n)
 
 
 def stage_steps(config: Config, stage: str, pictures: Pictures) -> int:
     r"""The bound of a stage, vae or unet, in steps; epochs count where the configuration sets them."""
-    t = config.training
-    if not t.epochs:
-        return t.vae_steps if stage == "vae" else t.unet_steps
-    batch = t.vae_batch_size if stage == "vae" else t.batch_size
-    return t.epochs * (t.steps_per_epoch or max(1, len(pictures.rows(TRAIN)) // batch))
+    settings = config.training
+    if not settings.epochs:
+        return settings.vae_steps if stage == "vae" else settings.unet_steps
+    batch_size = settings.vae_batch_size if stage == "vae" else settings.batch_size
+    whole_epoch = max(1, len(pictures.rows(TRAIN)) // batch_size)
+    return settings.epochs * (settings.steps_per_epoch or whole_epoch)
 
 
 def timestep_batch(batch: int, T: int, g: torch.Generator) -> Tensor:
-    r"""(B,) times, each uniform on 0..T-1, together spread evenly (Variational Diffusion Models, appendix I.1)."""
+    r"""(B,) timesteps, each uniform on 0..T-1, together spread evenly (Variational Diffusion Models, appendix I.1)."""
     u = (torch.rand(1, generator=g) + torch.arange(batch) / batch) % 1
     return (u * T).long()[torch.randperm(batch, generator=g)]
-
-
-def parts(batch: tuple[Tensor, ...], number: int) -> Iterator[tuple[Tensor, ...]]:
-    r"""A batch of several tensors in `number` parts of equal length."""
-    return zip(*(tensor.chunk(number) for tensor in batch), strict=True)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

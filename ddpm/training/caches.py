@@ -1,6 +1,5 @@
 r"""What the second stage computes once: latents of pictures, states of captions."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.tools import text_weights
 from ddpm.tools.arrays import Progress, cached_array, key_of, silent
 from ddpm.tools.devices import autocast
+from ddpm.tools.files import digest_of
 from ddpm.vae import KLVAE, DiagonalGaussian
 
 AT_ONCE = 64  # pictures encoded, and captions embedded, in one go
@@ -21,7 +21,7 @@ AT_ONCE = 64  # pictures encoded, and captions embedded, in one go
 
 @dataclass(frozen=True)
 class Latents:
-    r"""Every picture and its mirror image as the VAE sees them.
+    r"""Every picture and its mirror image as the VAE encodes them.
 
     Attributes: `moments`, (N, 2, 2, c, h, w) float16, memory-mapped: picture, mirrored or not, mu or logvar.
     """
@@ -45,16 +45,13 @@ def encode_latents(
 ) -> Latents:
     r"""Encode all pictures, both ways round, once."""
     device = next(vae.parameters()).device
-    digest = hashlib.sha256()
-    for _, tensor in sorted(vae.state_dict().items()):
-        digest.update(tensor.cpu().contiguous().numpy())
-    count, side = len(pictures.pixels), pictures.pixels.shape[1] // vae.factor
-    key = key_of("latents", pictures.key, digest.hexdigest(), precision)
+    count = len(pictures.pixels)
+    side = pictures.pixels.shape[1] // vae.factor
+    key = key_of("latents", pictures.key, digest_of(vae.state_dict()), precision)
 
     def fill(moments: np.ndarray):
-        for begin in progress(
-            range(0, count, batch), -(-count // batch), f"encoding pictures, {batch} at a time"
-        ):
+        starts = range(0, count, batch)
+        for begin in progress(starts, len(starts), f"encoding pictures, {batch} at a time"):
             x = pictures.batch(np.arange(begin, min(begin + batch, count))).to(device)
             for flipped, view in enumerate((x, x.flip(3))):
                 with autocast(device, precision):
@@ -70,8 +67,8 @@ class Texts:
     r"""Sentences to context vectors, each distinct sentence embedded once, the empty one among them.
 
     Callable: sentences -> (B, 77, 512) float32. When `limit_gb` is less than the file would take, sentences go through
-    the tower at every call instead. In bf16 a CPU with matrix units embeds more than three times as many a second, and
-    of what tells one sentence from another a hundredth is rounded away.
+    the tower at every call instead. In bf16 a CPU with matrix units embeds more than three times as many a second. The
+    rounding is about a hundredth of the difference between two sentences.
     """
 
     def __init__(

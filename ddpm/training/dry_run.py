@@ -4,6 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,21 @@ from ddpm.training.caches import AT_ONCE
 from ddpm.training.optimization import Bound, Optimization
 
 MIB = 2**20
-ATTENTION_ON_CPU = {  # torch's counter knows the fused attention of GPUs alone
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: (
-        sdpa_backward_flop_count(*gqkv[:4])
-    ),
+
+
+def attention_flops(q_shape, k_shape, v_shape, *_, **__) -> int:
+    r"""FLOPs of torch's fused attention on a CPU."""
+    return sdpa_flop_count(q_shape, k_shape, v_shape)
+
+
+def attention_backward_flops(grad_shape, q_shape, k_shape, v_shape, *_, **__) -> int:
+    r"""FLOPs of its backward pass."""
+    return sdpa_backward_flop_count(grad_shape, q_shape, k_shape, v_shape)
+
+
+ATTENTION_ON_CPU = {  # torch's counter knows only the fused attention of GPUs
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
 
 
@@ -35,9 +46,9 @@ class Need:
         parameters: of the network that learns. flops: of a step's matrix products and convolutions. seconds: of a step.
         weights: of all three networks, which are on the device together. gradients, optimizer (the moments it keeps),
             average (EMA): of the network that learns.
-        kept: what autograd keeps of one part of the batch for the backward pass, weights not counted.
-        peak: the most at once. Gradients and what is kept are not always there together; what an operation makes for
-            a moment comes on top.
+        kept: what autograd keeps of one micro-batch for the backward pass, weights not counted.
+        peak: the most at once. Gradients and what is kept are not always there together; an operation's own buffers
+            come on top.
     """
 
     parameters: int
@@ -83,7 +94,8 @@ def storages(values) -> list[torch.UntypedStorage]:
 
 def bytes_kept(loss: Callable[[], Tensor], network: nn.Module) -> int:
     r"""What autograd keeps of `loss` for the backward pass, by its saved-tensor hooks; no storage is counted twice."""
-    weights, kept = {storage._cdata for storage in storages(list(network.parameters()))}, {}
+    weights = {storage._cdata for storage in storages(list(network.parameters()))}
+    kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -98,21 +110,22 @@ def bytes_kept(loss: Callable[[], Tensor], network: nn.Module) -> int:
     return sum(kept.values())
 
 
-def estimate(config: Config, device: torch.device, precision: str, steps: int = 4) -> Iterator[str]:
+def report(config: Config, device: torch.device, precision: str, steps: int = 4) -> Iterator[str]:
     r"""Lines of text: the model, and for each stage what `measure` finds."""
-    m, t = config.model, config.training
-    text = TextTower()  # no weights are read: none are needed to know what they take
-    model = TextToImage(m, text).to(device)
-    model.unet.set_gradient_checkpointing(t.gradient_checkpointing)
+    settings = config.training
+    side, latent_side = config.model.image_size, config.model.latent_size
+    text = TextTower()  # no weights are read: none are needed to measure what they take
+    model = TextToImage(config.model, text).to(device)
+    model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
     yield (
-        f"preset {config.preset}: pictures {m.image_size} x {m.image_size} x 3, latents "
-        f"{m.latent_size} x {m.latent_size} x {m.latent_channels}, text 77 x 512, {precision} on {device}"
+        f"preset {config.preset}: pictures {side} x {side} x 3, latents {latent_side} x {latent_side} x "
+        f"{config.model.latent_channels}, text {TOKENS} x {WIDTH}, {precision} on {device}"
     )
-    for stage, batch in (("vae", t.vae_batch_size), ("unet", t.batch_size)):
+    for stage, batch_size in (("vae", settings.vae_batch_size), ("unet", settings.batch_size)):
         need = measure(stage, model, config, precision, steps)
         yield (
             f"{stage}: {need.parameters:,} parameters; {need.flops / 1e9:,.0f} GFLOP and {need.seconds:.2f} s a step "
-            f"of {batch} in {t.accumulation} part{'s' * (t.accumulation > 1)}"
+            f"of {batch_size} in {settings.accumulation} part{'s' * (settings.accumulation > 1)}"
         )
         average = f"average {need.average / MIB:.0f}, " if need.average else ""
         yield (
@@ -129,24 +142,29 @@ def estimate(config: Config, device: torch.device, precision: str, steps: int = 
 
 def measure(stage: str, model: TextToImage, config: Config, precision: str, steps: int = 4) -> Need:
     r"""Take `steps` steps (3 or more) of a stage, vae or unet, on random numbers: two are counted, the others timed."""
-    t, device = config.training, model.device
-    network, lr, batch = (
-        (model.vae, t.vae_lr, t.vae_batch_size) if stage == "vae" else (model.unet, t.lr, t.batch_size)
-    )
-    network.train()
-    opt = Optimization(network, config, lr, Bound(steps), stage == "unet", precision)
+    settings = config.training
+    if stage == "vae":
+        opt = Optimization(model.vae, config, settings.vae_lr, Bound(steps), False, precision)
+        made_up_loss = partial(made_up_vae_loss, model, settings.vae_batch_size // settings.accumulation)
+    else:
+        opt = Optimization(model.unet, config, settings.lr, Bound(steps), True, precision)
+        made_up_loss = partial(made_up_unet_loss, model, settings.batch_size // settings.accumulation)
 
     def loss() -> Tensor:
-        with autocast(device, precision):
-            return _made_up_loss(stage, model, batch // t.accumulation) / t.accumulation
+        with autocast(model.device, precision):
+            return made_up_loss()
 
     def step() -> float:
         start = time.monotonic()
-        opt.update(stage, (loss() for _ in range(t.accumulation)))
-        wait_for(device)
+        opt.begin_step()
+        for _ in range(settings.accumulation):
+            opt.backward(loss())
+        opt.end_step()
+        wait_for(model.device)
         return time.monotonic() - start
 
-    kept = bytes_kept(loss, network)
+    opt.network.train()
+    kept = bytes_kept(loss, opt.network)
     seconds = [step()]  # the optimizers' moments are there from now on
     states = tree_leaves([optimizer.state for optimizer in opt.optimizers])
     moments = sum(state.nbytes for state in states if isinstance(state, Tensor) and state.ndim)
@@ -154,51 +172,49 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
         step()
     with FlopCounterMode(
         display=False, custom_mapping=ATTENTION_ON_CPU
-    ) as counter:  # it holds on to tensors itself
+    ) as counter:  # it keeps tensors itself
         step()
     seconds += [step() for _ in range(steps - 3)]
-    parameters = sum(p.numel() for p in network.parameters())
-    gradients, average = 4 * parameters, 4 * parameters * (stage == "unet")
+    parameters = sum(p.numel() for p in opt.network.parameters())
+    average = 4 * parameters if opt.ema else 0
     weights = sum(tensor.nbytes for part in model.children() for tensor in part.state_dict().values())
     return Need(
-        parameters,
-        counter.get_total_flops(),
-        min(seconds),
-        weights,
-        gradients,
-        moments,
-        average,
-        kept,
-        weights + moments + average + live.peak,
+        parameters=parameters,
+        flops=counter.get_total_flops(),
+        seconds=min(seconds),
+        weights=weights,
+        gradients=4 * parameters,
+        optimizer=moments,
+        average=average,
+        kept=kept,
+        peak=weights + moments + average + live.peak,
     )
 
 
 @torch.no_grad()
 def measure_caches(model: TextToImage, precision: str) -> tuple[int, int]:
-    r"""The most bytes at once, weights not counted, while pictures become latents and captions states (cache.py)."""
-    x = torch.zeros(AT_ONCE, 3, *[model.config.image_size] * 2, device=model.device)
-    most = []
-    for work in (
-        lambda: model.vae.encode(x.contiguous(memory_format=torch.channels_last)),
-        lambda: model.text(["a man"] * AT_ONCE),
-    ):
-        with autocast(model.device, precision), LiveBytes() as live:
-            work()
-        most.append(live.peak)
-    return most[0], most[1]
+    r"""The most bytes at once, weights not counted, while pictures become latents and captions states (caches.py)."""
+    side = model.config.image_size
+    x = torch.zeros(AT_ONCE, 3, side, side, device=model.device).contiguous(memory_format=torch.channels_last)
+    with autocast(model.device, precision), LiveBytes() as latents:
+        model.vae.encode(x)
+    with autocast(model.device, precision), LiveBytes() as captions:
+        model.text(["a man"] * AT_ONCE)
+    return latents.peak, captions.peak
 
 
-def _made_up_loss(stage: str, model: TextToImage, batch: int) -> Tensor:
-    r"""A mean square in place of the stage's loss, of one part of a batch that is drawn here; no VGG16 is in it."""
+def made_up_vae_loss(model: TextToImage, batch_size: int) -> Tensor:
+    r"""The mean square error of random pictures, in place of the VAE's loss; no VGG16 is in it."""
+    side = model.config.image_size
+    x = torch.randn(batch_size, 3, side, side, device=model.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return (model.vae.decode(model.vae.encode(x).mode()).float() - x).square().mean()
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, device=model.device)
 
-    if stage == "vae":
-        x = normal(3, model.config.image_size, model.config.image_size).contiguous(
-            memory_format=torch.channels_last
-        )
-        return (model.vae.decode(model.vae.encode(x).mode()).float() - x).square().mean()
-    z = normal(*model.latent_shape).contiguous(memory_format=torch.channels_last)
-    t = torch.zeros(batch, dtype=torch.long, device=model.device)
-    return model.unet(z, t, normal(TOKENS, WIDTH)).float().square().mean()
+def made_up_unet_loss(model: TextToImage, batch_size: int) -> Tensor:
+    r"""The mean square of the UNet's output on random latents and states, in place of its loss."""
+    z_t = torch.randn(batch_size, *model.latent_shape, device=model.device)
+    z_t = z_t.contiguous(memory_format=torch.channels_last)
+    t = torch.zeros(batch_size, dtype=torch.long, device=model.device)
+    context = torch.randn(batch_size, TOKENS, WIDTH, device=model.device)
+    return model.unet(z_t, t, context).float().square().mean()

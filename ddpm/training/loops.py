@@ -1,9 +1,12 @@
-r"""The two training stages as generators: they compute, their caller logs, samples and saves.
+r"""The two training stages, each one loop that yields a `Report` after every step; the caller logs, draws and saves.
 
 Every random number of step n comes from a stream named (seed, stage, n), and the data order of an epoch from (seed,
-stage, epoch). So a run that goes on from a checkpoint takes the steps it would have taken."""
+stage, epoch). So a run that goes on from a checkpoint takes the steps it would have taken. Each process draws the
+numbers of the whole batch and computes its own shard, so the steps do not depend on the number of processes.
+"""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from ddpm.losses import diffusion_loss
 from ddpm.model import TextToImage
 from ddpm.tools.devices import autocast
 from ddpm.tools.seeding import generator
-from ddpm.training.batches import batch_rows, parts, timestep_batch, to_device
+from ddpm.training.batches import batch_rows, timestep_batch
 from ddpm.training.caches import Latents, Texts
 from ddpm.training.optimization import Optimization, Report
 from ddpm.training.perceptual import perceptual_loss
@@ -25,31 +28,27 @@ from ddpm.vae import vae_loss
 def train_vae(
     model: TextToImage, pictures: Pictures, config: Config, opt: Optimization, precision: str
 ) -> Iterator[Report]:
-    r"""First stage: the VAE learns to give pictures back; yields a `Report` a step until its bound."""
-    t, share = config.training, opt.group.share
-    rows = pictures.rows(TRAIN)
-    perceptual = perceptual_loss(model.device) if t.perceptual_weight else None
-    while opt.bound.progress(opt.step) < 1:
-        model.vae.train()
-        g = generator(t.seed, "vae", opt.step)
-        chosen, _ = batch_rows(rows, t.vae_batch_size, opt.step, t.seed, "vae")
-        flip = torch.rand(len(chosen), generator=g) < 0.5
-        eps = torch.randn(len(chosen), *model.latent_shape, generator=g)
-        x, eps = pictures.batch(share(chosen), share(flip)), share(eps)
-
-        def losses(batch=(x, eps)) -> Iterator[Tensor]:
-            for k, (part, noise) in enumerate(parts(batch, t.accumulation)):
-                part, noise = to_device(part, model.device), to_device(noise, model.device)
-                part = part.contiguous(memory_format=torch.channels_last)
-                with opt.part(k == t.accumulation - 1):
-                    with autocast(model.device, precision):
-                        x_hat, posterior = opt.parallel(part, noise)
-                    _, loss = vae_loss(part, x_hat, posterior, t.kl_weight, t.reconstruction)
-                    if perceptual is not None:
-                        loss = loss + t.perceptual_weight * perceptual(part, x_hat.float())
-                    yield loss / t.accumulation
-
-        yield opt.update("vae", losses(), chosen)
+    r"""First stage: the VAE learns to reconstruct pictures."""
+    settings = config.training
+    shard = opt.group.shard
+    train_rows = pictures.rows(TRAIN)
+    perceptual = perceptual_loss(model.device) if settings.perceptual_weight else None
+    while opt.progress() < 1:
+        opt.begin_step()
+        g = generator(settings.seed, "vae", opt.step)
+        rows, _ = batch_rows(train_rows, settings.vae_batch_size, opt.step, settings.seed, "vae")
+        flip = torch.rand(len(rows), generator=g) < 0.5
+        eps = torch.randn(len(rows), *model.latent_shape, generator=g)
+        x = pictures.batch(shard(rows), shard(flip))  # (B, 3, H, W)
+        for x_k, eps_k in opt.micro_batches(x, shard(eps)):
+            x_k = x_k.contiguous(memory_format=torch.channels_last)
+            with autocast(model.device, precision):
+                x_hat, posterior = opt.parallel(x_k, eps_k)
+            _, loss = vae_loss(x_k, x_hat, posterior, settings.kl_weight, settings.reconstruction)
+            if perceptual is not None:
+                loss = loss + settings.perceptual_weight * perceptual(x_k, x_hat.float())
+            opt.backward(loss)
+        yield opt.end_step(rows)
 
 
 def train_unet(
@@ -61,38 +60,33 @@ def train_unet(
     opt: Optimization,
     precision: str,
 ) -> Iterator[Report]:
-    r"""Second stage: the UNet learns to denoise latents (DDPM, algorithm 1); yields a `Report` a step."""
-    t, share = config.training, opt.group.share
-    rows = pictures.rows(TRAIN)
-    while opt.bound.progress(opt.step) < 1:
-        model.unet.train()
-        g = generator(t.seed, "unet", opt.step)
-        chosen, epoch = batch_rows(rows, t.batch_size, opt.step, t.seed, "unet")
-        flip = torch.rand(len(chosen), generator=g) < 0.5
-        eps_vae, eps = torch.randn(2, len(chosen), *model.latent_shape, generator=g)
-        times = timestep_batch(len(chosen), model.schedule.timesteps, g)
-        dropped = torch.rand(len(chosen), generator=g) < model.config.caption_drop
+    r"""Second stage: the UNet learns to denoise latents (DDPM, algorithm 1)."""
+    settings = config.training
+    shard = opt.group.shard
+    train_rows = pictures.rows(TRAIN)
+
+    def denoise(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        with autocast(model.device, precision):
+            return opt.parallel(z_t.contiguous(memory_format=torch.channels_last), t, context)
+
+    while opt.progress() < 1:
+        opt.begin_step()
+        g = generator(settings.seed, "unet", opt.step)
+        rows, epoch = batch_rows(train_rows, settings.batch_size, opt.step, settings.seed, "unet")
+        flip = torch.rand(len(rows), generator=g) < 0.5
+        eps_vae, eps = torch.randn(2, len(rows), *model.latent_shape, generator=g)
+        t = timestep_batch(len(rows), model.schedule.timesteps, g)
+        dropped = torch.rand(len(rows), generator=g) < model.config.caption_drop
         captions = [
-            "" if drop else pictures.caption(i, t.seed, epoch % t.caption_variants)
-            for i, drop in zip(share(chosen), share(dropped), strict=True)
+            pictures.caption(i, settings.seed, epoch % settings.caption_variants) for i in shard(rows)
         ]
-        z_0 = latents.gaussian(share(chosen), share(flip)).sample(eps=share(eps_vae)) * model.latent_scale
-
-        context = texts(captions)
-        mine = (z_0, share(times), share(eps), context)
-
-        def losses(batch=mine) -> Iterator[Tensor]:
-            for k, part in enumerate(parts(batch, t.accumulation)):
-                z, at, noise, c = (to_device(tensor, model.device) for tensor in part)
-
-                def denoise(z_t: Tensor, t: Tensor, c=c) -> Tensor:
-                    with autocast(model.device, precision):
-                        return opt.parallel(z_t.contiguous(memory_format=torch.channels_last), t, c)
-
-                with opt.part(k == t.accumulation - 1):
-                    loss = diffusion_loss(
-                        model.schedule, denoise, z, at, noise, model.config.prediction, t.vlb_weight
-                    )
-                    yield loss.mean() / t.accumulation
-
-        yield opt.update("unet", losses(), chosen, times)
+        captions = ["" if drop else c for c, drop in zip(captions, shard(dropped), strict=True)]
+        context = texts(captions)  # (B, 77, 512)
+        posterior = latents.gaussian(shard(rows), shard(flip))
+        z_0 = posterior.sample(eps=shard(eps_vae)) * model.latent_scale  # (B, c, h, w)
+        for z_k, t_k, eps_k, context_k in opt.micro_batches(z_0, shard(t), shard(eps), context):
+            denoise_k = partial(denoise, context=context_k)
+            prediction = model.config.prediction
+            loss = diffusion_loss(model.schedule, denoise_k, z_k, t_k, eps_k, prediction, settings.vlb_weight)
+            opt.backward(loss.mean())
+        yield opt.end_step(rows, t)

@@ -1,7 +1,8 @@
 r"""Muon, for the inner matrices of `drawn64` and `celeba64-laptop`: every direction learns at the same speed.
 
-A word about the mouth moves a twentieth of a picture, a word about a hat half of it. Under AdamW the small thing waits
-for the large ones; under Muon no direction is small. What that is worth is measured in docs/experiments.md."""
+A word about the mouth changes a twentieth of a picture, and a word about a hat half of it. Under AdamW the small change
+is learned late, because its gradient is small. Under Muon no direction is small. docs/experiments.md measures it.
+"""
 
 import math
 from collections import defaultdict
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steep at 0, so that five rounds are enough
 QUERY_KEY_DECAY = 0.5
-QUERIES_KEYS, EDGES = {"to_q", "to_k"}, {"conv_in", "conv_out", "quant_conv", "post_quant_conv"}
+QUERIES_KEYS = {"to_q", "to_k"}
+EDGES = {"conv_in", "conv_out", "quant_conv", "post_quant_conv"}
 
 
 def orthogonalized(G: Tensor, rounds: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -100,14 +102,18 @@ def muon_groups(network: nn.Module) -> tuple[list[dict], list[nn.Parameter]]:
     r"""Groups for `Muon`, the matrices and convolutions between the first layer and the last; and all other parameters.
 
     The first and the last layer read and write pictures or latents, whose directions are rightly of unequal size.
-    Queries and keys are a group with a stronger decay: at one speed in every direction they would grow until each
-    softmax takes one token alone, and nothing were left to learn from.
+    Queries and keys are a group with a stronger decay. Without it they grow until each softmax selects a single token,
+    whose gradient vanishes.
     """
-    inner, queries_keys, outer = [], [], []
+    inner = []
+    queries_keys = []
+    outer = []
     for name, p in network.named_parameters():
         parts = name.split(".")
         if p.ndim not in (2, 4) or not EDGES.isdisjoint(parts):
             outer.append(p)
+        elif not QUERIES_KEYS.isdisjoint(parts):
+            queries_keys.append(p)
         else:
-            (inner if QUERIES_KEYS.isdisjoint(parts) else queries_keys).append(p)
+            inner.append(p)
     return [{"params": inner}, {"params": queries_keys, "weight_decay": QUERY_KEY_DECAY}], outer

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm.config import Config
+from ddpm.config import Config, TrainConfig
 from ddpm.tools.errors import UserError
+from ddpm.training.batches import to_device
 from ddpm.training.muon import Muon, muon_groups
 from ddpm.training.parallel import ALONE, Group
 
@@ -24,20 +25,20 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class Report:
-    r"""One step: its number from 1, means over the batch, AdamW's learning rate, and how far the stage is, 0..1.
+    r"""One step: its number from 1, the mean loss of the batch, AdamW's learning rate, the norm of the gradient.
 
-    `rows` are the pictures it saw, `times` (B,) the UNet's t.
+    Attributes:
+        finite: False for a step that was skipped, because its loss or gradient was not finite.
+        rows: the pictures it saw. t: (B,) the UNet's timesteps, or None.
     """
 
-    stage: str
     step: int
     loss: float
     lr: float
     grad_norm: float
-    progress: float
     finite: bool
     rows: np.ndarray | None = None
-    times: Tensor | None = None
+    t: Tensor | None = None
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Bound:
 
     Args:
         clock: seconds that the whole command has taken, earlier sessions included.
-        since, until: the stage's share of the clock; until None: no bound on time.
+        since, until: when the stage begins and ends by this clock; until None: no bound on time.
     """
 
     steps: int
@@ -57,9 +58,9 @@ class Bound:
     def progress(self, step: int) -> float:
         r"""How much of the stage is over after `step` steps, 0..1."""
         by_steps = step / self.steps
-        by_time = (
-            0.0 if self.until is None else (self.clock() - self.since) / max(self.until - self.since, 1e-9)
-        )
+        if self.until is None:
+            return min(1.0, by_steps)
+        by_time = (self.clock() - self.since) / max(self.until - self.since, 1e-9)
         return min(1.0, max(by_steps, by_time))
 
 
@@ -76,7 +77,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, n: int):
-        r"""Take in the parameters after step number n, from 1; steps that were skipped count."""
+        r"""Move the average towards the parameters after step number n, from 1; skipped steps count."""
         d = min(self.decay, (1 + n) / (10 + n))
         parameters = [p.detach() for p in network.parameters()]
         torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - d)
@@ -84,30 +85,34 @@ class EMA:
     @contextmanager
     def applied(self, network: nn.Module):
         r"""Within this context the network has the averaged parameters."""
-        own = {name: p.detach().clone() for name, p in network.named_parameters()}
+        last = {name: p.detach().clone() for name, p in network.named_parameters()}
         network.load_state_dict(self.shadow)
         try:
             yield
         finally:
-            network.load_state_dict(own)
+            network.load_state_dict(last)
 
 
 def check_batches(config: Config, group: Group):
-    r"""Raise UserError where the processes and their parts do not divide a batch."""
-    t = config.training
-    for batch in (t.batch_size, t.vae_batch_size):
-        if batch % (t.accumulation * group.size):
+    r"""Raise UserError where the processes and their micro-batches do not divide a batch."""
+    settings = config.training
+    for batch_size in (settings.batch_size, settings.vae_batch_size):
+        if batch_size % (settings.accumulation * group.size):
             raise UserError(
-                f"expected a batch that {group.size} processes x {t.accumulation} parts divide, got {batch}; "
-                "change --nproc_per_node, or start anew with another --batch-size and --vae-batch-size"
+                f"expected a batch that {group.size} processes x {settings.accumulation} parts divide, "
+                f"got {batch_size}; change --nproc_per_node, or start anew with another --batch-size and "
+                "--vae-batch-size"
             )
 
 
 class Optimization:
     r"""One network that learns: optimizers, learning rate, gradient clipping, loss scaling, EMA, the count of steps.
 
-    With a `muon_lr` the inner matrices are under `Muon`; all else is under AdamW. `state_dict` holds all that a resumed
-    run needs, weights included.
+    A step is `begin_step`, a `backward` for each of the `micro_batches`, and `end_step`. With a `muon_lr` the inner
+    matrices are under `Muon`; all else is under AdamW. `state_dict` holds all that a resumed run needs, weights
+    included.
+
+    Attributes: parallel: the network for the forward passes of training, whose gradients are averaged over the group.
     """
 
     def __init__(
@@ -120,65 +125,77 @@ class Optimization:
         precision: str,
         group: Group = ALONE,
     ):
-        t = config.training
         check_batches(config, group)
-        self.group, self.parallel = group, group.wrapped(network)
-        self.network, self.warmup, self.clip, self.bound = network, t.warmup, t.clip, bound
-        device = next(network.parameters()).device
-        groups, outer = muon_groups(network) if t.muon_lr else ([], list(network.parameters()))
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(outer, lr, weight_decay=t.weight_decay, fused=device.type in ("cuda", "cpu"))
-        ]
-        if groups:
-            products = torch.bfloat16 if precision == "bf16" else torch.float32
-            self.optimizers.append(Muon(groups, t.muon_lr, weight_decay=t.weight_decay, dtype=products))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.ema = EMA(network, t.ema_decay) if ema else None
+        self.settings = config.training
+        self.network = network
+        self.group = group
+        self.parallel = group.parallel(network)
+        self.bound = bound
+        self.device = next(network.parameters()).device
+        self.optimizers = optimizers(network, config.training, lr, precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.ema = EMA(network, config.training.ema_decay) if ema else None
+        self.losses: list[Tensor] = []  # of this step's micro-batches
         self.step = 0
-        self.bad = 0
+        self.bad = 0  # steps in a row that were not finite
 
-    def set_learning_rate(self, progress: float) -> float:
-        r"""Linear warm-up over the first steps, times a cosine that falls to 1 % as progress goes to 1.
+    def progress(self) -> float:
+        r"""How much of the stage is over, 0..1."""
+        return self.bound.progress(self.step)
 
-        Returns: AdamW's rate.
-        """
-        warm = min(1.0, (self.step + 1) / max(1, self.warmup))
-        of_peak = warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    def set_learning_rate(self, progress: float):
+        r"""Linear warm-up over the first steps, times a cosine that falls to 1 % as progress goes to 1."""
+        warmup = min(1.0, (self.step + 1) / max(1, self.settings.warmup))
+        factor = warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = of_peak * optimizer.defaults["lr"]
-        return self.optimizers[0].param_groups[0]["lr"]
+                group["lr"] = factor * optimizer.defaults["lr"]
 
-    def update(
-        self,
-        stage: str,
-        losses: Iterator[Tensor],
-        rows: np.ndarray | None = None,
-        times: Tensor | None = None,
-    ) -> Report:
-        r"""One step from the losses of the parts of a batch, each already divided by their number.
+    def begin_step(self):
+        r"""Set the learning rates of the next step.
 
-        A loss or gradient that is not finite changes nothing but the count of steps.
-
-        Raises: NotFinite in place of a further step after `BAD_STEPS` of these in a row.
+        Raises: NotFinite in place of a further step after `BAD_STEPS` in a row that were not finite.
         """
         if self.bad >= BAD_STEPS:
             raise NotFinite(
-                f"the {stage} loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; look at the "
-                "pictures named above, resume with --precision fp32, or start anew with a lower --lr, --vae-lr or "
-                "--muon-lr"
+                f"the loss was not finite for {BAD_STEPS} steps in a row, up to step {self.step}; look at the pictures "
+                "named above, resume with --precision fp32, or start anew with a lower --lr, --vae-lr or --muon-lr"
             )
-        progress = self.bound.progress(self.step)
-        lr = self.set_learning_rate(progress)
-        total = 0.0
-        for loss in losses:
-            self.scaler.scale(loss).backward()
-            total += loss.item()
-        total = self.group.mean(total)
+        self.set_learning_rate(self.progress())
+        self.losses = []
+        self.network.train()
+
+    def micro_batches(self, *batch: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        r"""The tensors of a batch in `accumulation` equal parts, each on the network's device when its turn comes.
+
+        Several processes average their gradients in the last backward pass alone.
+        """
+        count = self.settings.accumulation
+        parts = zip(*(tensor.chunk(count) for tensor in batch), strict=True)
+        for k, part in enumerate(parts):
+            accumulates = self.group.size > 1 and k < count - 1
+            with self.parallel.no_sync() if accumulates else nullcontext():
+                yield tuple(to_device(tensor, self.device) for tensor in part)
+
+    def backward(self, loss: Tensor):
+        r"""Add the gradient of a micro-batch's mean loss, in its part of the mean over the batch."""
+        loss = loss / self.settings.accumulation
+        self.scaler.scale(loss).backward()
+        self.losses.append(loss.detach())
+
+    def end_step(self, rows: np.ndarray | None = None, t: Tensor | None = None) -> Report:
+        r"""Clip the gradient, step and update the average.
+
+        A loss or gradient that is not finite changes nothing but the count of steps.
+
+        Args: rows, t: for the report.
+        """
+        loss = self.group.mean(sum(torch.stack(self.losses).tolist()))  # here the device is waited for
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip or math.inf).item()
-        finite = math.isfinite(total) and math.isfinite(norm)
+        clip = self.settings.clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip).item()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -187,14 +204,11 @@ class Optimization:
         self.step += 1
         if finite and self.ema is not None:
             self.ema.update(self.network, self.step)
-        overflow = not finite and math.isfinite(total) and self.scaler.get_scale() > 1
+        overflow = not finite and math.isfinite(loss) and self.scaler.get_scale() > 1
         if not overflow:  # fp16's scaler still comes down, which is no failure
             self.bad = 0 if finite else self.bad + 1
-        return Report(stage, self.step, total, lr, norm, progress, finite, rows, times)
-
-    def part(self, last: bool):
-        r"""The context of one part of a batch, forward and backward: processes average gradients in the last alone."""
-        return nullcontext() if last or self.group.size == 1 else self.parallel.no_sync()
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        return Report(self.step, loss, lr, grad_norm, finite, rows, t)
 
     def state_dict(self) -> dict:
         return {
@@ -207,19 +221,27 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict):
-        self.step, self.bound.since = state["step"], state["since"]
+        self.step = state["step"]
+        self.bound.since = state["since"]
         self.network.load_state_dict(state["network"])
-        saved = state.get("optimizers") or [
-            state["optimizer"]
-        ]  # one alone, in states from before there was Muon
-        for optimizer, its in zip(self.optimizers, saved, strict=True):
-            if len(its["param_groups"]) != len(optimizer.param_groups):
-                raise ValueError(
-                    "another version's optimizer made it; go on with that version, or start anew"
-                )
-            optimizer.load_state_dict(its)
-        if self.scaler.is_enabled() and state["scaler"]:  # another precision may have come with --resume
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.scaler.is_enabled() and state["scaler"]:  # --resume may change the precision
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             for name, tensor in self.ema.shadow.items():
                 tensor.copy_(state["ema"][name])
+
+
+def optimizers(
+    network: nn.Module, settings: TrainConfig, lr: float, precision: str
+) -> list[torch.optim.Optimizer]:
+    r"""AdamW for all parameters; with a `muon_lr` AdamW for the outer ones, and Muon for the inner matrices."""
+    decay = settings.weight_decay
+    inner, outer = muon_groups(network) if settings.muon_lr else ([], list(network.parameters()))
+    fused = outer[0].device.type in ("cuda", "cpu")
+    adamw = torch.optim.AdamW(outer, lr, weight_decay=decay, fused=fused)
+    if not inner:
+        return [adamw]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return [adamw, Muon(inner, settings.muon_lr, weight_decay=decay, dtype=dtype)]

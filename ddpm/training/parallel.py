@@ -1,7 +1,8 @@
 r"""Several processes train one model: torchrun starts them, torch's DistributedDataParallel averages their gradients.
 
-Every process draws the random numbers of the whole batch, which come from counters, and computes its own share of the
-batch. So a step does not depend on how many processes take it, but for the order in which sums are rounded."""
+Every process draws the random numbers of the whole batch, which come from counters, and computes its own shard of the
+batch. So a step does not depend on how many processes take it, but for the order in which sums are rounded.
+"""
 
 import contextlib
 import datetime
@@ -14,23 +15,33 @@ from torch import nn
 
 from ddpm.tools.errors import UserError
 
-PATIENCE = datetime.timedelta(hours=6)  # the others wait while the first one makes the caches
+PATIENCE = datetime.timedelta(hours=6)  # the others wait while the main process makes the caches
 OF_A_STEP = datetime.timedelta(minutes=10)  # how long a GPU waits for the gradients of the others
 
 
+class LostGroup(UserError):
+    r"""Another process of the group ended or failed, as torch's `error` says."""
+
+    def __init__(self, error: Exception, place: str = ""):
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        super().__init__(f"lost the other processes{place} ({lines[0][:120]})")
+
+
 class Group:
-    r"""The processes that train together; one process alone is a group, too.
+    r"""The process group that trains one model; one process alone is a group, too.
 
     Attributes:
-        rank: number of this process, from 0; the first one alone writes and speaks.
-        size: how many there are.
         device: where this process computes.
-
-    Args: words: torch's group over which single numbers go, always gloo's; None: the default one, which is gloo's.
+        rank: number of this process, from 0; the main process, 0, alone writes and prints.
+        size: how many there are.
+        gloo: torch's process group for single numbers on the CPU; None: the default one.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, words=None):
-        self.device, self.rank, self.size, self.words = device, rank, size, words
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, gloo=None):
+        self.device = device
+        self.rank = rank
+        self.size = size
+        self.gloo = gloo
 
     @classmethod
     @contextlib.contextmanager
@@ -40,24 +51,12 @@ class Group:
         if size == 1:
             yield cls(device)
             return
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if device.type == "cuda":
-            if local >= torch.cuda.device_count():
-                raise UserError(
-                    f"expected a GPU for each process of a machine, got process {local} and "
-                    f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node, or use --device cpu"
-                )
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        elif device.type != "cpu":
-            raise UserError(
-                f"expected cuda or cpu for several processes, got {device.type}; give --device cpu"
-            )
-        words = None
+        device = _device_of_process(device)
+        gloo = None
         try:
             if device.type == "cuda":
                 dist.init_process_group("nccl", timeout=OF_A_STEP)
-                words = dist.new_group(backend="gloo", timeout=PATIENCE)
+                gloo = dist.new_group(backend="gloo", timeout=PATIENCE)
             else:
                 dist.init_process_group("gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
@@ -65,17 +64,17 @@ class Group:
                 f"could not join the other processes ({error}); start them with torchrun"
             ) from None
         try:
-            yield cls(device, dist.get_rank(), size, words)
+            yield cls(device, dist.get_rank(), size, gloo)
         finally:
             dist.destroy_process_group()
 
-    def share(self, batch):
-        r"""This process's part of a batch, a tensor, an array or a list with B a multiple of `size`."""
-        per = len(batch) // self.size
-        return batch[self.rank * per : (self.rank + 1) * per]
+    def shard(self, batch):
+        r"""This process's part of a batch: a tensor, an array or a list with B a multiple of `size`."""
+        length = len(batch) // self.size
+        return batch[self.rank * length : (self.rank + 1) * length]
 
-    def wrapped(self, network: nn.Module) -> nn.Module:
-        r"""`network` with the first process's weights, whose backward pass averages gradients over the processes."""
+    def parallel(self, network: nn.Module) -> nn.Module:
+        r"""`network` with the main process's weights, whose backward pass averages gradients over the group."""
         if self.size == 1:
             return network
         devices = [self.device] if self.device.type == "cuda" else None
@@ -83,33 +82,33 @@ class Group:
 
     def mean(self, value: float) -> float:
         r"""The mean over the processes."""
-        return self._reduced(value, dist.ReduceOp.SUM) / self.size if self.size > 1 else value
+        return self._all_reduce(value, dist.ReduceOp.SUM) / self.size if self.size > 1 else value
 
-    def largest(self, value: float) -> float:
+    def max(self, value: float) -> float:
         r"""The largest of the processes' values."""
-        return self._reduced(value, dist.ReduceOp.MAX) if self.size > 1 else value
+        return self._all_reduce(value, dist.ReduceOp.MAX) if self.size > 1 else value
 
-    def of_first(self, value: float) -> float:
-        r"""The first process's value, such as what its clock says."""
+    def broadcast(self, value: float) -> float:
+        r"""The main process's value, for example the time on its clock."""
         if self.size == 1:
             return value
         tensor = torch.tensor(float(value), dtype=torch.float64)
-        dist.broadcast(tensor, src=0, group=self.words)
+        dist.broadcast(tensor, src=0, group=self.gloo)
         return tensor.item()
 
-    def _reduced(self, value: float, operation) -> float:
+    def _all_reduce(self, value: float, operation) -> float:
         tensor = torch.tensor(float(value), dtype=torch.float64)
-        dist.all_reduce(tensor, operation, group=self.words)
+        dist.all_reduce(tensor, operation, group=self.gloo)
         return tensor.item()
 
     @contextlib.contextmanager
-    def first_alone(self) -> Iterator[None]:
-        r"""The first process runs the block while the others wait, then they run it: what it made is there for them.
+    def main_process_first(self) -> Iterator[None]:
+        r"""The main process runs the block while the others wait, then they run it and find what it made.
 
-        Raises: UserError in the others when the first one could not end it.
+        Raises: UserError in the others when the main process could not end it.
         """
         if self.rank:
-            if not self.of_first(0.0):
+            if not self.broadcast(0.0):
                 raise UserError("the first process could not go on; it says why")
             yield
             return
@@ -118,15 +117,30 @@ class Group:
             yield
             done = True
         finally:
-            with (
-                contextlib.nullcontext() if done else contextlib.suppress(RuntimeError)
-            ):  # the others may be gone
-                self.of_first(float(done))
+            others_may_be_gone = contextlib.nullcontext() if done else contextlib.suppress(RuntimeError)
+            with others_may_be_gone:
+                self.broadcast(float(done))
 
 
 def is_lost(error: Exception) -> bool:
-    r"""Whether an error says that another process of the group is gone: gloo's are told by their text alone."""
+    r"""Whether an error says that another process of the group is gone; only the text tells gloo's errors."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def _device_of_process(device: torch.device) -> torch.device:
+    r"""The device of this process among those of its machine."""
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(f"expected cuda or cpu for several processes, got {device.type}; give --device cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"expected a GPU for each process of a machine, got process {local_rank} and "
+            f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node, or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 ALONE = Group(torch.device("cpu"))

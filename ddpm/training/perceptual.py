@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision import models
 
 from ddpm.tools.errors import UserError
 
@@ -16,23 +17,25 @@ def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
 
     Raises: UserError when torchvision cannot get the network's weights.
     """
-    from torchvision.models import VGG16_Weights, vgg16
-
     try:
-        features = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features
+        features = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1).features
     except Exception as error:  # the network, the host, the checksum
         raise UserError(f"could not get VGG16's weights ({error}); leave --perceptual-weight at 0") from None
     features = features.to(device).eval().requires_grad_(False)
     groups = [features[:4], features[4:9], features[9:16]]
-    colours = VGG16_Weights.IMAGENET1K_V1.transforms()  # mean and standard deviation of its training pictures
+    colours = (
+        models.VGG16_Weights.IMAGENET1K_V1.transforms()
+    )  # mean and standard deviation of its training pictures
     mean = torch.tensor(colours.mean, device=device)[:, None, None]
     std = torch.tensor(colours.std, device=device)[:, None, None]
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
-        x, y = (((picture + 1) / 2 - mean) / std for picture in (x, y))
+        x = ((x + 1) / 2 - mean) / std
+        y = ((y + 1) / 2 - mean) / std
         total = x.new_zeros(())
         for group in groups:
-            x, y = group(x), group(y)
+            x = group(x)
+            y = group(y)
             total = total + (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean()
         return total
 

@@ -1,6 +1,7 @@
 r"""How good a stage is on held-out pictures."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,9 +34,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     over Gaussian windows of 11 x 11, sigma 1.5, without padding; C_1 = 0.01^2 and C_2 = 0.03^2 for pictures in
     [0, 1]; averaged over windows and the three colours.
     """
-    x, y = (
-        (picture.double().clamp(-1, 1) + 1) / 2 for picture in (x, y)
-    )  # double: variances are small differences
+    x = (x.double().clamp(-1, 1) + 1) / 2  # in double, because variances are small differences
+    y = (y.double().clamp(-1, 1) + 1) / 2
     channels = x.shape[1]
     line = torch.exp(-((torch.arange(11, dtype=x.dtype, device=x.device) - 5) ** 2) / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2).expand(channels, 1, 11, 11)
@@ -43,9 +43,13 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     def mean(picture: Tensor) -> Tensor:
         return F.conv2d(picture, window, groups=channels)
 
-    mu_x, mu_y = mean(x), mean(y)
-    var_x, var_y, cov = mean(x * x) - mu_x**2, mean(y * y) - mu_y**2, mean(x * y) - mu_x * mu_y
-    C_1, C_2 = 0.01**2, 0.03**2
+    mu_x = mean(x)
+    mu_y = mean(y)
+    var_x = mean(x * x) - mu_x**2
+    var_y = mean(y * y) - mu_y**2
+    cov = mean(x * y) - mu_x * mu_y
+    C_1 = 0.01**2
+    C_2 = 0.03**2
     value = (2 * mu_x * mu_y + C_1) * (2 * cov + C_2) / ((mu_x**2 + mu_y**2 + C_1) * (var_x + var_y + C_2))
     return value.flatten(1).mean(dim=1)
 
@@ -60,7 +64,8 @@ def reconstruction_quality(
         x = pictures.batch(rows[begin : begin + batch]).to(model.device)
         with autocast(model.device, precision):
             x_hat = model.vae.decode(model.vae.encode(x.contiguous(memory_format=torch.channels_last)).mode())
-        x, x_hat = x.cpu(), x_hat.float().cpu()  # ssim takes float64, which not every device has
+        x = x.cpu()  # ssim takes float64, which not every device has
+        x_hat = x_hat.float().cpu()
         scores.append(torch.stack([psnr(x, x_hat), ssim(x, x_hat)]))
     mean_psnr, mean_ssim = torch.cat(scores, dim=1).mean(dim=1).tolist()
     return mean_psnr, mean_ssim
@@ -74,7 +79,8 @@ def measure_latent_scale(latents: Latents, rows: np.ndarray, batch: int = 256, b
     so that s z has unit mean square, as the noise has.
     """
     second_moments = []
-    for begin in np.linspace(0, max(0, len(rows) - batch), min(batches, -(-len(rows) // batch))).astype(int):
+    batches = min(batches, -(-len(rows) // batch))
+    for begin in np.linspace(0, max(0, len(rows) - batch), batches).astype(int):
         chosen = rows[begin : begin + batch]
         q = latents.gaussian(chosen, torch.zeros(len(chosen), dtype=torch.bool))
         second_moments.append((q.mu.double() ** 2 + q.logvar.double().exp()).mean().item())
@@ -99,22 +105,22 @@ def loss_by_timestep(
     q = latents.gaussian(rows, torch.zeros(len(rows), dtype=torch.bool))
     z_0 = q.mode() * model.latent_scale
     context = texts([pictures.full_caption(i) for i in rows])
+
+    def denoise(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        with autocast(model.device, precision):
+            return model.unet(z_t, t, context)
+
     losses = []
     for bucket in range(buckets):
-        t = ((bucket + torch.rand(len(rows), generator=g)) / buckets * T).clamp(
-            max=T - 1
-        )  # it may be rounded up to T
-        eps, total = torch.randn(z_0.shape, generator=g), 0.0
-        for part in zip(*(v.split(batch) for v in (z_0, t.long(), eps, context)), strict=True):
-            z, at, noise, c = (v.to(model.device) for v in part)
-
-            def denoise(z_t: Tensor, t: Tensor, c=c) -> Tensor:
-                with autocast(model.device, precision):
-                    return model.unet(z_t, t, c)
-
-            loss = diffusion_loss(
-                model.schedule, denoise, z, at, noise, model.config.prediction, vlb_weight=0
-            )
+        t = (bucket + torch.rand(len(rows), generator=g)) / buckets * T
+        t = t.clamp(max=T - 1).long()  # it may be rounded up to T
+        eps = torch.randn(z_0.shape, generator=g)
+        total = 0.0
+        for part in zip(*(tensor.split(batch) for tensor in (z_0, t, eps, context)), strict=True):
+            z_k, t_k, eps_k, context_k = (tensor.to(model.device) for tensor in part)
+            denoise_k = partial(denoise, context=context_k)
+            prediction = model.config.prediction
+            loss = diffusion_loss(model.schedule, denoise_k, z_k, t_k, eps_k, prediction, vlb_weight=0)
             total += loss.sum().item()
         losses.append(total / len(rows))
     return losses

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,8 +21,9 @@ from ddpm.tools.devices import autocast, choose_precision
 from ddpm.training.batches import batch_rows, permutation
 from ddpm.training.caches import Latents, Texts
 from ddpm.training.loops import train_unet
-from ddpm.training.optimization import Bound, Optimization
-from ddpm.training.run import Run
+from ddpm.training.parallel import ALONE
+from ddpm.training.run_folder import Run
+from ddpm.training.stages import Session, Stage
 
 from .measure import ROOT, Row, alternate, seconds
 from .networks import CPU, SPEC, nowhere_zero, spec_networks
@@ -65,24 +65,22 @@ class Training:
     r"""The second stage as train.py runs it, on made-up data: steps, with their logging, and nothing else."""
 
     def __init__(self, folder: Path, config: Config, count: int, captions: int = 500):
-        import train
-
         precision = choose_precision(config.training.precision, CPU)
         torch.manual_seed(0)
         model = TextToImage(config.model, PlainTower())
         nowhere_zero(model.unet)
-        self.opt = Optimization(model.unet, config, config.training.lr, Bound(10**6), True, precision)
         pictures, self.latents, texts, self.captions = made_up(folder, config, count, captions)
-        self.reports = train_unet(model, self.latents, texts, pictures, config, self.opt, precision)
         run = Run(folder / f"run{count}", config, False, time.monotonic())
-        group = SimpleNamespace(largest=float, size=1)
-        self.trainer = train.Trainer(run, model, None, None, folder, precision, None, group)
-        self.batch = config.training.batch_size
+        self.session = Session(run, model, pictures, None, folder, precision, ALONE)
+        settings = config.training
+        self.stage = Stage(self.session, "unet", model.unet, settings.lr, settings.batch_size, ema=True)
+        self.opt = self.stage.opt
+        self.reports = train_unet(model, self.latents, texts, pictures, config, self.opt, precision)
 
     def steps(self, count: int):
         r"""Take and log that many steps."""
-        self.trainer.left = count
-        self.trainer.take_steps(self.opt, self.reports, self.batch, dict, "unet", lambda: None)
+        self.session.steps_left = count
+        self.stage.take_steps(self.reports)
 
 
 @contextmanager
@@ -111,17 +109,23 @@ def spec(**changes) -> Config:
 
 
 def overhead(quick: bool, **_) -> Iterator[Row]:
-    r"""All of a logged step but `Optimization.update` without its EMA: data, captions, VAE's draws, EMA, the log."""
+    r"""A logged step but for network, backward pass and optimizer: data, captions, noise, EMA, the log."""
     shares, rests, wholes = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         training = Training(Path(folder), spec(), FEW)
         training.latents.moments.max()  # read once, so that it is in memory, as is a file that was written just now
         training.steps(2)
         for _ in range(5 if quick else 15):
-            with clocked(training.opt, "update") as update, clocked(training.opt.ema, "update") as ema:
+            opt = training.opt
+            with (
+                clocked(opt.network, "forward") as forward,
+                clocked(opt, "backward") as backward,
+                clocked(opt, "end_step") as end,
+                clocked(opt.ema, "update") as ema,
+            ):
                 whole = seconds(lambda: training.steps(1))
             wholes.append(whole)
-            rests.append(whole - sum(update) + sum(ema))
+            rests.append(whole - sum(forward) - sum(backward) - sum(end) + sum(ema))
             shares.append(100 * rests[-1] / whole)
     yield Row(
         "overhead",

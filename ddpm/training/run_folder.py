@@ -1,7 +1,8 @@
 r"""The folder of a run: configuration, resume state, metrics and their plot; each file is whole or not there.
 
 A process may be killed between any two lines here. So the metrics are written before the state, and rows beyond the
-state are dropped when a run goes on; the state before the last is kept; and a state carries a digest of its content."""
+state are dropped when a run goes on. The state before the last is kept, and a state carries a digest of its content.
+"""
 
 import contextlib
 import csv
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
 from torch import Tensor
 
 from ddpm.config import MOVABLE, Config
@@ -23,6 +25,7 @@ from ddpm.tools.errors import UserError
 from ddpm.tools.files import (
     CANNOT,
     CannotWrite,
+    check_new_folder,
     check_not_packed,
     digest_of,
     flock,
@@ -44,7 +47,8 @@ COLUMNS = (
     "val_loss",
 )
 FORMAT = 1  # of the state; what `digest_of` makes of it stays the same in all formats
-STATE, PREVIOUS = "state.pt", "state.previous.pt"
+STATE = "state.pt"
+PREVIOUS = "state.previous.pt"
 LOCK = ".lock"
 
 
@@ -64,9 +68,14 @@ class Run:
     """
 
     def __init__(self, folder: Path, config: Config, resume: bool, started: float, writes: bool = True):
-        self.folder, self.config, self.writes = folder, config, writes
-        self.rows, self.state, self.saved = [], None, None
-        self.lock, self.newest_is_whole = None, False
+        self.folder = folder
+        self.config = config
+        self.writes = writes
+        self.rows: list[dict] = []
+        self.state: dict | None = None
+        self.saved: tuple[str, int] | None = None
+        self.lock = None
+        self.newest_is_whole = False
         try:
             if resume:
                 if writes:
@@ -91,14 +100,9 @@ class Run:
             self.lock.close()
 
     def _check_new(self):
-        begun = (self.folder / LOCK).exists() and not (
-            self.folder / "config.json"
-        ).exists()  # killed in `create`
-        if self.folder.exists() and not begun and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(
-                f"expected a new folder for the run, {self.folder} is there already; "
-                f"choose another --out, or go on with --resume {self.folder}"
-            )
+        was_killed_in_create = (self.folder / LOCK).exists() and not (self.folder / "config.json").exists()
+        if not was_killed_in_create:
+            check_new_folder(self.folder, f"choose another --out, or go on with --resume {self.folder}")
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise UserError(f"expected a folder that can be written to, {there} cannot; choose another --out")
@@ -139,17 +143,16 @@ class Run:
                 )
             return  # killed before its first checkpoint
         self._check_config()
-        self.saved = (self.state["stage"], self.state["step"])
+        stage, step = self.saved = (self.state["stage"], self.state["step"])
         if damaged:
             warnings.warn(
-                f"{damaged[0]}; going on from the checkpoint before, {told(self.saved)}", stacklevel=3
+                f"{damaged[0]}; going on from the checkpoint before, {stage} step {step}", stacklevel=3
             )
-        self.rows = [
-            row for row in read_metrics(self.folder / "metrics.csv") if place(row) <= place(self.state)
-        ]
+        rows = read_metrics(self.folder / "metrics.csv")
+        self.rows = [row for row in rows if position(row) <= position(self.state)]
 
     def _check_config(self):
-        now = settings(self.config)
+        now = all_settings(self.config)
         differing = [
             f"{name} (config.json {now[name]}, state {value})"
             for name, value in self.state["config"].items()
@@ -183,6 +186,11 @@ class Run:
         r"""Write a file of the run, as `write_atomically` does."""
         write_atomically(self.folder / name, content, size, keep)
 
+    @property
+    def in_second_stage(self) -> bool:
+        r"""Whether the run is resumed within its second stage; until `restore`."""
+        return self.state is not None and self.state["stage"] == "unet"
+
     def clock(self) -> float:
         r"""Seconds that the run has taken, earlier sessions included."""
         return time.monotonic() - self.started
@@ -191,8 +199,11 @@ class Run:
         r"""What is saved and how to go on."""
         if not (self.folder / "config.json").exists():
             return "nothing is saved yet; give the command again"
-        saved = f"{told(self.saved)} is saved" if self.saved else "no step is saved yet"
-        if not self.writes:  # it cannot know whether the first process lived to save
+        saved = "no step is saved yet"
+        if self.saved:
+            stage, step = self.saved
+            saved = f"{stage} step {step} is saved"
+        if not self.writes:  # only the main process knows whether it saved
             saved = "what the first process saved stands"
         return f"{saved}; go on with python train.py --resume {self.folder}"
 
@@ -217,26 +228,24 @@ class Run:
             "stage": stage,
             "step": optimization.step,
             "elapsed": self.clock(),
-            "config": settings(self.config),
+            "config": all_settings(self.config),
             stage: optimization.state_dict(),
             **more,
         }
         state["sha256"] = digest_of(state)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        self.write("metrics.csv", text.getvalue().encode())
         keep = (
             self.folder / PREVIOUS if self.newest_is_whole else None
-        )  # a damaged one must not push out the whole
-        self.write(STATE, lambda to: save_state(to, state), size_of(state), keep)
-        self.newest_is_whole, self.saved = True, (stage, optimization.step)
-        self.write("loss.png", lambda to: plot_losses(to, self.rows))
+        )  # a damaged state must not replace a whole one
+        self.write("metrics.csv", csv_of(self.rows))
+        self.write(STATE, lambda path: save_state(path, state), size_of(state), keep)
+        self.newest_is_whole = True
+        self.saved = (stage, optimization.step)
+        self.write("loss.png", lambda path: plot_losses(path, self.rows))
 
     def restore(self, stage: str, optimization):
-        r"""Bring the stage's optimization to where the state has it, if it is of this stage; then let the state go."""
-        state, self.state = self.state, None
+        r"""Load the stage's optimization from the state, if the state is of this stage; then free the state."""
+        state = self.state
+        self.state = None
         if state and state["stage"] == stage:
             with self.fitting():
                 optimization.load_state_dict(state[stage])
@@ -252,17 +261,13 @@ class Run:
             ) from None
 
 
-def settings(config: Config) -> dict:
+def all_settings(config: Config) -> dict:
     r"""Every setting by its name."""
     return dataclasses.asdict(config.model) | dataclasses.asdict(config.training)
 
 
-def told(saved: tuple[str, int]) -> str:
-    return f"{saved[0]} step {saved[1]}"
-
-
-def place(row: dict) -> tuple[int, int]:
-    r"""How far a row of metrics or a state is, to compare."""
+def position(row: dict) -> tuple[int, int]:
+    r"""Stage and step of a row of metrics or of a state, to compare."""
     return STAGES.index(row["stage"]), int(row["step"])
 
 
@@ -272,18 +277,14 @@ def save_state(path: Path, state: dict):
 
 
 def read_state(path: Path) -> dict:
-    r"""The state in a file; raises Damaged, or UserError where another version wrote it."""
+    r"""The state in a file; raises Damaged, or UserError where a newer version wrote it."""
     try:
-        with warnings.catch_warnings():  # of what torch wonders about in a damaged file
+        with warnings.catch_warnings():  # torch warns of some damaged files before it fails
             warnings.simplefilter("ignore")
             check_not_packed(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         if size_of(state) > path.stat().st_size:
             raise ValueError("it claims more numbers than it holds")
-        if "sha256" not in state and "format" not in state:
-            raise UserError(
-                f"expected a state with a checksum in {path}, an older version of ddpm made it; use that"
-            )
         if state.pop("sha256") != digest_of(state):
             raise ValueError("its checksum does not fit")
         if state["format"] != FORMAT:
@@ -291,26 +292,45 @@ def read_state(path: Path) -> dict:
                 f"expected a state of format {FORMAT} in {path}, got {state['format']}, "
                 "a newer version of ddpm made it; use that"
             )
-        (STAGES.index(state["stage"]), int(state["step"]), float(state["elapsed"]), state["config"].items())
+        check_fields(state)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a cut or foreign file fails in many ways
         if isinstance(error, OSError) and error.errno in CANNOT:  # it may be whole
             raise
-        foreign = isinstance(error, pickle.UnpicklingError)  # whose text is advice to load it without care
-        raise Damaged("it cannot be read" if foreign else " ".join(str(error).split())[:100]) from None
+        is_foreign = isinstance(error, pickle.UnpicklingError)  # whose text advises to load it without care
+        reason = "it cannot be read" if is_foreign else " ".join(str(error).split())[:100]
+        raise Damaged(reason) from None
     return state
+
+
+def check_fields(state: dict):
+    r"""Raise where a field of the state that this file reads is missing or of another kind."""
+    position(state)
+    float(state["elapsed"])
+    state["config"].items()
 
 
 def size_of(value) -> int:
     r"""Bytes of the tensors in nested dictionaries and lists."""
-    if isinstance(value, dict | list | tuple):
-        return sum(size_of(part) for part in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return sum(size_of(part) for part in value)
     return value.nbytes if isinstance(value, Tensor) else 0
 
 
+def csv_of(rows: list[dict]) -> bytes:
+    r"""The content of metrics.csv."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
 def read_metrics(path: Path) -> list[dict]:
-    r"""The rows of metrics.csv, those that are none left out."""
+    r"""The whole rows of metrics.csv; other lines are left out."""
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
@@ -325,27 +345,31 @@ def read_metrics(path: Path) -> list[dict]:
 def _is_whole(row: dict) -> bool:
     try:
         [float(row[name] or 0) for name in COLUMNS[2:]]
-        return place(row)[1] > 0
+        return position(row)[1] > 0
     except ValueError:
         return False
 
 
 def plot_losses(path: Path, rows: list[dict]):
     r"""Loss and held-out figures over the steps of both stages, as a PNG."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     for axis, stage, held_out in zip(figure.subplots(1, 2), STAGES, ("psnr", "val_loss"), strict=True):
-        mine = [row for row in rows if row["stage"] == stage]
+        of_stage = [row for row in rows if row["stage"] == stage]
         axis.set(title=f"{stage} stage", xlabel="step", ylabel="loss")
-        loss = [(int(row["step"]), float(row["loss"])) for row in mine if row["loss"] != ""]
-        if loss:
-            axis.plot(*zip(*loss, strict=True), lw=0.7, color="#4477aa", label="train")
+        steps, losses = points(of_stage, "loss")
+        if steps:
+            axis.plot(steps, losses, lw=0.7, color="#4477aa", label="train")
             axis.set_yscale("log")
-        valid = [(int(row["step"]), float(row[held_out])) for row in mine if row[held_out] != ""]
-        if valid:
+        steps, values = points(of_stage, held_out)
+        if steps:
             other = axis.twinx() if held_out == "psnr" else axis
-            other.plot(*zip(*valid, strict=True), "o-", ms=3, color="#cc6677", label="held out")
+            other.plot(steps, values, "o-", ms=3, color="#cc6677", label="held out")
             other.set_ylabel("PSNR in dB, held out" if held_out == "psnr" else "loss")
             other.legend(loc="center right")
     figure.savefig(path, format="png", dpi=110)
+
+
+def points(rows: list[dict], column: str) -> tuple[list[int], list[float]]:
+    r"""The steps that have a value in a column, and the values."""
+    filled = [row for row in rows if row[column] != ""]
+    return [int(row["step"]) for row in filled], [float(row[column]) for row in filled]

@@ -1,0 +1,173 @@
+r"""A whole training, as train.py runs it: the data, the model, the run folder, and the stages."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ddpm.celeba.dataset import Pictures, load_pictures, open_data
+from ddpm.celeba.download import download_celeba
+from ddpm.celeba.lists import TRAIN, VALID, ImageTable
+from ddpm.config import TEXT_FILE, Config
+from ddpm.model import TextToImage
+from ddpm.tools import text_weights
+from ddpm.tools.command import Stopped, be_quiet, progress_bar, say
+from ddpm.tools.devices import choose_device, choose_precision
+from ddpm.tools.errors import UserError, is_name
+from ddpm.tools.files import CannotWrite, remove_leftovers
+from ddpm.training import dry_run, perceptual
+from ddpm.training.optimization import NotFinite, check_batches
+from ddpm.training.parallel import Group, LostGroup, is_lost
+from ddpm.training.run_folder import Run
+from ddpm.training.stages import Session, UnetStage, VaeStage, restore_vae
+
+
+def print_needs(config: Config, device: str = "auto"):
+    r"""Print what a training of this configuration would need; write nothing."""
+    device = choose_device(device)
+    for line in dry_run.report(config, device, choose_precision(config.training.precision, device)):
+        print(line)
+
+
+def train(
+    config: Config,
+    folder: Path,
+    resume: bool = False,
+    stage: str = "all",
+    stop_after: int | None = None,
+    device: str = "auto",
+    cache: Path | None = None,
+    download: bool = False,
+    started: float | None = None,
+):
+    r"""Train in `folder`, which is new, or resumed with the stored `config`.
+
+    Args:
+        stage: vae, unet or all.
+        stop_after: steps after which to save and return.
+        cache: folder of decoded pictures, latents and captions; None: `cache` beside the run.
+        download: try to download CelebA into the data folder first.
+        started: when the command began, by `time.monotonic`; --max-minutes counts from there.
+
+    Raises: UserError, or Stopped after a signal; both say what is saved and how to go on.
+    """
+    started = time.monotonic() if started is None else started
+    device = choose_device(device)
+    precision = choose_precision(config.training.precision, device)
+    cache = cache or folder.parent / "cache"
+    with Group.joined(device) as group, opened(group, folder, config, resume, started) as run, advising(run):
+        check_batches(config, group)
+        with group.main_process_first():
+            if download:
+                download_data(config.training.data)
+            table = open_data(config)
+        check_stage(run, stage)
+        model = new_model(run, resume)
+        with group.main_process_first():
+            remove_leftovers(cache)
+            pictures = checked_pictures(config, table, cache)
+            if config.training.perceptual_weight and stage != "unet" and not run.in_second_stage:
+                perceptual.perceptual_loss(
+                    group.device
+                )  # downloads, or refuses, while there is no folder yet
+        create(run, model, resume)
+        together = f", {group.size} processes" if group.size > 1 else ""
+        say(f"run {folder}, preset {config.preset}, {precision} on {group.device}{together}")
+        say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
+        model.to(group.device)
+        files = None if table is None else table.files
+        session = Session(run, model, pictures, files, cache, precision, group, stop_after)
+        if train_stages(session, stage):
+            say(f"done in {run.clock() / 60:.1f} minutes; try:")
+            say(f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {folder}')
+
+
+def train_stages(session: Session, stage: str) -> bool:
+    r"""The stages that are asked for and not over yet; returns whether the second one was trained to its end."""
+    if not restore_vae(session.run, session.model, stage) and not VaeStage(session).train():
+        return False
+    return stage != "vae" and UnetStage(session).train()
+
+
+def opened(group: Group, folder: Path, config: Config, resume: bool, started: float) -> Run:
+    r"""The run in its folder; the main process alone locks it, writes to it and prints."""
+    if group.rank:
+        be_quiet()
+    with group.main_process_first():
+        return Run(folder, config, resume, started, writes=group.rank == 0)
+
+
+@contextlib.contextmanager
+def advising(run: Run) -> Iterator[None]:
+    r"""Within this context what ends the training says how to go on."""
+    try:
+        yield
+    except (CannotWrite, NotFinite, LostGroup) as error:
+        raise UserError(f"{error}; {run.advice()}") from None
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise UserError(f"{LostGroup(error)}; {run.advice()}") from None
+    except Stopped as stop:
+        raise Stopped(stop.signum, f"{stop}; {run.advice()}") from None
+
+
+def download_data(folder: str):
+    r"""CelebA into the data folder."""
+    if folder == "drawn":
+        raise UserError("expected --data FOLDER to download CelebA into, got none")
+    download_celeba(folder)
+
+
+def check_stage(run: Run, stage: str):
+    r"""Refuse a stage that cannot be trained in this run."""
+    vae = run.folder / "vae.safetensors"
+    if stage == "unet" and not vae.is_file() and not run.in_second_stage:
+        raise UserError(
+            f"expected {vae} for the second stage; train it with --stage vae first, then --resume"
+        )
+    if stage == "vae" and run.in_second_stage:
+        raise UserError(
+            f"expected a run whose first stage goes on, in {run.folder} the second has begun; choose a new --out"
+        )
+
+
+def has_text(run: Run, resume: bool) -> bool:
+    r"""Whether the run keeps its text tower; in a new folder such a file is what a killed command left."""
+    return resume and (run.folder / TEXT_FILE).is_file()
+
+
+def new_model(run: Run, resume: bool) -> TextToImage:
+    r"""The untrained model of the run, with its text tower."""
+    settings = run.config.training
+    torch.manual_seed(settings.seed)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
+    text = text_weights.tower_from_file(run.folder / TEXT_FILE) if has_text(run, resume) else None
+    model = TextToImage(run.config.model, text)
+    model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
+    return model
+
+
+def create(run: Run, model: TextToImage, resume: bool):
+    r"""Make the folder; a text tower that came from a file is kept in it, because that file may go."""
+    comes_from_file = not is_name(run.config.model.text_weights) and not has_text(run, resume)
+    run.create(partial(text_weights.save_tower, model.text) if comes_from_file else None)
+
+
+def checked_pictures(config: Config, table: ImageTable | None, cache: Path) -> Pictures:
+    r"""The decoded data set, which has pictures to train on and to validate; says which ones were skipped."""
+    pictures = load_pictures(config, table, cache, progress_bar)
+    train_count, valid_count = len(pictures.rows(TRAIN)), len(pictures.rows(VALID))
+    if not train_count or not valid_count:
+        raise UserError(
+            f"expected pictures to train on and others to validate, got {train_count} and {valid_count}; "
+            "give more, or see the split or partition file"
+        )
+    if pictures.bad:
+        few = ", ".join(f"{name} ({reason})" for name, reason in pictures.bad[:3])
+        say(f"skipped {len(pictures.bad)} unreadable pictures: {few}")
+    return pictures
