@@ -24,12 +24,12 @@ from ddpm.tools.command import Parser, exit_code
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import new_folder
 
-VISIBLE: tuple[str, ...] = (
-    *("Bald", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Bangs", "Straight_Hair", "Wavy_Hair"),
-    *("No_Beard", "Mustache", "Goatee", "Bushy_Eyebrows", "Pale_Skin", "Rosy_Cheeks", "Smiling"),
-    *("Mouth_Slightly_Open", "Eyeglasses", "Wearing_Earrings", "Wearing_Hat", "Wearing_Lipstick"),
-    *("Wearing_Necklace", "Wearing_Necktie", "Male", "Young"),
-)
+VISIBLE_NAMES = """
+    Bald Black_Hair Blond_Hair Brown_Hair Gray_Hair Bangs Straight_Hair Wavy_Hair No_Beard Mustache Goatee
+    Bushy_Eyebrows Pale_Skin Rosy_Cheeks Smiling Mouth_Slightly_Open Eyeglasses Wearing_Earrings Wearing_Hat
+    Wearing_Lipstick Wearing_Necklace Wearing_Necktie Male Young
+"""
+VISIBLE: tuple[str, ...] = tuple(VISIBLE_NAMES.split())
 PER_ROW = 4  # neighbours that share one row of attributes, and so one caption to embed
 SUPERSAMPLING = 4
 
@@ -170,12 +170,6 @@ class Look:
         self.hair_light = mix(self.hair, WHITE, 0.32)
 
 
-def draw_background(pen: Pen, look: Look):
-    r"""A disc of light behind the head."""
-    pen.ellipse(32 + 31j, 28.5, 28.5, mix(look.paint["background"], WHITE, 0.22))
-    pen.ellipse(32 + 31j, 22.5, 22.5, mix(look.paint["background"], WHITE, 0.36))
-
-
 def draw_hair_behind(pen: Pen, look: Look):
     r"""Hair that hangs behind face and neck: a woman's, by cut; a man's only when straight or wavy."""
     if look.bald:
@@ -221,9 +215,9 @@ def draw_clothes(pen: Pen, look: Look):
 
 def draw_necktie(pen: Pen, look: Look, neck: float):
     colour = look.paint["tie"]
-    for half in (replace(pen, sides=(-1,)), pen):  # the right half of the collar lies over the left one
-        half.polygon([neck + 0.5 + 20j, neck + 4 + 22j, 5 + 40j], mix(look.paint["suit"], WHITE, 0.16))
-        half.polygon([neck + 19j, neck + 2 + 21.5j, 4.5 + 27j, 23.4j], WHITE)
+    both = pen.both_sides()
+    both.polygon([neck + 0.5 + 20j, neck + 4 + 22j, 5 + 40j], mix(look.paint["suit"], WHITE, 0.16))
+    both.polygon([neck + 19j, neck + 2 + 21.5j, 4.5 + 27j, 23.4j], WHITE)
     pen.polygon([-2.2 + 23.4j, 2.2 + 23.4j, 3.6 + 36j, -3.6 + 36j], colour)
     pen.polygon([-2.7 + 22.6j, 2.7 + 22.6j, 1.7 + 26.2j, -1.7 + 26.2j], mix(colour, INK, 0.3))
     pen.polygon([-1.6 + 28.5j, 2.4 + 26.6j, 2.6 + 28.2j, -1.9 + 30.4j], mix(colour, WHITE, 0.5))
@@ -351,7 +345,7 @@ def draw_beard(pen: Pen, look: Look):
     if look.has["Mustache"]:
         for side in (-1, 1):
             tip = side * 7.6 + 10.6j
-            pen.blob([0.2 * side + 7.2j, side * 3.6 + 7j, tip, side * 4 + 11.2j, 10.2j], colour)
+            pen.blob([side * 0.2 + 7.2j, side * 3.6 + 7j, tip, side * 4 + 11.2j, 10.2j], colour)
             pen.crescent(side * 0.4 + 8.3j, side * 6.8 + 10.3j, -0.4, 1.7, look.hair)
 
 
@@ -468,7 +462,8 @@ def draw_face(attributes: ArrayLike | Mapping[str, bool], seed: Seed, size: int 
     side = SUPERSAMPLING * size
     image = Image.new("RGB", (side, side), look.paint["background"])
     page = Pen(ImageDraw.Draw(image), ImageDraw.Draw(image, "RGBA"), origin=0, turn=side / 64)
-    draw_background(page, look)
+    page.ellipse(32 + 31j, 28.5, 28.5, mix(look.paint["background"], WHITE, 0.22))  # a disc of light
+    page.ellipse(32 + 31j, 22.5, 22.5, mix(look.paint["background"], WHITE, 0.36))
     draw_person(page.moved(look.place), look)
     return np.asarray(image.reduce(SUPERSAMPLING))
 
@@ -520,17 +515,10 @@ def random_attributes(rng: np.random.Generator) -> np.ndarray:
     colour = rng.choice(list(HAIRS), p=[(1 - gray) / 3] * 3 + [gray])
     cut = rng.choice(["Straight_Hair", "Wavy_Hair", "neat"], p=[0.3, 0.3, 0.4])
     beard = rng.choice(["No_Beard", "Mustache", "Goatee", "both", "full"], p=[0.4, 0.17, 0.15, 0.08, 0.2])
-    probabilities = {
-        "Mouth_Slightly_Open": 0.4,
-        "Smiling": 0.5,
-        "Eyeglasses": 0.25,
-        "Rosy_Cheeks": 0.22,
-        "Pale_Skin": 0.22,
-        "Bushy_Eyebrows": 0.3 if male else 0.15,
-        "Wearing_Lipstick": 0.03 if male else 0.5,
-        "Wearing_Earrings": 0.08 if male else 0.4,
-        "Wearing_Necktie": 0.35 if male else 0.06,
-    }
+    probabilities = {"Mouth_Slightly_Open": 0.4, "Smiling": 0.5, "Eyeglasses": 0.25, "Rosy_Cheeks": 0.22}
+    probabilities |= {"Pale_Skin": 0.22, "Bushy_Eyebrows": 0.3 if male else 0.15}
+    probabilities |= {"Wearing_Lipstick": 0.03 if male else 0.5, "Wearing_Earrings": 0.08 if male else 0.4}
+    probabilities |= {"Wearing_Necktie": 0.35 if male else 0.06}
     has = {name: maybe(probability) for name, probability in probabilities.items()}
     has["Bangs"] = maybe(0.35) and not (bald or hat)
     has["Wearing_Necklace"] = maybe(0.09 if male else 0.4) and not has["Wearing_Necktie"]

@@ -106,7 +106,7 @@ def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
         if text.strip():
             item = parse_json(text)
             if not isinstance(item, dict):
-                raise ValueError("a line that is no object")
+                raise ValueError("no object")
             if not keys:
                 keys = list(item)
                 yield line, keys
