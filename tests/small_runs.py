@@ -14,8 +14,8 @@ from ddpm.tools.command import exit_code
 from ddpm.training import run_folder
 from ddpm.training.run_folder import read_state
 
-QUICK = "--preset tiny --image-size 16 --channels 32,32 --drawn-images 40 --device cpu".split()
-QUICK += "--sample-every 4 --save-every 2 --warmup 2 --max-steps 6".split()
+QUICK = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "40"]
+QUICK += ["--sample-every", "4", "--save-every", "2", "--warmup", "2", "--max-steps", "6", "--device", "cpu"]
 FP32 = ["--precision", "fp32"]
 SAME = ("stage", "step", "loss", "lr", "grad_norm", "psnr", "ssim", "val_loss")  # the rest are times
 

@@ -22,22 +22,19 @@ KILLS = 50
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_end_bit_for_bit():
     if not hasattr(os, "fork"):
         pytest.skip("no fork here")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
-    }
+    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=600
+        [sys.executable, __file__], capture_output=True, text=True, env=os.environ | paths, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    print("\nkilled", json.dumps(told, indent=1))
-    assert sum(told["killed while"].values()) == KILLS
-    writing = [name for name in told["killed while"] if name.startswith("writing ")]
+    result = json.loads(done.stdout.splitlines()[-1])
+    print("\nkilled", json.dumps(result, indent=1))
+    assert sum(result["killed while"].values()) == KILLS
+    writing = [name for name in result["killed while"] if name.startswith("writing ")]
     assert {"writing state.pt", "writing metrics.csv"} <= set(writing) and len(writing) > 5
 
 
@@ -53,62 +50,59 @@ class Board:
     def clear(self):
         self.memory[:] = bytes(256)
 
-    doing = property(
-        lambda self: self.memory[16:128].rstrip(b"\0").decode(),
-        lambda self, text: self.memory.__setitem__(slice(16, 128), text.encode()[:112].ljust(112, b"\0")),
-    )
-    saved = property(  # how far the newest checkpoint is
-        lambda self: struct.unpack("ii", self.memory[0:8]),
-        lambda self, place: self.memory.__setitem__(slice(0, 8), struct.pack("ii", *place)),
-    )
-    began = property(  # from how far a run went on
-        lambda self: struct.unpack("ii", self.memory[8:16]),
-        lambda self, place: self.memory.__setitem__(slice(8, 16), struct.pack("ii", *place)),
-    )
+    @property
+    def doing(self) -> str:
+        return self.memory[16:128].rstrip(b"\0").decode()
+
+    @doing.setter
+    def doing(self, text: str):
+        self.memory[16:128] = text.encode()[:112].ljust(112, b"\0")
+
+    @property
+    def saved(self) -> tuple[int, int]:
+        r"""Stage and step of the newest checkpoint."""
+        return struct.unpack("ii", self.memory[0:8])
+
+    @saved.setter
+    def saved(self, place: tuple[int, int]):
+        self.memory[0:8] = struct.pack("ii", *place)
 
 
 BOARD = Board()
 
 
 def watch():
-    r"""Have the program tell on the board what it does."""
-    import ddpm.cache
-
+    r"""Have the program write on the board what it does."""
     import ddpm.model
-    import ddpm.tools.files
+    import ddpm.tools.arrays
     import ddpm.tools.grids
-    import ddpm.training.run
+    import ddpm.tools.weights
+    from ddpm.training import run_folder
     from ddpm.training.optimization import Optimization
 
     def doing(what, function):
-        def told(*arguments, **more):
+        def watched(*arguments, **more):
             before, BOARD.doing = BOARD.doing, what(*arguments)
             result = function(*arguments, **more)
             BOARD.doing = before
             return result
 
-        return told
+        return watched
 
-    write = doing(
-        lambda path, *_: f"writing {path.name.split('-')[0].split('_')[0]}", ddpm.tools.files.write_atomically
-    )
-    for module in (ddpm.cache, ddpm.model, ddpm.tools.grids, ddpm.training.run):
+    def kind(path, *_):
+        return f"writing {path.name.split('-')[0].split('_')[0]}"
+
+    write = doing(kind, run_folder.write_atomically)
+    for module in (ddpm.model, ddpm.tools.arrays, ddpm.tools.grids, ddpm.tools.weights, run_folder):
         module.write_atomically = write
-    Optimization.update = doing(lambda self, stage, *_: f"{stage} step", Optimization.update)
-    save, reopen = ddpm.training.run.Run.save, ddpm.training.run.Run._reopen
+    Optimization.end_step = doing(lambda *_: "a step", Optimization.end_step)
+    save = run_folder.Run.save
 
-    def place(saved) -> tuple[int, int]:
-        return (0, 0) if saved is None else (ddpm.training.run.STAGES.index(saved[0]), saved[1])
+    def saved(run, *arguments, **more):
+        save(run, *arguments, **more)
+        BOARD.saved = run_folder.STAGES.index(run.saved[0]), run.saved[1]
 
-    def saved(self, *arguments, **more):
-        save(self, *arguments, **more)
-        BOARD.saved = place(self.saved)
-
-    def reopened(self):
-        reopen(self)
-        BOARD.began = BOARD.saved = place(self.saved)
-
-    ddpm.training.run.Run.save, ddpm.training.run.Run._reopen = saved, reopened
+    run_folder.Run.save = saved
 
 
 def aim(name: str, number: int, after: bool):
@@ -151,6 +145,19 @@ def end_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def lives(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def newest(folder: Path) -> tuple[int, int]:
+    r"""Stage and step from which a run would go on."""
+    from ddpm.config import Config
+    from ddpm.training.run_folder import STAGES, Run
+
+    with Run(folder, Config.read(folder / "config.json"), True, 0.0) as run:
+        return (0, 0) if run.saved is None else (STAGES.index(run.saved[0]), run.saved[1])
+
+
 class Trials:
     def __init__(self, root: Path):
         from small_runs import FP32, QUICK
@@ -162,15 +169,14 @@ class Trials:
         assert end_of(child([*self.begin, "--out", self.whole])) == 0
         self.seconds = time.monotonic() - began
 
-    def arguments(self, folder: Path) -> list:
-        if (folder / "config.json").exists():
-            return ["--resume", folder, "--device", "cpu"]
-        return [*self.begin, "--out", folder]
-
     def start(self, folder: Path, prepare=lambda: None) -> int:
+        r"""Start the run, or resume it where there is one."""
         BOARD.clear()
         self.commands += 1
-        return child(self.arguments(folder), prepare)
+        if (folder / "config.json").exists():
+            BOARD.saved = newest(folder)
+            return child(["--resume", folder, "--device", "cpu"], prepare)
+        return child([*self.begin, "--out", folder], prepare)
 
     def finish(self, folder: Path):
         from small_runs import assert_same_run, leftovers
@@ -181,7 +187,7 @@ class Trials:
 
     def kill(self, folder: Path, aimed: bool):
         r"""Start or resume the run and kill it."""
-        before = self.arguments(folder)[0] == "--resume"
+        resumed = (folder / "config.json").exists()
         if aimed:
             name = self.rng.choice(["replace", "replace", "fsync", "posix_fallocate"])
             number, after = self.rng.randint(1, self.calls[name]), self.rng.random() < 0.5
@@ -192,14 +198,9 @@ class Trials:
             os.kill(pid, signal.SIGKILL)
         if end_of(pid) != -signal.SIGKILL:
             return  # it came to its end before
-        self.killed[BOARD.doing or ("between" if before else "before the first write")] += 1
-        reached, resumed = BOARD.saved, (folder / "config.json").exists()
-        if resumed:  # at most the steps since the last checkpoint are repeated
-            from ddpm.config import Config
-            from ddpm.training.run import Run
-
-            with Run(folder, Config.read(folder / "config.json"), True, 0.0):
-                assert BOARD.began >= reached, (BOARD.began, reached)
+        self.killed[BOARD.doing or ("between" if resumed else "before the first write")] += 1
+        if (folder / "config.json").exists():  # at most the steps since the last checkpoint are repeated
+            assert newest(folder) >= BOARD.saved, (newest(folder), BOARD.saved)
 
     def kills(self, count: int):
         number = 0
@@ -211,33 +212,32 @@ class Trials:
             self.finish(folder)
             number += 1
 
-    @staticmethod
-    def lives(pid: int) -> bool:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-
     def signals(self):
         r"""SIGTERM saves and leaves; a second Ctrl-C leaves at once; both go on to the same end."""
         from small_runs import wait_for
 
         from ddpm.training.optimization import Optimization
 
-        update = Optimization.update
+        end_step = Optimization.end_step
 
-        def stuck(self, *arguments):
-            report = update(self, *arguments)
-            if self.step == 3:
+        def stuck(opt, *arguments):
+            report = end_step(opt, *arguments)
+            if opt.step == 3:
                 BOARD.doing = "stuck"
-                time.sleep(1.0 if self.ema is None else 1000)
+                time.sleep(1.0 if opt.ema is None else 1000)
             return report
 
+        def stick():
+            Optimization.end_step = stuck
+
         folder = self.root / "signals" / "run"
-        pid = self.start(folder, lambda: setattr(Optimization, "update", stuck))
+        pid = self.start(folder, stick)
         wait_for(lambda: BOARD.doing == "stuck")
         os.kill(pid, signal.SIGTERM)
         assert end_of(pid) == 143 and BOARD.saved == (0, 3)
-        pid = self.start(folder, lambda: setattr(Optimization, "update", stuck))
+        pid = self.start(folder, stick)
         wait_for(lambda: BOARD.doing == "stuck")
-        while self.lives(pid):  # two that come before the first is seen count as one
+        while lives(pid):  # two that come before the first is seen count as one
             os.kill(pid, signal.SIGINT)
             time.sleep(0.05)
         assert end_of(pid) == -signal.SIGINT and BOARD.saved == (1, 2)
@@ -251,7 +251,7 @@ class Trials:
 
         folders = [self.root / "shared" / name for name in ("a", "b")]
         pids = [self.start(folder) for folder in folders]
-        while any(self.lives(pid) for pid in pids):
+        while any(lives(pid) for pid in pids):
             remove_leftovers(self.root / "shared" / "cache")
             time.sleep(0.002)
         assert [end_of(pid) for pid in pids] == [0, 0]
@@ -260,10 +260,10 @@ class Trials:
 
 
 def main():
-    import matplotlib.figure  # noqa: F401
     import torch
-    import torch._dynamo
     from small_runs import make_runs_cheap
+
+    from ddpm.training import session  # noqa: F401 (all that a child would import)
 
     for signum in (signal.SIGINT, signal.SIGTERM):  # a shell's background job comes with these ignored
         signal.signal(signum, signal.SIG_DFL)

@@ -11,9 +11,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def with_singular_values(
-    values: torch.Tensor, m: int, n: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def with_singular_values(values: torch.Tensor, m: int, n: int) -> tuple[torch.Tensor, ...]:
     U, V = (torch.linalg.qr(normal(size, len(values), seed=size))[0] for size in (m, n))
     return U @ values.diag() @ V.T, U, V
 
@@ -56,20 +54,16 @@ def test_its_steps_are_those_of_torchs_own_for_matrices():
         for p, optimizer in ((ours, one), (theirs, other)):
             p.grad = normal(24, 40, seed=step + 1)
             optimizer.step()
-    moved = (theirs - normal(24, 40)).norm()
-    assert (
-        moved > 0.3 and (ours - theirs).norm() < 0.1 * moved
-    )  # five rounds in bf16, in another order of sums
+    moved = (theirs - normal(24, 40)).norm()  # five rounds in bf16, in another order of sums
+    assert moved > 0.3 and (ours - theirs).norm() < 0.1 * moved
 
 
 @pytest.mark.equation("muon")
 def test_two_steps_of_a_convolution_by_hand():
     p = nn.Parameter(normal(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
-    optimizer, expected, M = (
-        Muon([p], lr=0.1, weight_decay=0.5),
-        p.detach().clone(),
-        torch.zeros(4, 3, 3, 3),
-    )
+    optimizer = Muon([p], lr=0.1, weight_decay=0.5)
+    expected = p.detach().clone()
+    M = torch.zeros(4, 3, 3, 3)
     for step in (1, 2):
         G = normal(4, 3, 3, 3, seed=step)
         p.grad = G.contiguous(memory_format=torch.channels_last)
@@ -81,7 +75,7 @@ def test_two_steps_of_a_convolution_by_hand():
 
 
 def test_a_parameter_without_a_gradient_stays_and_shapes_may_mix():
-    still, wide, tall = (nn.Parameter(normal(3, 5)), nn.Parameter(normal(3, 5)), nn.Parameter(normal(5, 3)))
+    still, wide, tall = (nn.Parameter(normal(*shape)) for shape in ((3, 5), (3, 5), (5, 3)))
     optimizer = Muon([still, wide, tall], lr=0.1)
     wide.grad, tall.grad = normal(3, 5, seed=1), normal(5, 3, seed=2)
     optimizer.step()
@@ -95,9 +89,8 @@ def test_every_parameter_has_one_optimizer_and_the_edges_are_not_muons(network):
     inner = [p for group in groups for p in group["params"]]
     assert {id(p) for p in inner + outer} == {id(p) for p in network.parameters()}
     assert len(inner) + len(outer) == len(list(network.parameters()))
-    assert all(p.ndim in (2, 4) for p in inner) and sum(p.numel() for p in inner) > sum(
-        p.numel() for p in outer
-    )
+    assert all(p.ndim in (2, 4) for p in inner)
+    assert sum(p.numel() for p in inner) > sum(p.numel() for p in outer)
     edges = [m for name, m in network.named_modules() if name.split(".")[-1] in ("conv_in", "conv_out")]
     assert edges and all(id(edge.weight) in {id(p) for p in outer} for edge in edges)
 
@@ -108,11 +101,10 @@ def test_queries_and_keys_decay_more_than_the_rest():
     named = {id(p) for name, p in network.named_parameters() if name.endswith(("to_q.weight", "to_k.weight"))}
     assert named and named == {id(p) for p in queries_keys["params"]}
     q, v = queries_keys["params"][0], rest["params"][0]
-    before = q.norm().item(), v.norm().item()
+    q_before, v_before = q.norm().item(), v.norm().item()
     optimizer = Muon([rest, queries_keys], lr=0.1, weight_decay=0.01)
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    assert q.norm().item() == pytest.approx(0.95 * before[0]) and v.norm().item() == pytest.approx(
-        0.999 * before[1]
-    )
+    assert q.norm().item() == pytest.approx(0.95 * q_before)
+    assert v.norm().item() == pytest.approx(0.999 * v_before)

@@ -16,29 +16,17 @@ import pytest
 import torch
 from conftest import TINY, without_zeros
 from safetensors import safe_open
+from small_runs import make_runs_cheap, run_train
 
-import train
 from ddpm.model import TextToImage
-from ddpm.tools import command as cli
-from ddpm.tools import text_weights
 from ddpm.tools.grids import to_uint8
+from ddpm.training import session
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a bald man", "a smiling woman with blond hair", "", "a bald man", "an older man wearing a hat"]
 SETTINGS = {"dpm++": {}, "ddpm": {}, "ddim": {"eta": 0.5}}
-QUICK = [
-    "--preset",
-    "tiny",
-    "--image-size",
-    "16",
-    "--channels",
-    "32,32",
-    "--drawn-images",
-    "40",
-    "--device",
-    "cpu",
-]
-QUICK += ["--precision", "fp32", "--max-steps", "3", "--warmup", "2"]
+QUICK = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "40"]
+QUICK += ["--precision", "fp32", "--max-steps", "3", "--warmup", "2", "--device", "cpu"]
 
 
 def pictures(model, prompts=PROMPTS, sampler="ddpm", **changes):
@@ -61,7 +49,8 @@ def content(path):
     if path.suffix != ".safetensors":
         return path.read_bytes()
     with safe_open(path, "np") as file:
-        return file.metadata(), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        return file.metadata(), {name: file.get_tensor(name).tobytes() for name in names}
 
 
 def poison(seed):
@@ -117,28 +106,27 @@ x = TextToImage.load(sys.argv[1]).sample(sys.argv[5:], sampler=sys.argv[3], step
 np.save(sys.argv[2], x.numpy())
 print(torch.backends.cpu.get_cpu_capability())
 """
-OLDER = {  # what the libraries below are told to see; other machines know fewer of these words, and ignore them
-    "the same": {},
-    "without AVX": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "MKL_CBWR": "COMPATIBLE",
-    },
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
+CAPABILITIES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # variables that limit the libraries
+OLDER = {  # other machines ignore the values that they lack
+    "the same": (),
+    "without AVX": ("default", "SSE41", "COMPATIBLE"),
+    "AVX2": ("avx2", "AVX2", "AVX2"),
 }
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bits_and_another_cpu_the_same_pictures(remembering, tower, tmp_path):
     torch.manual_seed(0)
     model = TextToImage(TINY, remembering)
     without_zeros(model.unet, seed=2)
     model.save(tmp_path / "run")
     here, capability, threads = pictures(model), {}, torch.get_num_threads()
-    for cpu, words in OLDER.items():
+    for cpu, values in OLDER.items():
         out = tmp_path / f"{cpu}.npy"
+        environment = os.environ | dict(zip(CAPABILITIES, values, strict=False))
         command = [sys.executable, "-c", CHILD, tmp_path / "run", out, "ddpm", str(threads), *PROMPTS]
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | words, capture_output=True, text=True, check=True, timeout=600
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=600
         )
         capability[cpu] = done.stdout.strip()
         there = torch.from_numpy(np.load(out))
@@ -152,43 +140,46 @@ def test_another_process_gives_the_same_bits_and_another_cpu_the_same_pictures(r
 # ----------------------------------------------------------------------------------------------- trainings
 
 
+@pytest.fixture
+def cheap(monkeypatch):
+    make_runs_cheap(monkeypatch)
+
+
 def test_two_trainings_of_one_seed_write_the_same_whatever_the_global_generators_say(
-    tower, tmp_path, monkeypatch
+    cheap, tmp_path, monkeypatch
 ):
     r"""They are poisoned, a different way each time, as soon as the weights are drawn: from there to the last picture
     nothing may draw from them. What the clock writes (metrics.csv, loss.png, state.pt) is left out.
     """
-    monkeypatch.setattr(text_weights, "random_tower", (lambda: tower))
-    begin, poisons = train.Trainer.__init__, iter([1, 2])
+    restore_vae, poisons = session.restore_vae, iter([1, 2])
 
     def poisoned(*arguments):
         poison(next(poisons))
         states.append(global_state())
-        return begin(*arguments)
+        return restore_vae(*arguments)
 
-    monkeypatch.setattr(train.Trainer, "__init__", poisoned)
+    monkeypatch.setattr(session, "restore_vae", poisoned)
     states, files = [], []
     for name in ("first", "second"):
-        folder = tmp_path / name / "run"  # with a cache of its own
-        assert cli.exit_code(train.main, [*QUICK, "--out", str(folder)]) == 0
+        folder = tmp_path / name  # with a cache of its own
+        assert run_train(*QUICK, "--out", folder / "run") == 0
         assert global_state() == states[-1]
         paths = [
-            *folder.glob("*.safetensors"),
-            *folder.glob("samples/*"),
-            *(tmp_path / name / "cache").iterdir(),
+            path
+            for pattern in ("run/*.safetensors", "run/samples/*", "cache/*")
+            for path in folder.glob(pattern)
         ]
-        files.append({path.relative_to(tmp_path / name): content(path) for path in paths})
+        files.append({path.relative_to(folder): content(path) for path in paths})
     assert {path.name for path in files[0]} > {"vae.safetensors", "unet.safetensors", "ema.safetensors"}
     assert len(files[0]) == 3 + 1 + 3  # weights, a sheet of samples, caches
     assert files[0] == files[1]
     assert states[0] != states[1]
 
 
-def test_another_seed_is_another_training(tower, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_weights, "random_tower", (lambda: tower))
+def test_another_seed_is_another_training(cheap, tmp_path):
     weights = []
     for seed in ("0", "1"):
         folder = tmp_path / seed / "run"
-        assert cli.exit_code(train.main, [*QUICK, "--stage", "vae", "--seed", seed, "--out", str(folder)]) == 0
+        assert run_train(*QUICK, "--stage", "vae", "--seed", seed, "--out", folder) == 0
         weights.append(content(folder / "vae.safetensors")[1])
     assert weights[0] != weights[1]

@@ -23,8 +23,7 @@ from ddpm.evaluation.classifier import attribute_classifier, truths
 from ddpm.evaluation.features import feature_extractor
 from ddpm.evaluation.metrics import balanced_accuracy, frechet_distance, gaussian_of
 from ddpm.model import TextToImage
-from ddpm.tools import command as cli
-from ddpm.tools import devices, text_weights
+from ddpm.tools import command, devices, text_weights
 from ddpm.training.caches import Texts, encode_latents
 from ddpm.training.loops import train_unet, train_vae
 from ddpm.training.optimization import Bound, Optimization
@@ -54,9 +53,9 @@ TRIALS = {  # settings over those of the preset, which is drawn64 without --run;
 }
 
 
-def seconds_bound(seconds: float) -> Bound:
+def bound_of(minutes: float) -> Bound:
     start = time.monotonic()
-    return Bound(10**9, time.monotonic, start, start + seconds)
+    return Bound(10**9, time.monotonic, start, start + 60 * minutes)
 
 
 def base(run: Path | None) -> tuple[str, str, TextToImage]:
@@ -71,39 +70,35 @@ def trial(name: str, a: argparse.Namespace, precision: str) -> str:
     r"""Run one trial; its line for the table."""
     preset, data, trained = base(a.run)
     config = Config.from_preset(preset, **{"data": data, "seed": a.seed} | TRIALS[name])
-    pictures = load_pictures(config, open_data(config), a.cache, cli.progress_bar)
+    pictures = load_pictures(config, open_data(config), a.cache, command.progress_bar)
     torch.manual_seed(a.seed)
     model = TextToImage(config.model, text_weights.random_tower())
     if name.startswith("vae"):
-        opt = Optimization(
-            model.vae, config, config.training.vae_lr, seconds_bound(60 * a.minutes), False, precision
-        )
+        opt = Optimization(model.vae, config, config.training.vae_lr, bound_of(a.minutes), False, precision)
         for _ in train_vae(model, pictures, config, opt, precision):
             pass
         model.vae.eval()
         psnr, ssim = reconstruction_quality(model, pictures, pictures.rows(VALID)[:256], precision)
         return f"{opt.step} steps, PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"
     model.vae = trained.vae
-    latents = encode_latents(a.cache, model.vae, pictures, precision, cli.progress_bar)
+    latents = encode_latents(a.cache, model.vae, pictures, precision, command.progress_bar)
     model.latent_scale = measure_latent_scale(latents, pictures.rows(TRAIN))
     held = pictures.rows(TEST)[:391]
     prompts = [pictures.full_caption(i) for i in held]
     sentences = {pictures.caption(i, a.seed) for i in pictures.rows(TRAIN)} | set(prompts)
-    texts = Texts(a.cache, model.text, sentences, precision, progress=cli.progress_bar)
-    classifier = attribute_classifier(a.cache, pictures, CPU, precision, progress=cli.progress_bar)
-    opt = Optimization(model.unet, config, config.training.lr, seconds_bound(60 * a.minutes), True, precision)
+    texts = Texts(a.cache, model.text, sentences, precision, progress=command.progress_bar)
+    classifier = attribute_classifier(a.cache, pictures, CPU, precision, progress=command.progress_bar)
+    opt = Optimization(model.unet, config, config.training.lr, bound_of(a.minutes), True, precision)
     for _ in train_unet(model, latents, texts, pictures, config, opt, precision):
         pass
     extract = classifier.features if a.extractor == "classifier" else feature_extractor(a.extractor, CPU)
     with opt.ema.applied(model.unet), torch.no_grad():
         x = model.sample(prompts, seed=a.seed, precision=precision)
         seen = torch.cat([classifier(part) for part in x.split(64)]) > 0
-        of = [
-            gaussian_of(torch.cat([extract(part) for part in y.split(64)])) for y in (x, pictures.batch(held))
-        ]
+        drawn, real = (torch.cat([extract(part) for part in y.split(64)]) for y in (x, pictures.batch(held)))
     accuracy = balanced_accuracy(truths(pictures, held)[:, classifier.columns], seen)
     late = ", ".join(n for n, v in zip(classifier.names, accuracy.tolist(), strict=True) if v < 0.75)
-    distance = frechet_distance(*of[0], *of[1])
+    distance = frechet_distance(*gaussian_of(drawn), *gaussian_of(real))
     return f"{opt.step} steps, adherence {accuracy.mean():.3f}, distance {distance:.1f}; below 0.75: {late or 'none'}"
 
 
@@ -118,19 +113,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("trials", nargs="*", type=known, metavar="TRIAL", help=", ".join(TRIALS))
     p.add_argument("--minutes", type=float, default=2.5, help="of training [2.5]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
-    p.add_argument(
-        "--run", type=Path, help="a run whose data, preset and VAE they take; without, drawn faces"
-    )
-    p.add_argument(
-        "--extractor", choices=EXTRACTORS, default="classifier", help="of the distance [classifier]"
-    )
+    run = "a run whose data, preset and VAE they take; without, drawn faces"
+    p.add_argument("--run", type=Path, help=run)
+    extractor = "of the distance [classifier]"
+    p.add_argument("--extractor", choices=EXTRACTORS, default="classifier", help=extractor)
     p.add_argument("--cache", type=Path, default=Path("runs/cache"), help="[runs/cache]")
     return p
 
 
 def main(argv: list[str] | None = None):
     a = parser().parse_args(argv)
-    cli.keep_freed_memory()
+    command.keep_freed_memory()
     precision = devices.choose_precision("auto", CPU)
     for name in a.trials:
         print(f"{name}: {trial(name, a, precision)}", flush=True)

@@ -190,11 +190,14 @@ class Optimization:
 
         Args: rows, t: for the report.
         """
-        loss = self.group.mean(sum(torch.stack(self.losses).tolist()))  # here the device is waited for
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         clip = self.settings.clip or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip).item()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip)
+        loss = self.group.mean(
+            sum(torch.stack(self.losses).tolist())
+        )  # Python waits for the device here alone
+        grad_norm = norm.item()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             for optimizer in self.optimizers:

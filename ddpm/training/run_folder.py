@@ -34,18 +34,8 @@ from ddpm.tools.files import (
 )
 
 STAGES = ("vae", "unet")
-COLUMNS = (
-    "stage",
-    "step",
-    "seconds",
-    "loss",
-    "lr",
-    "grad_norm",
-    "images_per_second",
-    "psnr",
-    "ssim",
-    "val_loss",
-)
+HELD_OUT = ("psnr", "ssim", "val_loss")  # figures of held-out pictures, where a step was validated
+COLUMNS = ("stage", "step", "seconds", "loss", "lr", "grad_norm", "images_per_second", *HELD_OUT)
 FORMAT = 1  # of the state; what `digest_of` makes of it stays the same in all formats
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
@@ -145,9 +135,8 @@ class Run:
         self._check_config()
         stage, step = self.saved = (self.state["stage"], self.state["step"])
         if damaged:
-            warnings.warn(
-                f"{damaged[0]}; going on from the checkpoint before, {stage} step {step}", stacklevel=3
-            )
+            advice = f"going on from the checkpoint before, {stage} step {step}"
+            warnings.warn(f"{damaged[0]}; {advice}", stacklevel=3)
         rows = read_metrics(self.folder / "metrics.csv")
         self.rows = [row for row in rows if position(row) <= position(self.state)]
 
@@ -180,9 +169,7 @@ class Run:
             self.write("text.safetensors", text)
         self.write("config.json", self.config.to_json().encode())
 
-    def write(
-        self, name: str, content: bytes | Callable[[Path], None], size: int = 0, keep: Path | None = None
-    ):
+    def write(self, name: str, content, size: int = 0, keep: Path | None = None):
         r"""Write a file of the run, as `write_atomically` does."""
         write_atomically(self.folder / name, content, size, keep)
 
@@ -199,10 +186,7 @@ class Run:
         r"""What is saved and how to go on."""
         if not (self.folder / "config.json").exists():
             return "nothing is saved yet; give the command again"
-        saved = "no step is saved yet"
-        if self.saved:
-            stage, step = self.saved
-            saved = f"{stage} step {step} is saved"
+        saved = "{} step {} is saved".format(*self.saved) if self.saved else "no step is saved yet"
         if not self.writes:  # only the main process knows whether it saved
             saved = "what the first process saved stands"
         return f"{saved}; go on with python train.py --resume {self.folder}"
@@ -233,10 +217,9 @@ class Run:
             **more,
         }
         state["sha256"] = digest_of(state)
-        keep = (
-            self.folder / PREVIOUS if self.newest_is_whole else None
-        )  # a damaged state must not replace a whole one
         self.write("metrics.csv", csv_of(self.rows))
+        # a damaged state must not replace the whole one before it
+        keep = self.folder / PREVIOUS if self.newest_is_whole else None
         self.write(STATE, lambda path: save_state(path, state), size_of(state), keep)
         self.newest_is_whole = True
         self.saved = (stage, optimization.step)
@@ -292,7 +275,9 @@ def read_state(path: Path) -> dict:
                 f"expected a state of format {FORMAT} in {path}, got {state['format']}, "
                 "a newer version of ddpm made it; use that"
             )
-        check_fields(state)
+        position(state)  # each field that is read here is there, and of its kind
+        float(state["elapsed"])
+        state["config"].items()
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a cut or foreign file fails in many ways
@@ -302,13 +287,6 @@ def read_state(path: Path) -> dict:
         reason = "it cannot be read" if is_foreign else " ".join(str(error).split())[:100]
         raise Damaged(reason) from None
     return state
-
-
-def check_fields(state: dict):
-    r"""Raise where a field of the state that this file reads is missing or of another kind."""
-    position(state)
-    float(state["elapsed"])
-    state["config"].items()
 
 
 def size_of(value) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from ddpm.celeba.dataset import Pictures
@@ -214,9 +215,8 @@ class VaeStage(Stage):
         if not self.take(train_vae(model, pictures, self.run.config, self.opt, self.session.precision)):
             return False
         if self.run.writes and self.quality(self.held_out)[0] < ENOUGH_PSNR:
-            say(
-                f"warning: below {ENOUGH_PSNR} dB the VAE blurs what the UNet draws; give the first stage more time"
-            )
+            advice = "the VAE blurs what the UNet draws; give the first stage more time"
+            say(f"warning: below {ENOUGH_PSNR} dB {advice}")
         model.latent_scale = measure_latent_scale(encoded(self.session), pictures.rows(TRAIN))
         if self.run.writes:
             model.save_vae(self.run.folder)
@@ -227,14 +227,14 @@ class VaeStage(Stage):
         psnr, ssim = self.quality(self.held_out[:256])
         return {"psnr": f"{psnr:.3f}", "ssim": f"{ssim:.4f}"}
 
-    def quality(self, rows) -> tuple[float, float]:
-        r"""PSNR and SSIM on these pictures, which are said."""
-        self.session.model.vae.eval()
+    def quality(self, rows: np.ndarray) -> tuple[float, float]:
+        r"""Print PSNR and SSIM of these pictures, and return them."""
+        model, pictures, precision = self.session.model, self.session.pictures, self.session.precision
+        model.vae.eval()
         batch = inference_batch(self.batch_size, self.settings.accumulation)
-        psnr, ssim = reconstruction_quality(
-            self.session.model, self.session.pictures, rows, self.session.precision, batch
-        )
-        say(f"vae step {self.opt.step}: held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f} on {len(rows)} pictures")
+        psnr, ssim = reconstruction_quality(model, pictures, rows, precision, batch)
+        figures = f"held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f} on {len(rows)} pictures"
+        say(f"vae step {self.opt.step}: {figures}")
         return psnr, ssim
 
 
@@ -242,48 +242,39 @@ class UnetStage(Stage):
     r"""Second stage: the UNet, on the latents of the VAE."""
 
     def __init__(self, session: Session):
-        model, pictures, config = session.model, session.pictures, session.run.config
+        model, settings = session.model, session.run.config.training
         self.latents = encoded(session)
-        self.held_out = pictures.rows(VALID)[:64]
-        full_captions = {pictures.full_caption(i) for i in self.held_out}
+        self.held_out = session.pictures.rows(VALID)[:64]
+        full_captions = {session.pictures.full_caption(i) for i in self.held_out}
         self.texts = embedded(session, full_captions)
         self.prompts = sorted(full_captions)[:: max(1, len(full_captions) // 16)][:16]
-        super().__init__(
-            session, "unet", model.unet, config.training.lr, config.training.batch_size, ema=True
-        )
+        super().__init__(session, "unet", model.unet, settings.lr, settings.batch_size, ema=True)
         self.more = {"trained_vae": {"weights": model.vae.state_dict(), "latent_scale": model.latent_scale}}
 
     def train(self) -> bool:
         r"""Train; False when it was stopped before its end."""
-        model, pictures, config = self.session.model, self.session.pictures, self.run.config
-        return self.take(
-            train_unet(model, self.latents, self.texts, pictures, config, self.opt, self.session.precision)
-        )
+        model, pictures, precision = self.session.model, self.session.pictures, self.session.precision
+        config = self.run.config
+        return self.take(train_unet(model, self.latents, self.texts, pictures, config, self.opt, precision))
 
     def validate(self) -> dict:
         r"""Also writes both weights and a grid of samples."""
-        model, folder = self.session.model, self.run.folder
+        model, pictures, precision = self.session.model, self.session.pictures, self.session.precision
+        folder, seed = self.run.folder, self.settings.seed
+        batch = inference_batch(self.batch_size, self.settings.accumulation)
         model.unet.eval()
         save_weights(folder / "unet.safetensors", model.unet.state_dict())
         with self.opt.ema.applied(model.unet):
-            losses = loss_by_timestep(
-                model,
-                self.latents,
-                self.texts,
-                self.session.pictures,
-                self.held_out,
-                self.session.precision,
-                seed=self.settings.seed,
-                batch=inference_batch(self.batch_size, self.settings.accumulation),
-            )
+            held_out = (self.latents, self.texts, pictures, self.held_out)
+            losses = loss_by_timestep(model, *held_out, precision, seed=seed, batch=batch)
             save_weights(folder / "ema.safetensors", model.unet.state_dict())
-            self.draw_samples()
+            self.draw_samples(max(1, batch // 2))  # guidance runs the UNet on twice as many
         mean = sum(losses) / len(losses)
         tenths = " ".join(f"{loss:.3f}" for loss in losses)
         say(f"unet step {self.opt.step}: validation loss {mean:.4f}; by tenths of t {tenths}")
         return {"val_loss": f"{mean:.5f}"}
 
-    def draw_samples(self):
+    def draw_samples(self, batch: int):
         r"""A grid of the averaged weights' pictures, always from the same noise and prompts."""
 
         def leave(_):
@@ -292,21 +283,12 @@ class UnetStage(Stage):
             ):  # several processes stop together, after a step
                 self.check_stop()
 
-        half = max(
-            1, inference_batch(self.batch_size, self.settings.accumulation) // 2
-        )  # guidance doubles it
+        seed, precision = self.settings.seed, self.session.precision
         x = self.session.model.sample(
-            self.prompts,
-            seed=self.settings.seed,
-            precision=self.session.precision,
-            callback=leave,
-            batch_size=half,
+            self.prompts, seed=seed, precision=precision, callback=leave, batch_size=batch
         )
-        text = {
-            "prompt": json.dumps(self.prompts),
-            "settings": "dpm++, 20 steps, guidance 3, EMA",
-            "step": str(self.opt.step),
-        }
+        text = {"prompt": json.dumps(self.prompts), "settings": "dpm++, 20 steps, guidance 3, EMA"}
+        text["step"] = str(self.opt.step)
         path = self.run.folder / "samples" / f"step_{self.opt.step:06d}.png"
         save_png(path, labelled_grid(x, self.prompts, 8), text)
 
@@ -325,21 +307,12 @@ def encoded(session: Session) -> Latents:
 
 def embedded(session: Session, full_captions: set[str]) -> Texts:
     r"""The states of all training captions and of these."""
-    settings, pictures = session.run.config.training, session.pictures
-    captions = {
-        pictures.caption(i, settings.seed, variant)
-        for i in pictures.rows(TRAIN)
-        for variant in range(settings.caption_variants)
-    }
+    settings, pictures, tower = session.run.config.training, session.pictures, session.model.text
+    variants = [(i, v) for i in pictures.rows(TRAIN) for v in range(settings.caption_variants)]
+    captions = full_captions | {pictures.caption(i, settings.seed, v) for i, v in variants}
+    limit_gb = settings.text_cache_gb
     with session.group.main_process_first():
-        texts = Texts(
-            session.cache,
-            session.model.text,
-            captions | full_captions,
-            session.precision,
-            settings.text_cache_gb,
-            progress_bar,
-        )
+        texts = Texts(session.cache, tower, captions, session.precision, limit_gb, progress_bar)
     if not texts.cached:
         say("the captions need more than --text-cache-gb: they go through the text tower at every step")
     return texts
