@@ -355,7 +355,7 @@ FOLDERS = {  # what is in the folder `data` -> the folder that is opened -> what
 
 @pytest.mark.parametrize(
     "files, path, parts",
-    [(files, path, parts) for files, told in FOLDERS.items() for path, parts in told.items()],
+    [(files, path, parts) for files, paths in FOLDERS.items() for path, parts in paths.items()],
 )
 def test_a_folder_that_is_no_data_says_what_is_in_it(tmp_path, files, path, parts):
     (tmp_path / "data").mkdir()

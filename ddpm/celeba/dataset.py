@@ -3,6 +3,7 @@ r"""A data set ready to train on: every picture decoded or drawn once, into a me
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Pictures:
         pixels: (N, S, S, 3) uint8, memory-mapped; a row of zeros where the picture could not be read.
         good: (N,) bool, whether the picture could be read.
         split: (N,) uint8, 0 train, 1 valid, 2 test.
-        attributes: (N, 40) uint8, or None where the data came with captions.
+        attributes: (N, 40) uint8, or None where the data has captions.
         captions: one sentence a picture, or None.
         bad: (file, reason) of what was skipped.
         key: names this very data in other caches.
@@ -144,20 +145,14 @@ def photographs(
     if path.exists() and not listing.exists():  # in this order: the listing is written first
         path.unlink(missing_ok=True)
     pixels = cached_array(path, (len(table), size, size, 3), np.uint8, decode)
-    try:
-        bad = tuple((name, reason) for name, reason in parse_json(listing.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"expected skipped pictures and reasons in {listing}, got {error}; delete the file"
-        ) from None
+    bad = _read_bad(listing)
     _check_bad(table, bad, max_bad)
-    skipped = {name for name, _ in bad}
+    skipped = dict(bad)
     good = np.array([name not in skipped for name in table.files])
     pictures = Pictures(pixels, good, table.split, table.attributes, table.captions, bad, key)
     if not len(pictures.rows(TRAIN)):
-        raise UserError(
-            f"expected pictures of the train split in {table.root}, found none; see the split or partition file"
-        )
+        advice = "see the split or partition file"
+        raise UserError(f"expected pictures of the train split in {table.root}, found none; {advice}")
     return pictures
 
 
@@ -189,7 +184,17 @@ def _decode(
     return bad
 
 
-def _check_bad(table: ImageTable, bad: list | tuple, max_bad: float):
+def _read_bad(listing: Path) -> tuple[tuple[str, str], ...]:
+    try:
+        return tuple(
+            (str(name), str(reason)) for name, reason in parse_json(listing.read_text(encoding="utf-8"))
+        )
+    except (ValueError, TypeError) as error:
+        expected = f"skipped pictures and reasons in {listing}"
+        raise UserError(f"expected {expected}, got {error}; delete the file") from None
+
+
+def _check_bad(table: ImageTable, bad: Sequence[tuple[str, str]], max_bad: float):
     if len(bad) > max_bad * len(table):
         few = ", ".join(f"{name} ({reason})" for name, reason in bad[:3])
         raise UserError(

@@ -1,6 +1,6 @@
 r"""Drawn faces: a data set that needs no download, in CelebA's attribute names.
 
-    python -m ddpm.celeba.faces FOLDER --count 4000      writes what `train.py --data drawn` trains on
+    python -m ddpm.celeba.faces FOLDER --count 8000      writes what `train.py --data drawn` trains on
 
 A face is drawn by Pillow four times too large and then averaged down, so that its edges are soft. Each attribute of a
 caption is drawn large, as in a caricature, so that it can still be seen at 64 x 64 and behind a VAE. Everything that
