@@ -25,49 +25,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, refusal_of
-from hypothesis import HealthCheck, Phase, given, settings
+from conftest import refusal_of
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
 
 import sample
 import train
-from ddpm.celeba.captions import ATTRIBUTES, parse
 from ddpm.celeba.faces import write_celeba
 from ddpm.celeba.images import BadImage, read_image
 from ddpm.celeba.lists import open_table
 from ddpm.celeba.sheets import MAX_BYTES
-from ddpm.config import TEXT_FILE, Config, ModelConfig, add_flags, given_flags, parameters
+from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig, parameters
 from ddpm.export import __main__ as export
+from ddpm.export.diffusers_folder import SETTINGS as SETTINGS_FILES
+from ddpm.export.diffusers_folder import TEXT_WEIGHTS, UNET_WEIGHTS, VAE_WEIGHTS
 from ddpm.model import TextToImage, networks
 from ddpm.text import TextTower
-from ddpm.tools import command as cli
 from ddpm.tools import text_weights
 from ddpm.tools.arrays import cached_array
+from ddpm.tools.command import Parser, exit_code, say
 from ddpm.tools.errors import UserError
-from ddpm.tools.grids import labelled_grid, save_png
-from ddpm.training.run import COLUMNS, Damaged, Run, read_metrics, read_state
+from ddpm.tools.grids import save_png
+from ddpm.training.run_folder import COLUMNS, Damaged, read_metrics, read_state
 
 ROOT = Path(__file__).parents[1]
-QUICK = [
-    "--preset",
-    "tiny",
-    "--image-size",
-    "16",
-    "--channels",
-    "32,32",
-    "--drawn-images",
-    "40",
-    "--device",
-    "cpu",
-]
-QUICK += ["--precision", "fp32", "--max-steps", "2"]
+QUICK = "--preset tiny --image-size 16 --channels 32,32 --drawn-images 40 --device cpu --precision fp32 --max-steps 2"
+QUICK = QUICK.split()
+
+
+def slow_but_first(cases):
+    r"""The cases for parametrize, of which the default run takes the first."""
+    return [pytest.param(case, marks=[pytest.mark.slow] if i else []) for i, case in enumerate(cases)]
 
 
 @pytest.fixture(autouse=True)
 def one_tower(tower, monkeypatch):
-    monkeypatch.setattr(text_weights, "random_tower", (lambda: tower))
+    monkeypatch.setattr(text_weights, "random_tower", lambda: tower)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +70,14 @@ def trained(tmp_path_factory, tower):
     home = tmp_path_factory.mktemp("runs")
     text_weights.save_tower(tower, home / "mine.safetensors")
     arguments = [*QUICK, "--text-weights", str(home / "mine.safetensors"), "--out", str(home / "run")]
-    assert cli.exit_code(train.main, arguments) == 0
+    assert exit_code(train.main, arguments) == 0
     (home / "mine.safetensors").unlink()
     return home / "run"
 
 
 @pytest.fixture(scope="module")
 def exported(trained):
-    assert cli.exit_code(export.main, [str(trained), str(trained.parent / "diffusers")]) == 0
+    assert exit_code(export.main, [str(trained), str(trained.parent / "diffusers")]) == 0
     return trained.parent / "diffusers"
 
 
@@ -102,22 +96,28 @@ def replace(path, content: bytes):
     path.write_bytes(content)
 
 
+def change_config(folder, section, **values):
+    content = json.loads((folder / "config.json").read_text())
+    content[section].update(values)
+    replace(folder / "config.json", json.dumps(content).encode())
+
+
 def refused(capsys, main, *arguments) -> str:
     r"""The one printable line, after the lines of progress, with which the command ends in exit code 2."""
     capsys.readouterr()
     try:
-        code = cli.exit_code(main, [str(a) for a in arguments])
+        code = exit_code(main, [str(a) for a in arguments])
     except SystemExit as exit_:
         code = exit_.code
     out, err = capsys.readouterr()
-    told = err.strip("\n").split("\n")[-1]
+    refusal = err.strip("\n").split("\n")[-1]
     assert code == 2, (out, err)
-    assert told.startswith("error: ") and "Traceback" not in err
+    assert refusal.startswith("error: ") and "Traceback" not in err
     assert all(line.isprintable() for line in (out + err).split("\n"))
-    return told
+    return refusal
 
 
-# ------------------------------------------------------------------------------------------ payloads
+# ---------------------------------------------------------------------------------------- payloads
 
 
 class Trap:
@@ -136,102 +136,98 @@ def to_bytes(write) -> bytes:
     return buffer.getvalue()
 
 
-def as_npy(trap):
-    return to_bytes(lambda to: np.save(to, np.array([trap], dtype=object), allow_pickle=True))
+def torch_file(content, zipped=True):
+    return to_bytes(lambda to: torch.save({"weight": content}, to, _use_new_zipfile_serialization=zipped))
 
 
-def as_npz(trap):
-    return to_bytes(lambda to: np.savez(to, a=np.array([trap], dtype=object)))
-
-
-def as_torch(trap, zipped=True):
-    return to_bytes(lambda to: torch.save({"weight": trap}, to, _use_new_zipfile_serialization=zipped))
-
-
-def as_tar(trap):
+def torch_tar(content):
     r"""What torch wrote before version 0.1.10."""
 
     def write(to):
         with tarfile.open(fileobj=to, mode="w") as tar:
             for name in ("sys_info", "pickle", "storages", "tensors"):
                 member = tarfile.TarInfo(name)
-                member.size = len(content := pickle.dumps(trap, 2))
-                tar.addfile(member, io.BytesIO(content))
+                member.size = len(pickled := pickle.dumps(content, 2))
+                tar.addfile(member, io.BytesIO(pickled))
 
     return to_bytes(write)
+
+
+def array_file(content, save=np.save):
+    return to_bytes(lambda to: save(to, np.array([content], dtype=object)))
 
 
 PAYLOADS = {
     "pickle": lambda trap: pickle.dumps(trap, 2),
     "pickle as text": lambda trap: pickle.dumps(trap, 0),
     "pickle of a state": lambda trap: pickle.dumps({"weight": trap}, 4),
-    "torch zip": as_torch,
-    "torch legacy": lambda trap: as_torch(trap, zipped=False),
-    "torch tar": as_tar,
-    "npy of objects": as_npy,
-    "npz of objects": as_npz,
+    "torch zip": torch_file,
+    "torch legacy": lambda trap: torch_file(trap, zipped=False),
+    "torch tar": torch_tar,
+    "npy of objects": array_file,
+    "npz of objects": lambda trap: array_file(trap, np.savez),
 }
-TRUSTING = {
-    "torch zip": lambda path: torch.load(path, weights_only=False),
-    "torch legacy": lambda path: torch.load(path, weights_only=False),
-    "torch tar": lambda path: torch.load(path, weights_only=False),
-    "npy of objects": lambda path: np.load(path, allow_pickle=True),
-    "npz of objects": lambda path: np.load(path, allow_pickle=True)["a"],
-}
+
+
+def read_trustingly(payload, path):
+    if payload.startswith("torch"):
+        torch.load(path, weights_only=False)
+    elif payload.startswith("np"):
+        content = np.load(path, allow_pickle=True)
+        [content[name] for name in getattr(content, "files", [])]
+    else:
+        pickle.loads(path.read_bytes())
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_every_payload_fires_where_it_is_trusted(payload, tmp_path):
     (tmp_path / "file").write_bytes(PAYLOADS[payload](Trap(tmp_path / "mark")))
     with contextlib.suppress(Exception):  # what comes out is no state, but by then it is too late
-        TRUSTING.get(payload, lambda path: pickle.loads(path.read_bytes()))(tmp_path / "file")
+        read_trustingly(payload, tmp_path / "file")
     assert (tmp_path / "mark").exists()
 
 
-# a file of a run folder -> the commands that read it
-RUN_FILES = {
-    "config.json": [(sample.main, "a man", "--model"), (train.main, "--resume"), (export.main, "OUT")],
-    "vae.safetensors": [(sample.main, "a man", "--model"), (export.main, "OUT")],
-    "ema.safetensors": [(sample.main, "a man", "--model"), (export.main, "OUT")],
-    "unet.safetensors": [(sample.main, "a man", "--weights", "unet", "--model")],
-    "text.safetensors": [(sample.main, "a man", "--model"), (train.main, "--resume"), (export.main, "OUT")],
-    "state.pt": [(train.main, "--resume")],
+COMMANDS = {
+    "sample": lambda run, out: (sample.main, "a man", "--model", run),
+    "sample the last weights": lambda run, out: (sample.main, "a man", "--weights", "unet", "--model", run),
+    "resume": lambda run, out: (train.main, "--resume", run),
+    "export": lambda run, out: (export.main, run, out),
+}
+READERS = {  # a file of a run folder -> the commands that read it
+    "config.json": ("sample", "resume", "export"),
+    "vae.safetensors": ("sample", "export"),
+    "ema.safetensors": ("sample", "export"),
+    "unet.safetensors": ("sample the last weights",),
+    "text.safetensors": ("sample", "resume", "export"),
+    "state.pt": ("resume",),
 }
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
-@pytest.mark.parametrize("name", RUN_FILES)
+@pytest.mark.parametrize("payload", slow_but_first(PAYLOADS))
+@pytest.mark.parametrize("name", READERS)
 def test_a_payload_in_a_run_folder_executes_nothing(name, payload, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for path in [run / name, *run.glob("state.previous.pt")] if name == "state.pt" else [run / name]:
-        replace(path, PAYLOADS[payload](Trap(tmp_path / "mark")))
-    for main, *arguments in RUN_FILES[name]:
-        arguments = ["--weights=ema", run, "out"] if main is export.main else [*arguments, run]
-        assert name in refused(capsys, main, *arguments)
+    replace(run / name, PAYLOADS[payload](Trap(tmp_path / "mark")))
+    if name == "state.pt":
+        shutil.copy(run / name, run / "state.previous.pt")
+    for reader in READERS[name]:
+        assert name in refused(capsys, *COMMANDS[reader](run, "out"))
     assert not (tmp_path / "mark").exists()
     assert not list(tmp_path.glob("*.png")) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_a_payload_for_metrics_executes_nothing(payload, run, tmp_path):
-    replace(run / "metrics.csv", PAYLOADS[payload](Trap(tmp_path / "mark")))
-    with contextlib.suppress(ValueError):
-        Run(run, Config.read(run / "config.json"), True, 0.0)
+def test_a_payload_for_metrics_executes_nothing(payload, tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(PAYLOADS[payload](Trap(tmp_path / "mark")))
+    with contextlib.suppress(UserError):
+        read_metrics(tmp_path / "metrics.csv")
     assert not (tmp_path / "mark").exists()
 
 
-DIFFUSERS_FILES = (
-    "unet/config.json",
-    "vae/config.json",
-    "text_encoder/config.json",
-    "scheduler/scheduler_config.json",
-    "tokenizer/tokenizer_config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-)
+DIFFUSERS_FILES = [*SETTINGS_FILES, UNET_WEIGHTS, VAE_WEIGHTS, TEXT_WEIGHTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.mark.parametrize("name", DIFFUSERS_FILES)
 def test_a_payload_in_a_diffusers_folder_executes_nothing(name, payload, exported, tmp_path, capsys):
@@ -241,7 +237,7 @@ def test_a_payload_in_a_diffusers_folder_executes_nothing(name, payload, exporte
     assert not (tmp_path / "mark").exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("payload", slow_but_first(PAYLOADS))
 @pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "w.pt", "w.npy"])
 def test_a_payload_as_text_weights_executes_nothing(name, payload, tmp_path, capsys):
     (tmp_path / name).write_bytes(PAYLOADS[payload](Trap(tmp_path / "mark")))
@@ -250,17 +246,11 @@ def test_a_payload_as_text_weights_executes_nothing(name, payload, tmp_path, cap
     assert not (tmp_path / "mark").exists()
 
 
-LISTS = (
-    "list_attr_celeba.txt",
-    "list_attr_celeba.csv",
-    "captions.csv",
-    "metadata.csv",
-    "metadata.jsonl",
-    "any.csv",
-)
+LISTS = ["list_attr_celeba.txt", "list_attr_celeba.csv", "captions.csv", "metadata.csv"]
+LISTS += ["metadata.jsonl", "any.csv"]
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("payload", slow_but_first(PAYLOADS))
 @pytest.mark.parametrize("name", [*LISTS, "list_eval_partition.txt", "1.png"])
 def test_a_payload_in_a_data_folder_executes_nothing(name, payload, tmp_path, capsys):
     data = tmp_path / "data"
@@ -284,46 +274,35 @@ def test_a_payload_in_a_cache_executes_nothing(payload, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.slow
 def test_the_commands_refuse_a_payload_in_every_cache(trained, run, tmp_path, capsys):
     caches = sorted((trained.parent / "cache").glob("*.npy"))
     assert [path.name.split("-")[0] for path in caches] == ["latents", "pictures", "texts"]
     for path in caches:
         cache = linked(trained.parent / "cache", tmp_path / path.stem)
-        replace(cache / path.name, as_npy(Trap(tmp_path / "mark")))
-        told = refused(
-            capsys, train.main, "--resume", run, "--max-steps", 3, "--cache", cache, "--device", "cpu"
-        )
-        assert path.name in told and "delete the file" in told
+        replace(cache / path.name, array_file(Trap(tmp_path / "mark")))
+        resume = ("--resume", run, "--max-steps", 3, "--cache", cache, "--device", "cpu")
+        refusal = refused(capsys, train.main, *resume)
+        assert path.name in refusal and "delete the file" in refusal
     assert not (tmp_path / "mark").exists()
 
 
-# --------------------------------------------------------------------------- paths and names inside files
+# -------------------------------------------------------------------- paths and names inside files
 
 
-OUTSIDE = [
-    "/etc/passwd",
-    "../secret.safetensors",
-    "../../secret",
-    r"\\evil\share\w",
-    r"C:\w.pt",
-    "a/b",
-    "w.pt",
-    "",
-    ".",
-]
+OUTSIDE = ["/etc/passwd", "../secret.safetensors", r"\\evil\share\w", r"C:\w.pt", "a/b", "w.pt", "", "."]
 
 
 @pytest.mark.parametrize("weights", OUTSIDE)
-def test_a_configuration_cannot_name_text_weights_outside_its_folder(
-    weights, run, tmp_path, capsys, monkeypatch
-):
-    (run / TEXT_FILE).rename(tmp_path / "secret.safetensors")  # it would load, if it were let
-    change_config(run, "model", text_weights=weights)
-    monkeypatch.setattr(TextTower, "from_file", classmethod(lambda *a, **k: pytest.fail("a file was read")))
-    for main, *arguments in RUN_FILES["config.json"]:
-        arguments = [run, tmp_path / "out"] if main is export.main else [*arguments, run]
-        told = refused(capsys, main, *arguments)
-        assert "text_weights" in told and TEXT_FILE in told
+def test_a_configuration_cannot_name_text_weights_outside_its_folder(weights, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "secret.safetensors").touch()
+    values = json.loads(Config.from_preset("tiny").to_json())
+    values["model"]["text_weights"] = weights
+    (run / "config.json").write_text(json.dumps(values))
+    refusal = refusal_of(Config.read, run / "config.json")
+    assert "text_weights" in refusal and TEXT_FILE in refusal
 
 
 def test_the_runs_own_text_weights_go_before_any_path(run, tower):
@@ -332,14 +311,14 @@ def test_the_runs_own_text_weights_go_before_any_path(run, tower):
     assert text_weights.fingerprint(loaded.text) == text_weights.fingerprint(tower)
 
 
-def test_a_bare_word_is_a_tag_whatever_file_has_its_name(tmp_path, monkeypatch, tower):
+def test_a_bare_word_is_a_tag_whatever_file_has_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text_weights.save_tower(tower, tmp_path / "openai")
-    monkeypatch.setattr(TextTower, "from_tag", classmethod(lambda cls, tag: f"tag {tag}"))
+    (tmp_path / "openai").touch()
+    monkeypatch.setattr(text_weights, "tower_from_tag", lambda tag: f"tag {tag}")
     assert text_weights.named_tower("openai") == "tag openai"
     assert (
         text_weights.named_tower("./openai.pt") == "tag ./openai.pt"
-    )  # no such file: told with the known tags
+    )  # no such file: refused with the known tags
 
 
 def test_a_model_is_loaded_without_a_look_at_the_data_it_was_trained_on(run, monkeypatch):
@@ -358,21 +337,16 @@ def test_a_list_cannot_name_a_picture_outside_its_folder(name, kind, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     row = json.dumps({"file": name, "caption": "a man"})
     (data / f"metadata.{kind}").write_text(row if kind == "jsonl" else f"file,caption\n{name},a man\n")
-    told = refusal_of(lambda: open_table(data))
-    assert "a path inside the folder" in told
+    assert "a path inside the folder" in refusal_of(open_table, data)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-@pytest.mark.parametrize("name", RUN_FILES)
-def test_a_pipe_under_a_name_of_a_run_is_not_waited_for(name, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name", ["config.json", "vae.safetensors", "ema.safetensors"])
+def test_a_pipe_under_a_name_of_a_run_is_not_waited_for(name, run, tmp_path, capsys):
     (run / name).unlink()
     os.mkfifo(run / name)
-    if name in ("text.safetensors", "state.pt"):  # no file of that name: the run is one without it
-        return
-    for main, *arguments in RUN_FILES[name]:
-        arguments = [run, "out"] if main is export.main else [*arguments, run]
-        assert name in refused(capsys, main, *arguments)
+    for reader in READERS[name]:
+        assert name in refused(capsys, *COMMANDS[reader](run, tmp_path / "out"))
 
 
 def test_what_a_link_leads_to_is_not_told(run, tmp_path, capsys, monkeypatch):
@@ -384,14 +358,7 @@ def test_what_a_link_leads_to_is_not_told(run, tmp_path, capsys, monkeypatch):
         assert "swordfish" not in refused(capsys, sample.main, "a man", "--model", run)
 
 
-def change_config(folder, section, **values):
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    content[section].update(values)
-    replace(path, json.dumps(content).encode())
-
-
-# ----------------------------------------------------------------------------------- settings as JSON
+# ---------------------------------------------------------------------- settings as JSON
 
 
 GOOD = Config.from_preset("tiny").to_json()
@@ -413,7 +380,10 @@ SETTINGS = {
     "escape codes as a name": (GOOD.replace('"seed": 0', r'"\u001b[2Jseed": 0'), r"unknown settings"),
     "escape codes as a preset": (GOOD.replace('"preset": "tiny"', r'"preset": "\u001b[2J"'), "preset"),
     "a preset of a list": (GOOD.replace('"preset": "tiny"', '"preset": []'), "preset"),
-    "a width of 10^9": (GOOD.replace('"channels": [', '"channels": [1000000000,'), "widths up to 4096"),
+    "a width of 10^9": (
+        GOOD.replace('"channels": [', '"channels": [1000000000,'),
+        "channels of at most 4096",
+    ),
     "64 ResBlocks of giant widths": (
         json.dumps({"format": 1, "training": {}, "model": {"channels": [4096] * 6, "res_blocks": 64}}),
         "a model of at most 1,000,000,000 parameters",
@@ -424,14 +394,14 @@ SETTINGS = {
     ),
     "timesteps": (
         GOOD.replace('"timesteps": 1000', '"timesteps": 1000000000'),
-        "timesteps from 30 to 100000",
+        "timesteps of at most 100000",
     ),
     "wordings": (
-        GOOD.replace('"caption_variants": 1', '"caption_variants": 1000000000000'),
-        "caption_variants of at",
+        GOOD.replace('"caption_variants": 1', f'"caption_variants": {10**12}'),
+        "caption_variants of at most",
     ),
     "drawn faces": (
-        GOOD.replace('"drawn_images": 128', '"drawn_images": 1000000000000'),
+        GOOD.replace('"drawn_images": 128', f'"drawn_images": {10**12}'),
         "drawn_images of at most",
     ),
 }
@@ -439,12 +409,12 @@ SETTINGS = {
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_hostile_configuration_is_refused_in_one_printable_line(case, tmp_path):
-    content, told = SETTINGS[case]
+    content, expected = SETTINGS[case]
     path = tmp_path / "config.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    line = refusal_of(lambda: Config.read(path))
-    assert told in line
-    assert line.isprintable() and len(line) < 2500
+    refusal = refusal_of(Config.read, path)
+    assert expected in refusal
+    assert refusal.isprintable() and len(refusal) < 2500
 
 
 def test_a_byte_order_mark_before_the_settings_is_no_harm(tmp_path):
@@ -460,23 +430,25 @@ def test_the_parameters_are_counted_within_a_factor_of_two(preset):
     assert count / 2 < parameters(config) < count * 2
 
 
+ABSURD = [
+    ("vae", "block_out_channels", [32] * 100_000),  # the picture's side would have 30,000 digits
+    ("unet", "block_out_channels", [32] * 100_000),
+    ("unet", "block_out_channels", [10**9, 10**9]),
+    ("unet", "block_out_channels", [4096] * 6),
+    ("unet", "layers_per_block", 10**6),
+    ("unet", "sample_size", 1e300),
+]
+
+
+@pytest.mark.slow
 def test_a_diffusers_folder_may_not_ask_for_an_absurd_model(exported, tmp_path, capsys):
-    for i, (part, key, value) in enumerate(
-        (
-            ("vae", "block_out_channels", [32] * 100_000),  # the picture's side would have 30,000 digits
-            ("unet", "block_out_channels", [32] * 100_000),
-            ("unet", "block_out_channels", [10**9, 10**9]),
-            ("unet", "block_out_channels", [4096] * 6),
-            ("unet", "layers_per_block", 10**6),
-            ("unet", "sample_size", 1e300),
-        )
-    ):
+    for i, (part, key, value) in enumerate(ABSURD):
         path = linked(exported, tmp_path / str(i)) / part / "config.json"
         replace(path, json.dumps(json.loads(path.read_text()) | {key: value}).encode())
         refused(capsys, export.main, "--reverse", tmp_path / str(i), tmp_path / "out")
 
 
-# ------------------------------------------------------------------------------- sizes, before memory is taken
+# ------------------------------------------------------------------- sizes, before memory is taken
 
 
 def chunk(kind, content):
@@ -485,13 +457,8 @@ def chunk(kind, content):
 
 def png(width, height, *chunks):
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + head
-        + b"".join(chunks)
-        + chunk(b"IDAT", zlib.compress(bytes(8 * 25)))
-        + chunk(b"IEND", b"")
-    )
+    parts = [head, *chunks, chunk(b"IDAT", zlib.compress(bytes(8 * 25))), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def deflated(megabytes):
@@ -499,52 +466,10 @@ def deflated(megabytes):
     return b"".join([packer.compress(bytes(2**20)) for _ in range(megabytes)] + [packer.flush()])
 
 
-def riff(width, height):
-    r"""A WebP whose canvas is of any size, an animation of one frame of 16 x 16."""
-    inner = to_bytes(lambda to: Image.new("RGB", (16, 16)).save(to, "WEBP", lossless=True))[12:]
-    three = lambda n: struct.pack("<I", n)[:3]  # noqa: E731
-    frame = three(0) * 2 + three(15) * 2 + three(100) + b"\0" + inner
-    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\2\0\0\0" + three(width - 1) + three(height - 1)
-    body += b"ANIM" + struct.pack("<IIH", 6, 0, 0) + b"ANMF" + struct.pack("<I", len(frame)) + frame
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def claims(fmt, places, width, height):
-    r"""A picture of 16 x 16 whose header says another size; `places` are (offset, struct format, value)."""
-    content = bytearray(to_bytes(lambda to: Image.new("RGB", (16, 16)).save(to, fmt)))
-    for place, kind, value in places(content, width, height):
-        struct.pack_into(kind, content, place, value)
-    return bytes(content)
-
-
-def jpeg_places(content, width, height):
-    start = content.index(b"\xff\xc0")
-    return [(start + 5, ">H", height), (start + 7, ">H", width)]
-
-
-def gif_places(content, width, height):
-    frame = content.index(b"\x2c", 13)
-    return [(6, "<H", width), (8, "<H", height), (frame + 5, "<H", width), (frame + 7, "<H", height)]
-
-
-def bmp_places(content, width, height):
-    return [(18, "<i", width), (22, "<i", height)]
-
-
-def tiff(width, height):
-    r"""Uncompressed, one strip of nothing."""
-    tags = [
-        (256, 4, 1, width),
-        (257, 4, 1, height),
-        (258, 3, 1, 8),
-        (259, 3, 1, 1),
-        (262, 3, 1, 1),
-        (273, 4, 1, 8),
-        (278, 4, 1, height),
-        (279, 4, 1, 8),
-    ]
-    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+def claims(fmt, kind, side):
+    r"""A picture of 263 x 263 whose header says another size."""
+    content = to_bytes(lambda to: Image.new("RGB", (263, 263)).save(to, fmt))
+    return content.replace(struct.pack(kind, 263, 263), struct.pack(kind, side, side))
 
 
 TEXT_BOMB = deflated(200)
@@ -556,16 +481,12 @@ PICTURES = {
     "PNG with a thousand texts": png(
         8, 8, *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**20 - 1)))] * 1000
     ),
-    "JPEG": claims("JPEG", jpeg_places, 65_500, 65_500),
-    "JPEG of 64 megapixels": claims("JPEG", jpeg_places, 8000, 8000),
-    "GIF": claims("GIF", gif_places, 65_535, 65_535),
-    "GIF of 64 megapixels": claims("GIF", gif_places, 8000, 8000),
-    "BMP": claims("BMP", bmp_places, 60_000, 60_000),
-    "BMP of 64 megapixels": claims("BMP", bmp_places, 8000, 8000),
-    "WebP": riff(16_383, 16_383),
-    "WebP of the largest canvas": riff(65_535, 65_535),
-    "TIFF": tiff(60_000, 60_000),
-    "TIFF of 64 megapixels": tiff(8000, 8000),
+    "JPEG": claims("JPEG", ">HH", 65_500),
+    "JPEG of 64 megapixels": claims("JPEG", ">HH", 8000),
+    "GIF": claims("GIF", "<HH", 65_535),
+    "GIF of 64 megapixels": claims("GIF", "<HH", 8000),
+    "BMP": claims("BMP", "<ii", 60_000),
+    "BMP of 64 megapixels": claims("BMP", "<ii", 8000),
 }
 
 
@@ -604,15 +525,14 @@ WEIGHTS = {
 
 def torch_bomb(to):
     r"""A torch file, deflated: 500 MB of zeros in 500 KB."""
-    plain = to_bytes(lambda buffer: torch.save({"token_embedding.weight": torch.ones(25)}, buffer))
-    with (
-        zipfile.ZipFile(io.BytesIO(plain)) as source,
-        zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as target,
-    ):
-        for entry in source.infolist():
-            with target.open(entry.filename, "w") as out:
-                for _ in range(500 if entry.filename.endswith("data/0") else 1):
-                    out.write(bytes(2**20) if entry.filename.endswith("data/0") else source.read(entry))
+    plain = zipfile.ZipFile(
+        io.BytesIO(to_bytes(lambda to: torch.save({"token_embedding.weight": torch.ones(25)}, to)))
+    )
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in plain.namelist():
+            with file.open(name, "w") as out:
+                for part in [bytes(2**20)] * 500 if name.endswith("data/0") else [plain.read(name)]:
+                    out.write(part)
 
 
 def sparse_state(to):
@@ -631,7 +551,6 @@ TEXTS = {  # states of text weights, each of which torch's own reader lets pass 
     "sparse": sparse_state,
     "an enormous bytearray": BYTEARRAY,
 }
-
 HEADER = "{'descr': '%s', 'fortran_order': False, 'shape': %s, }"
 
 
@@ -663,11 +582,6 @@ LINES = {
     "1e999 in jsonl": ("metadata.jsonl", b'{"file": "a.png", "text": 1e999}'),
     "NUL": ("captions.csv", b"file,caption\na.png,a\0man\n"),
     "UTF-16 without its mark": ("captions.csv", "file,caption\na.png,a man\n".encode("utf-16-le")),
-    "half a pair in UTF-16": (
-        "captions.csv",
-        "file,caption\na.png,\ud800\n".encode("utf-16", "surrogatepass"),
-    ),
-    "latin-1": ("captions.csv", "file,caption\na.png,Ren\xe9\n".encode("latin-1")),
     "escape codes": ("captions.csv", b"file,\x1b[2Jcaption\x07\na.png,\x1b]0;title\x07\n"),
 }
 
@@ -676,15 +590,17 @@ CHILD = r"""
 import json, re, resource, sys, warnings
 from pathlib import Path
 import numpy as np
-from ddpm.cache import cached_array
-from ddpm.config import Config, UserError
-from ddpm.data import BadImage, open_table, read_image
+from ddpm.celeba.images import BadImage, read_image
+from ddpm.celeba.lists import open_table
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
+from ddpm.tools import text_weights
+from ddpm.tools.arrays import cached_array
+from ddpm.tools.errors import UserError
 
 warnings.simplefilter("ignore")
-text_weights.random_tower = lambda: TOWER
 TOWER = TextTower()
+text_weights.random_tower = lambda: TOWER
 home = Path(sys.argv[1])
 readers = {
     "pictures": lambda p: read_image(p, 16),
@@ -703,12 +619,12 @@ for kind, read in readers.items():
         before = status("VmRSS")
         try:
             read(path)
-            told = "not refused"
+            answer = "not refused"
         except (UserError, BadImage) as error:
-            told = "refused: " + str(error)
+            answer = "refused: " + str(error)
         except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-        print(json.dumps([kind, path.name, told, (status("VmHWM") - before) / 1024]), flush=True)
+            answer = f"{type(error).__name__}: {error}"
+        print(json.dumps([kind, path.name, answer, (status("VmHWM") - before) / 1024]), flush=True)
 """
 
 
@@ -745,35 +661,42 @@ def lay_out(home, trained) -> int:
     return len(PICTURES) + len(ARRAYS) + len(TEXTS) + 4 * len(WEIGHTS) + 2 + len(LINES) + 3
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="limits the memory by what Linux tells"
-)
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="limits the memory as Linux allows to")
 def test_what_claims_to_be_large_is_refused_in_little_memory(trained, tmp_path):
     r"""Every case in one process that may take 1 GiB of addresses; a list of 100 MB is read before its lines are."""
     cases = lay_out(tmp_path, trained)
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, tmp_path, str(2**30)], cwd=ROOT, capture_output=True, text=True
-    )
+    child = [sys.executable, "-c", CHILD, tmp_path, str(2**30)]
+    done = subprocess.run(child, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(told) == cases
-    for kind, name, answer, grown in told:
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == cases
+    for kind, name, answer, grown in answers:
+        most = 400 if "100 MB" in name else 200 if "tensors" in name else 120
         assert answer.startswith("refused: ") and answer.isprintable(), (kind, name, answer)
-        assert grown < (400 if "100 MB" in name else 200 if "tensors" in name else 120), (
-            kind,
-            name,
-            answer,
-            grown,
-        )
+        assert grown < most, (kind, name, answer, grown)
+
+
+@pytest.mark.parametrize("case", ["10^12 elements", "a header of 2^63 bytes", "100,000 tensors"])
+def test_weights_that_claim_to_be_large_are_refused(case, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(WEIGHTS[case])
+    assert "w.safetensors" in refusal_of(text_weights.named_tower, str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_a_picture_that_claims_to_be_large_is_refused(case, tmp_path):
+    (tmp_path / "x").write_bytes(PICTURES[case])
+    with pytest.raises(BadImage):
+        read_image(tmp_path / "x", 16)
 
 
 def test_a_list_beyond_its_limit_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path / "captions.csv", "wb") as file:
         file.truncate(MAX_BYTES + 1)
-    assert "a list of at most 128 MiB" in refusal_of(lambda: open_table(tmp_path))
+    assert "a list of at most 128 MiB" in refusal_of(open_table, tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# ----------------------------------------------------------------------------------------- prompts
 
 
 PROMPTS = {
@@ -800,32 +723,26 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("case", PROMPTS)
+@pytest.mark.parametrize("case", slow_but_first(PROMPTS))
 def test_a_strange_prompt_draws_a_picture_and_names_no_file(case, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     prompt = PROMPTS[case]
-    common = ["--model", str(run), "--steps", "1", "--guidance", "1", "--device", "cpu"]
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     for out in ("grid.png", "folder"):
-        assert cli.exit_code(sample.main, [prompt, *common, "--out", out, "--negative", prompt]) == 0
-    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} - {
-        path.relative_to(tmp_path).as_posix() for path in before
-    }
+        arguments = [prompt, "--model", str(run), "--steps", "1", "--guidance", "1", "--device", "cpu"]
+        assert exit_code(sample.main, [*arguments, "--out", out, "--negative", prompt]) == 0
+    made = {path.relative_to(tmp_path).as_posix() for path in set(tmp_path.rglob("*")) - before}
     assert made == {"grid.png", "folder", "folder/0000.png"}
     shown = capsys.readouterr()
     assert all(line.isprintable() for line in (shown.out + shown.err).replace("\r", "\n").split("\n"))
     with Image.open("grid.png") as grid, Image.open("folder/0000.png") as single:
         grid.load(), single.load()
         assert json.loads(grid.text["prompt"]) == [prompt]
-        expected = prompt.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
-        assert single.text["prompt"] == single.text["negative"] == expected
+        assert single.text["prompt"] == single.text["negative"] == as_png_text(prompt)
 
 
-def test_a_hundred_thousand_characters_are_cut_and_said_to_be(tower):
-    with pytest.warns(UserWarning, match="is cut to 75") as told:
-        states = tower(["\x1b[2J man " * 12_500])
-    assert states.shape == (1, 77, 512) and bool(states.isfinite().all())
-    assert all(str(warning.message).isprintable() and len(str(warning.message)) < 2000 for warning in told)
+def as_png_text(text):
+    return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
 def test_no_more_of_a_prompt_is_read_than_can_matter(tower, monkeypatch):
@@ -837,29 +754,28 @@ def test_no_more_of_a_prompt_is_read_than_can_matter(tower, monkeypatch):
     assert lengths and max(lengths) <= 4096
 
 
-# --------------------------------------------------------------------------------------------- the screen
+# -------------------------------------------------------------------------------------- the screen
 
 
 def test_a_refusal_is_one_printable_line_whatever_came(capsys):
     def main(argv):
-        raise UserError(
-            "expected a name,\n got \x1b[2J\x1b]0;title\x07\x9b\u202e\ud800\r" + "x" * 10_000 + "; mend it"
-        )
+        name = "\x1b[2J\x1b]0;title\x07\x9b\u202e\ud800\r" + "x" * 10_000
+        raise UserError(f"expected a name,\n got {name}; mend it")
 
-    told = refused(capsys, main)
-    assert r"\x1b[2J" in told and r"\u202e" in told and told.endswith("; mend it")
-    assert len(told) < 2500
+    refusal = refused(capsys, main)
+    assert r"\x1b[2J" in refusal and r"\u202e" in refusal and refusal.endswith("; mend it")
+    assert len(refusal) < 2500
 
 
 def test_names_from_a_data_folder_reach_no_screen_raw(tmp_path, capsys):
     data = tmp_path / "\x1b[2Jdata"
     data.mkdir()
     (data / "captions.csv").write_text("file,caption\n\x1b]0;title\x07.png,a man\n")
-    told = refused(capsys, train.main, *QUICK, "--data", data, "--out", tmp_path / "run")
-    assert r"\x1b[2Jdata" in told and r"\x1b]0;title\x07.png" in told
+    refusal = refused(capsys, train.main, *QUICK, "--data", data, "--out", tmp_path / "run")
+    assert r"\x1b[2Jdata" in refusal and r"\x1b]0;title\x07.png" in refusal
 
 
-# ------------------------------------------------------------------------------------------ drawn at random
+# --------------------------------------------------------------------------------- drawn at random
 
 
 QUIETLY = settings(
@@ -873,7 +789,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-FIELDS = {"model": list(vars(ModelConfig())), "training": list(vars(Config.from_preset("tiny").training))}
+FIELDS = {"model": list(vars(ModelConfig())), "training": list(vars(TrainConfig()))}
 
 
 def answers_or_refuses(action):
@@ -907,169 +823,16 @@ def test_a_configuration_with_anything_in_one_place_is_refused_or_goes_round(dat
 
 
 @QUIETLY
-@given(data=st.data(), value=st.text(max_size=30) | st.integers().map(str) | st.floats().map(str))
-def test_any_value_of_any_flag_is_refused_or_comes_back_from_json(data, value, tmp_path):
-    parser = cli.Parser("")
-    add_flags(parser)
-    name = data.draw(st.sampled_from([n for names in FIELDS.values() for n in names]))
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as told:
-            flags = given_flags(parser.parse_args([f"--{name.replace('_', '-')}={value}"]))
-    except SystemExit as exit_:
-        assert exit_.code == 2 and told.getvalue().startswith("error: ")
-        return
-    config = answers_or_refuses(lambda: Config.from_preset("tiny", **flags))
-    if config is not None:
-        (tmp_path / TEXT_FILE).touch()
-        (tmp_path / "config.json").write_text(config.to_json(), encoding="utf-8", errors="surrogatepass")
-        assert Config.read(tmp_path / "config.json") == config
-
-
-PIECES = st.sampled_from(
-    [
-        *ATTRIBUTES[:4],
-        "Male",
-        "a.png",
-        "images/b.jpg",
-        "../c.png",
-        "file",
-        "caption",
-        "split",
-        "train",
-        "1",
-        "-1",
-        "0",
-        "2",
-        "12",
-        ",",
-        ";",
-        "\t",
-        " ",
-        "\n",
-        "\r\n",
-        '"',
-        "'",
-        "{",
-        "}",
-        "[",
-        ":",
-        '"file": "a.png"',
-        "\0",
-        "\x1b[2J",
-        "\ufeff",
-        "é",
-        "\x1f",
-        "\x85",
-        "999999999999999999999",
-    ]
-) | st.text(max_size=5)
-SHEETS = st.lists(PIECES, max_size=60).map("".join)
-ENCODINGS = st.sampled_from(["utf-8", "utf-16", "utf-16-le", "latin-1", "utf-8-sig"])
-
-
-@QUIETLY
-@given(
-    text=SHEETS,
-    name=st.sampled_from([*LISTS, "list_eval_partition.txt", "list_eval_partition.csv"]),
-    to=ENCODINGS,
-)
-def test_any_list_of_pictures_is_a_table_or_refused(text, name, to, tmp_path_factory):
-    data = tmp_path_factory.mktemp("data")
-    (data / "a.png").touch()
-    if name.startswith("list_eval"):
-        row = " ".join(["1"] * 40)
-        (data / "list_attr_celeba.txt").write_text(f"{' '.join(ATTRIBUTES)}\na.png {row}\n")
-    (data / name).write_bytes(text.encode(to, "replace"))
-    table = answers_or_refuses(lambda: open_table(data))
-    if table is not None:
-        assert table.files == ("a.png",) and len(table.split) == 1
-    shutil.rmtree(data)
-
-
-ROWS = st.lists(
-    st.sampled_from(
-        ["stage", "step", "loss", "vae", "unet", "1", "2", "-1", "1e999", "nan", ",", "\n", '"', "\0"]
-    )
-    | st.text(max_size=5),
-    max_size=40,
-).map("".join)
-
-
-@settings(QUIETLY, max_examples=40, phases=[Phase.generate])
-@given(text=ROWS, header=st.booleans(), to=ENCODINGS)
-def test_any_metrics_are_read_or_refused(text, header, to, run):
-    whole = ",".join(COLUMNS) + "\n" + text if header else text
-    replace(run / "metrics.csv", whole.encode(to, "replace"))
-    answers_or_refuses(lambda: Run(run, Config.read(run / "config.json"), True, 0.0))
-
-
-@QUIETLY
 @given(text=st.dictionaries(st.sampled_from(["prompt", "seed", "negative"]), st.text(max_size=200)))
 def test_any_text_in_a_png_comes_back(text, tmp_path):
     save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), text)
     with Image.open(tmp_path / "a.png") as read:
         read.load()
-        assert read.text == {
-            key: value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
-            for key, value in text.items()
-        }
+        assert read.text == {key: as_png_text(value) for key, value in text.items()}
     assert read_image(tmp_path / "a.png", 8).shape == (8, 8, 3)
 
 
-@QUIETLY
-@given(label=st.text(max_size=600))
-def test_any_label_is_drawn_on_a_sheet_of_sane_size(label):
-    sheet = labelled_grid(torch.zeros(1, 3, 16, 16), [label])
-    assert sheet.width == 16 * 8 + 16 and 128 < sheet.height < 128 + 8 * 14 + 24
-
-
-@QUIETLY
-@given(sentence=st.text(max_size=300))
-def test_any_sentence_is_parsed(sentence):
-    assert set(parse(sentence)) <= set(ATTRIBUTES)
-
-
-@settings(QUIETLY, max_examples=60)
-@given(
-    name=st.sampled_from(["config.json", "vae.safetensors", "ema.safetensors", TEXT_FILE]),
-    place=st.floats(0, 1),
-    content=st.binary(max_size=40),
-    header=st.booleans(),
-)
-def test_a_run_folder_with_random_bytes_in_a_file_loads_or_is_refused(
-    name, place, content, header, small_run
-):
-    r"""In the first kilobytes, where headers are, or anywhere."""
-    path = small_run / name
-    whole = path.read_bytes()
-    at = int(place * min(len(whole), 4000 if header else len(whole)))
-    path.write_bytes(whole[:at] + content + whole[at + len(content) :])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = answers_or_refuses(lambda: TextToImage.load(small_run))
-    assert loaded is None or isinstance(loaded, TextToImage)
-    path.write_bytes(whole)
-
-
-@pytest.fixture
-def small_run(tmp_path, monkeypatch, remembering):
-    r"""A run whose own text tower is one small matrix: loading it takes milliseconds."""
-
-    def from_file(cls, path, quick_gelu=False):
-        from ddpm.text import _read_state
-
-        state, _ = _read_state(path)
-        if set(state) != {"weight"} or state["weight"].shape != (2, 2):
-            raise UserError(f"expected a small matrix in {path}, got others: {sorted(state)}")
-        return remembering
-
-    TextToImage(TINY, remembering).save(tmp_path / "run")
-    save_file({"weight": torch.ones(2, 2)}, tmp_path / "run" / TEXT_FILE)
-    monkeypatch.setattr(TextTower, "from_file", classmethod(from_file))
-    return tmp_path / "run"
-
-
-# ---------------------------------------------------------------------------------------------- the corpus
+# -------------------------------------------------------------------------------------- the corpus
 
 
 def fuzzer():
@@ -1098,16 +861,11 @@ def test_the_fuzzer_sees_a_traceback_and_a_line_that_is_not_printable(monkeypatc
         fuzz.check("raw", b"a")
 
 
+@pytest.mark.slow
 def test_a_state_that_claims_or_inflates_to_more_than_its_file_is_damaged_before_memory_is_taken(tmp_path):
     claims, packed = tmp_path / "claims.pt", tmp_path / "packed.pt"
     torch.save({"format": 1, "sha256": "", "network": torch.ones(1).expand(700_000_000)}, claims)
-    torch.save({"format": 1, "sha256": "", "network": torch.zeros(50_000_000)}, tmp_path / "plain.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
-        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file,
-    ):
-        for name in plain.namelist():
-            file.writestr(name, plain.read(name))
+    packed.write_bytes(to_bytes(torch_bomb))
     for path in (claims, packed):
         assert path.stat().st_size < 10_000_000
         tracemalloc.start()
@@ -1119,17 +877,17 @@ def test_a_state_that_claims_or_inflates_to_more_than_its_file_is_damaged_before
 
 def test_a_field_of_metrics_too_long_for_csv_is_one_line(tmp_path):
     (tmp_path / "metrics.csv").write_text(",".join(COLUMNS) + "\n" + "1" * 200_000 + "\n")
-    assert "expected the metrics of a run" in refusal_of(lambda: read_metrics(tmp_path / "metrics.csv"))
+    assert "expected the metrics of a run" in refusal_of(read_metrics, tmp_path / "metrics.csv")
 
 
 def test_no_line_of_a_command_carries_escape_codes(capsys):
     def main(argv):
         warnings.warn("a \x1b[2J name", stacklevel=1)
-        cli.say("skipped \x1b[2Jx.jpg")
+        say("skipped \x1b[2Jx.jpg")
         raise OSError(2, "No such file", "\x1b[2Jx")
 
-    assert cli.exit_code(main) == 2
+    assert exit_code(main) == 2
     with pytest.raises(SystemExit):
-        cli.Parser("x").parse_args(["--\x1b[2Jx"])
-    said = capsys.readouterr()
-    assert "\x1b" not in said.out + said.err and said.err.count("\\x1b") == 3
+        Parser("x").parse_args(["--\x1b[2Jx"])
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out + shown.err and shown.err.count("\\x1b") == 3

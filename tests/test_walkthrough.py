@@ -23,8 +23,8 @@ from ddpm.evaluation import __main__ as evaluation
 from ddpm.evaluation import classifier
 from ddpm.evaluation import parts as evaluation_parts
 from ddpm.export import __main__ as export
-from ddpm.tools import command as cli
 from ddpm.tools import text_weights
+from ddpm.tools.command import exit_code
 
 MAINS = {
     "train.py": train.main,
@@ -35,50 +35,15 @@ MAINS = {
     "tests/trials.py": trials.main,
 }
 BY_CI = ("python3 -m venv", "pip install", "python -m pytest", "python -m sphinx")
-SMALL_MODEL = [
-    "--image-size",
-    "16",
-    "--vae-channels",
-    "32,32",
-    "--vae-layers",
-    "1",
-    "--latent-channels",
-    "4",
-    "--channels",
-    "32,32",
-    "--attention-levels",
-    "1",
-    "--res-blocks",
-    "1",
-    "--head-width",
-    "32",
-    "--text-weights",
-    "random",
-    "--drawn-images",
-    "400",
-]
-SMALL_TRAINING = [
-    "--batch-size",
-    "8",
-    "--vae-batch-size",
-    "8",
-    "--vae-steps",
-    "3",
-    "--unet-steps",
-    "3",
-    "--steps-per-epoch",
-    "0",
-    "--epochs",
-    "0",
-    "--max-minutes",
-    "0",
-    "--warmup",
-    "1",
-    "--save-every",
-    "2",
-    "--sample-every",
-    "3",
-]
+SMALL_MODEL = (
+    "--image-size 16 --vae-channels 32,32 --vae-layers 1 --latent-channels 4 --channels 32,32 --attention-levels 1 "
+    "--res-blocks 1 --head-width 32 --text-weights random --drawn-images 400"
+)
+SMALL_TRAINING = (
+    "--batch-size 8 --vae-batch-size 8 --vae-steps 3 --unet-steps 3 --steps-per-epoch 0 --epochs 0 --max-minutes 0 "
+    "--warmup 1 --save-every 2 --sample-every 3"
+)
+SMALL = f"{SMALL_MODEL} {SMALL_TRAINING}".split()
 SMALLER = {
     "--steps": "2",
     "--num": "2",
@@ -87,10 +52,11 @@ SMALLER = {
     "--max-steps": "8",
     "--max-minutes": "1",
 }
+FAST = ("train.py", "sample.py", "ddpm.export")  # the default run takes the first command of each
 
 
 def shown() -> list:
-    r"""(program, arguments) of every command on every page, each once, named by its page."""
+    r"""[program, *arguments] of every command on every page, each once, named by its page."""
     found = {}
     for page, text in (block.values for block in blocks("")):
         for words in commands(text):
@@ -101,7 +67,15 @@ def shown() -> list:
                 continue
             program = words[1:] if words[1] != "-m" else words[2:]
             found.setdefault(tuple(program), page)
-    return [pytest.param(list(words), id=f"{page} {' '.join(words)}"[:80]) for words, page in found.items()]
+    fast = {next(words for words in found if words[0] == program) for program in FAST}
+    return [
+        pytest.param(
+            list(words),
+            id=f"{page} {' '.join(words)}"[:80],
+            marks=[] if words in fast else [pytest.mark.slow],
+        )
+        for words, page in found.items()
+    ]
 
 
 def small(words: list[str]) -> list[str]:
@@ -109,7 +83,7 @@ def small(words: list[str]) -> list[str]:
     program, *arguments = words
     arguments = [SMALLER.get(before, word) for before, word in zip(["", *arguments], arguments, strict=False)]
     if program == "train.py":
-        added = [] if "--resume" in arguments else [*SMALL_MODEL, *SMALL_TRAINING]
+        added = [] if "--resume" in arguments else SMALL
         return [*arguments, *added, "--device", "cpu"]
     has_a_device = program not in ("ddpm.export", "tests/benchmarks", "tests/trials.py")
     return [*arguments, "--device", "cpu"] if has_a_device else arguments
@@ -121,20 +95,12 @@ def runs(tmp_path_factory, tower) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         make_runs_cheap(patch)
-        begin = [
-            "--preset",
-            "tiny",
-            *SMALL_MODEL,
-            *SMALL_TRAINING,
-            "--cache",
-            str(folder / "cache"),
-            "--device",
-            "cpu",
-        ]
+        begin = ["--preset", "tiny", *SMALL, "--cache", str(folder / "cache"), "--device", "cpu"]
         for name, more in {"whole": [], "begun": ["--stop-after", "4"], "vae": ["--stage", "vae"]}.items():
-            assert cli.exit_code(train.main, [*begin, "--timesteps", "50", "--out", str(folder / name), *more]) == 0
-        patch.setattr(text_weights, "random_tower", (lambda: tower))  # an export writes it
-        assert cli.exit_code(export.main, [str(folder / "whole"), str(folder / "exported")]) == 0
+            run = ["--timesteps", "50", "--out", str(folder / name)]
+            assert exit_code(train.main, [*begin, *run, *more]) == 0
+        patch.setattr(text_weights, "random_tower", lambda: tower)  # an export writes it
+        assert exit_code(export.main, [str(folder / "whole"), str(folder / "exported")]) == 0
     return folder
 
 
@@ -166,16 +132,14 @@ def place(runs, tmp_path, monkeypatch) -> Path:
 def at_hand(words: list[str], runs: Path, place: Path) -> list[str]:
     r"""Put the runs that a command names where it expects them; folders outside the reader's are moved into it."""
     words = [str(place / word[1:]) if word.startswith("/") else word for word in words]
-    kind = "whole" if words[0] != "train.py" else "vae" if "unet" in words else "begun"
+    kind = "whole"
+    if words[0] == "train.py":
+        kind = "vae" if "unet" in words else "begun"
     for before, word in zip(words, words[1:], strict=False):
+        is_read = word.startswith("runs/") and before != "--out" and "--reverse" not in words
         if before == "--reverse":
             shutil.copytree(runs / "exported", place / word)
-        elif (
-            word == "ddpm/weights"
-            or word.startswith("runs/")
-            and before != "--out"
-            and "--reverse" not in words
-        ):
+        elif word == "ddpm/weights" or is_read:
             shutil.copytree(runs / kind, place / word)
     return words
 
@@ -190,17 +154,17 @@ MAKES = {"train.py": ".csv", "sample.py": ".png", "ddpm.export": ".json", "ddpm.
 @pytest.mark.parametrize("words", shown())
 def test_every_command_that_the_docs_show_runs(words, runs, place, tower, monkeypatch, capsys):
     if words[0] == "ddpm.export":
-        monkeypatch.setattr(text_weights, "random_tower", (lambda: copy.deepcopy(tower)))  # --half changes it
+        monkeypatch.setattr(text_weights, "random_tower", lambda: copy.deepcopy(tower))  # --half changes it
     if "--download" in words:
         monkeypatch.setattr("torchvision.datasets.CelebA", lambda *_, **__: None)  # the pictures are there
     arguments = small(at_hand(words, runs, place))
     before = files(place)
-    code = cli.exit_code(MAINS[words[0]], arguments)
-    told = capsys.readouterr()
-    assert code == 0 and "Traceback" not in told.err, told.err
+    code = exit_code(MAINS[words[0]], arguments)
+    printed = capsys.readouterr()
+    assert code == 0 and "Traceback" not in printed.err, printed.err
     made = {path.suffix for path in files(place) - before}
     if "--dry-run" in words:
-        assert not made and "parameters" in told.out
+        assert not made and "parameters" in printed.out
     elif words[0] in MAKES and "--resume" not in words:
         assert MAKES[words[0]] in made
     elif words[0] == "train.py":
@@ -209,5 +173,5 @@ def test_every_command_that_the_docs_show_runs(words, runs, place, tower, monkey
 
 
 def test_the_docs_show_each_program():
-    told = [block.values[0][0] for block in shown()]
-    assert set(told) == set(MAINS) and len(told) > 35
+    programs = [block.values[0][0] for block in shown()]
+    assert set(programs) == set(MAINS) and len(programs) > 35
