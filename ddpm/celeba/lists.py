@@ -247,7 +247,9 @@ def _picture_names(sheet: Sheet) -> tuple[str, ...]:
 
 def _numbers(sheet: Sheet, column: int, meanings: dict[str, int], expected: str) -> np.ndarray:
     r"""What the cells of a column mean, (N,) uint8."""
-    numbers = [meanings.get(cells[column].lower()) for _, cells in sheet.rows]
+    texts = [cells[column] for _, cells in sheet.rows]
+    number_of = {text: meanings.get(text.lower()) for text in set(texts)}
+    numbers = [number_of[text] for text in texts]
     if None in numbers:
         line, cells = sheet.rows[numbers.index(None)]
         raise sheet.refusal(line, expected, quoted(cells[column]))

@@ -59,7 +59,7 @@ def read_sheet(file: Path) -> Sheet:
     try:
         for line, cells in cells_of_lines:
             if any(cells):  # 8 million cells are "-1" or "1": intern keeps one of each
-                rows.append((line + counted, [sys.intern(cell.strip()) for cell in cells]))
+                rows.append((line + counted, list(map(sys.intern, cells))))
     except (csv.Error, ValueError) as error:
         got = f"{quoted(error)} after line {line + counted}"
         raise DataError(file, "well-formed rows", got, CORRECT) from error
@@ -97,7 +97,7 @@ def _csv_cells(body: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(lines(), delimiter=delimiter, strict=True, skipinitialspace=True)
     for cells in reader:
         length = 0
-        yield reader.line_num, cells
+        yield reader.line_num, [cell.strip() for cell in cells]
 
 
 def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
@@ -110,7 +110,7 @@ def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
             if not keys:
                 keys = list(item)
                 yield line, keys
-            yield line, [str(item.get(key, "")) for key in keys]
+            yield line, [str(item.get(key, "")).strip() for key in keys]
 
 
 def _read_text(file: Path) -> str:
