@@ -51,13 +51,15 @@ def read_sheet(file: Path) -> Sheet:
     delimiter = max(",;\t", key=head.count)
     in_words = delimiter not in head and file.suffix != ".jsonl"
     if in_words:
-        cells_of_lines = enumerate(map(str.split, _lines(body)), 1)
+        numbered_cells = enumerate(map(str.split, _lines(body)), 1)
+    elif file.suffix == ".jsonl":
+        numbered_cells = _json_cells(body)
     else:
-        cells_of_lines = _json_cells(body) if file.suffix == ".jsonl" else _csv_cells(body, delimiter)
+        numbered_cells = _csv_cells(body, delimiter)
     rows = []
     line = 0
     try:
-        for line, cells in cells_of_lines:
+        for line, cells in numbered_cells:
             if any(cells):  # 8 million cells are "-1" or "1": intern keeps one of each
                 rows.append((line + counted, list(map(sys.intern, cells))))
     except (csv.Error, ValueError) as error:
