@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from ddpm.config import ModelConfig
 from ddpm.tools import command
 from ddpm.tools.errors import UserError, printable
 
@@ -62,6 +63,14 @@ def check(a: argparse.Namespace):
             raise UserError(f"expected the folder of {path} to exist; make it first")
 
 
+def check_model(a: argparse.Namespace, model: ModelConfig):
+    r"""Refuse what this model cannot draw."""
+    if a.steps > model.timesteps:
+        raise UserError(f"expected --steps from 1 to {model.timesteps}, the model's chain, got {a.steps}")
+    if a.variance == "learned" and model.variance != "learned":
+        raise UserError("expected --variance posterior or beta, got learned: this model learned none")
+
+
 def texts(a: argparse.Namespace, variance: str) -> dict[str, str]:
     r"""The settings that each PNG holds as text."""
     return {
@@ -84,12 +93,7 @@ def main(argv: list[str] | None = None):
     from ddpm.tools import devices, grids
 
     model = TextToImage.load(a.model, a.weights)
-    if a.steps > model.schedule.timesteps:
-        raise UserError(
-            f"expected --steps from 1 to {model.schedule.timesteps}, the model's chain, got {a.steps}"
-        )
-    if a.variance == "learned" and model.config.variance != "learned":
-        raise UserError("expected --variance posterior or beta, got learned: this model learned none")
+    check_model(a, model.config)
     device = devices.choose_device(a.device)
     precision = devices.choose_precision(a.precision, device)
     model.to(device)

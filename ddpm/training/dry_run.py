@@ -142,22 +142,12 @@ def report(config: Config, device: torch.device, precision: str, steps: int = 4)
 
 def measure(stage: str, model: TextToImage, config: Config, precision: str, steps: int = 4) -> Need:
     r"""Take `steps` steps (3 or more) of a stage, vae or unet, on random numbers: two are counted, the others timed."""
-    settings = config.training
-    if stage == "vae":
-        opt = Optimization(model.vae, config, settings.vae_lr, Bound(steps), False, precision)
-        made_up_loss = partial(made_up_vae_loss, model, settings.vae_batch_size // settings.accumulation)
-    else:
-        opt = Optimization(model.unet, config, settings.lr, Bound(steps), True, precision)
-        made_up_loss = partial(made_up_unet_loss, model, settings.batch_size // settings.accumulation)
-
-    def loss() -> Tensor:
-        with autocast(model.device, precision):
-            return made_up_loss()
+    opt, loss = learner(stage, model, config, precision, steps)
 
     def step() -> float:
         start = time.monotonic()
         opt.begin_step()
-        for _ in range(settings.accumulation):
+        for _ in range(config.training.accumulation):
             opt.backward(loss())
         opt.end_step()
         wait_for(model.device)
@@ -189,6 +179,25 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
         kept=kept,
         peak=weights + moments + average + live.peak,
     )
+
+
+def learner(
+    stage: str, model: TextToImage, config: Config, precision: str, steps: int
+) -> tuple[Optimization, Callable[[], Tensor]]:
+    r"""The stage's optimization, and a function that computes a loss of a made-up micro-batch."""
+    settings = config.training
+    if stage == "vae":
+        opt = Optimization(model.vae, config, settings.vae_lr, Bound(steps), False, precision)
+        made_up_loss = partial(made_up_vae_loss, model, settings.vae_batch_size // settings.accumulation)
+    else:
+        opt = Optimization(model.unet, config, settings.lr, Bound(steps), True, precision)
+        made_up_loss = partial(made_up_unet_loss, model, settings.batch_size // settings.accumulation)
+
+    def loss() -> Tensor:
+        with autocast(model.device, precision):
+            return made_up_loss()
+
+    return opt, loss
 
 
 @torch.no_grad()

@@ -57,32 +57,38 @@ def train(
     started = time.monotonic() if started is None else started
     device = choose_device(device)
     precision = choose_precision(config.training.precision, device)
-    cache = cache or folder.parent / "cache"
     with Group.joined(device) as group, opened(group, folder, config, resume, started) as run, advising(run):
         check_batches(config, group)
-        with group.main_process_first():
-            if download:
-                download_data(config.training.data)
-            table = open_data(config)
-        check_stage(run, stage)
-        model = new_model(run, resume)
-        with group.main_process_first():
-            remove_leftovers(cache)
-            pictures = checked_pictures(config, table, cache)
-            if config.training.perceptual_weight and stage != "unet" and not run.in_second_stage:
-                perceptual.perceptual_loss(
-                    group.device
-                )  # downloads, or refuses, while there is no folder yet
-        create(run, model, resume)
-        together = f", {group.size} processes" if group.size > 1 else ""
-        say(f"run {folder}, preset {config.preset}, {precision} on {group.device}{together}")
-        say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
-        model.to(group.device)
-        files = None if table is None else table.files
-        session = Session(run, model, pictures, files, cache, precision, group, stop_after)
+        session = prepared(run, group, precision, stage, resume, cache or folder.parent / "cache", download)
+        session.steps_left = stop_after
         if train_stages(session, stage):
             say(f"done in {run.clock() / 60:.1f} minutes; try:")
             say(f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {folder}')
+
+
+def prepared(
+    run: Run, group: Group, precision: str, stage: str, resume: bool, cache: Path, download: bool
+) -> Session:
+    r"""The data and the model of a run, and its folder once all that can be refused has been looked at."""
+    config, settings = run.config, run.config.training
+    with group.main_process_first():
+        if download:
+            download_data(settings.data)
+        table = open_data(config)
+    check_stage(run, stage)
+    model = new_model(run, resume)
+    with group.main_process_first():
+        remove_leftovers(cache)
+        pictures = checked_pictures(config, table, cache)
+        if settings.perceptual_weight and stage != "unet" and not run.in_second_stage:
+            perceptual.perceptual_loss(group.device)  # downloads, or refuses, while there is no folder yet
+    create(run, model, resume)
+    together = f", {group.size} processes" if group.size > 1 else ""
+    say(f"run {run.folder}, preset {config.preset}, {precision} on {group.device}{together}")
+    say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
+    model.to(group.device)
+    files = None if table is None else table.files
+    return Session(run, model, pictures, files, cache, precision, group)
 
 
 def train_stages(session: Session, stage: str) -> bool:
