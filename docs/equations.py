@@ -56,7 +56,7 @@ SPEC = (
     Row(
         "reverse-process",
         "One step of the reverse process, learned; theta are the UNet's parameters, c is the prompt's embedding",
-        "sampling.ddpm_step diffusion.q_posterior diffusion.reverse_variance",
+        "sampling.ddpm_step sampling.sample_loop diffusion.q_posterior diffusion.reverse_variance",
         "mean sigma_2 x_t x_0",
         r"p_\theta(x_{t-1} \mid x_t, c) = \mathcal{N}(x_{t-1}; \mu_\theta(x_t, t, c), \Sigma_\theta(x_t, t, c))",
         lambda x_0, x_t, noise, alpha_bar_t, alpha_bar_s: (
@@ -145,7 +145,7 @@ SPEC = (
     Row(
         "small-machine",
         "The plan for a small card: 1-2 samples, 50-100 steps an epoch, 2-3 epochs, gradient checkpointing",
-        "config.PRESETS unet.UNet.set_gradient_checkpointing",
+        "config.PRESETS unet.UNet.set_gradient_checkpointing layers.Level.pair",
         "gradient_checkpointing",
         r"\text{batch} \in \lbrace 1, 2 \rbrace, \quad \text{steps an epoch} \in [50, 100],"
         r" \quad \text{epochs} \in \lbrace 2, 3 \rbrace",
@@ -296,7 +296,7 @@ CODE = (
     Row(
         "latent-gaussian",
         "What the encoder makes of a picture",
-        "vae.DiagonalGaussian vae.DiagonalGaussian.sample",
+        "vae.DiagonalGaussian vae.DiagonalGaussian.sample vae.KLVAE.encode",
         "mu logvar eps",
     ),
     Row(
@@ -373,7 +373,7 @@ CODE = (
         "uncond cond scale",
         formula=lambda uncond, cond, scale: uncond + scale * (cond - uncond),
     ),
-    Row("newton-schulz", "A matrix made orthogonal", "training.muon.orthogonalized", "G X A a b c"),
+    Row("newton-schulz", "A matrix made orthogonal", "training.muon.orthogonalized", "G X A a b c QUINTIC"),
     Row("muon", "A step of Muon", "training.muon.Muon", "M momentum G lr weight_decay size"),
     Row("latent-scale", "The latent scale", "training.validation.measure_latent_scale", "second_moments"),
     Row(

@@ -213,7 +213,7 @@ def test_a_step_asks_the_unet_about_scaled_latents_with_noise_and_about_their_ca
     r"""Certain latents of 4 or -4 at a scale of 1/8: z_0 is 0.5 or -0.5, and what stands beside it in z_t is standard
     normal. 10,240 numbers: a mean is off by 0.01, a variance by 0.014, each allowed four times."""
     config, _ = small
-    model = TextToImage(dataclasses.replace(config.model, caption_drop=0.5), tower)
+    model = TextToImage(dataclasses.replace(config.model, caption_drop=0.25), tower)
     model.latent_scale = 1 / 8
     latents, texts = prepared_unet(tmp_path, config, model, pictures)
     sign = np.where(np.arange(32) % 3, 1, -1)
@@ -233,7 +233,7 @@ def test_a_step_asks_the_unet_about_scaled_latents_with_noise_and_about_their_ca
             dropped += empty
             assert empty or torch.equal(states, texts([pictures.caption(i, 0)])[0])
     noise = torch.cat(noise)
-    assert noise.numel() == 10_240 and 10 <= dropped <= 30  # of 40
+    assert noise.numel() == 10_240 and 3 <= dropped <= 17  # of 40
     assert abs(noise.mean().item()) < 0.04 and abs(noise.var().item() - 1) < 0.056
 
 
@@ -344,6 +344,12 @@ def test_the_last_time_of_validation_is_one_of_the_chain_however_it_is_rounded(
 def test_psnr_of_a_known_error():
     x = torch.zeros(2, 3, 8, 8)
     assert torch.allclose(psnr(x, x + 0.2), torch.full((2,), 20.0), atol=1e-4)  # (2 / 0.2)^2 is 20 dB
+    for end in (-1, 1):  # what lies beyond the range of pictures is at its end
+        inside, beyond = x + 0.9 * end, x + 3.0 * end
+        assert torch.allclose(
+            psnr(beyond, inside), torch.full((2,), 10 * math.log10((2 / 0.1) ** 2)), atol=1e-3
+        )
+        assert torch.allclose(psnr(inside, beyond), psnr(beyond, inside))
 
 
 @pytest.mark.equation("ssim")

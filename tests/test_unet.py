@@ -192,3 +192,13 @@ def test_gradient_checkpointing_changes_nothing_where_nothing_is_learned():
     unet.set_gradient_checkpointing(True)
     assert torch.equal(unet(Z, T, C), before)
     assert torch.equal(unet.train()(Z, T, C), before)
+
+
+@pytest.mark.equation("noise-network")
+def test_the_last_convolution_reads_the_silu_of_the_last_norm():
+    unet, passed = small().eval(), []
+    unet.conv_norm_out.register_forward_hook(lambda module, inputs, output: passed.append(output))
+    unet.conv_out.register_forward_hook(lambda module, inputs, output: passed.append(inputs[0]))
+    with torch.no_grad():
+        unet(Z, T, C)
+    assert torch.equal(passed[1], torch.nn.functional.silu(passed[0]))
