@@ -76,6 +76,8 @@ def prepared(
             download_data(settings.data)
         table = open_data(config)
     check_stage(run, stage)
+    if group.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
     model = new_model(run, resume)
     with group.main_process_first():
         remove_leftovers(cache)
@@ -150,8 +152,6 @@ def new_model(run: Run, resume: bool) -> TextToImage:
     r"""The untrained model of the run, with its text tower."""
     settings = run.config.training
     torch.manual_seed(settings.seed)
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
     text = text_weights.tower_from_file(run.folder / TEXT_FILE) if has_text(run, resume) else None
     model = TextToImage(run.config.model, text)
     model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
