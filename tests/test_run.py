@@ -32,6 +32,10 @@ from ddpm.training.stages import UnetStage
 STATES = ("state.pt", "state.previous.pt")
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
     make_runs_cheap(monkeypatch)
@@ -108,9 +112,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "variant", ["fp32", *[pytest.param(v, marks=pytest.mark.slow) for v in [*VARIANTS][1:]]]
-)
+@pytest.mark.parametrize("variant", ["fp32", *map(slow, [*VARIANTS][1:])])
 def test_stopped_and_resumed_at_odd_places_a_run_equals_the_whole_bit_for_bit(variant, tmp_path):
     arguments = [*QUICK, *VARIANTS[variant], "--cache", tmp_path / "cache"]
     assert run_train(*arguments, "--out", tmp_path / "whole") == 0
@@ -139,10 +141,7 @@ def test_the_caches_may_be_lost_between_two_parts(begun, whole, tmp_path):
 
 @pytest.mark.parametrize(
     "step, signum",  # 4 is due for validation, 12 the last
-    [
-        (4, signal.SIGTERM),
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in [(3, 2), (9, signal.SIGTERM), (12, 2)]],
-    ],
+    [(4, signal.SIGTERM), slow(3, signal.SIGINT), slow(9, signal.SIGTERM), slow(12, signal.SIGINT)],
 )
 def test_a_signal_ends_a_run_after_the_step_saved(signum, step, whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
@@ -231,8 +230,8 @@ def test_a_state_that_is_cut_or_has_a_flipped_bit_is_never_taken_for_another(tmp
     "steps, before, kind",
     [
         (9, "unet step 2", "flipped"),
-        *[pytest.param(9, "unet step 2", kind, marks=pytest.mark.slow) for kind in ("cut", "empty", "gone")],
-        *[pytest.param(5, "vae step 4", kind, marks=pytest.mark.slow) for kind in ("flipped", "gone")],
+        *[slow(9, "unet step 2", kind) for kind in ("cut", "empty", "gone")],
+        *[slow(5, "vae step 4", kind) for kind in ("flipped", "cut", "empty", "gone")],
     ],
 )
 def test_a_damaged_state_is_told_and_the_one_before_it_used(kind, steps, before, begun, whole, capsys):
@@ -415,15 +414,10 @@ def test_of_two_that_make_one_folder_the_second_is_refused(tmp_path):
     "name, number",
     [
         ("state.pt", errno.ENOSPC),
-        *[
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                ("state.pt", errno.EROFS),
-                ("metrics.csv", errno.EDQUOT),
-                ("unet.safetensors", errno.EFBIG),
-                ("step_000004.png", errno.EACCES),
-            ]
-        ],
+        slow("state.pt", errno.EROFS),
+        slow("metrics.csv", errno.EDQUOT),
+        slow("unet.safetensors", errno.EFBIG),
+        slow("step_000004.png", errno.EACCES),
     ],
 )
 def test_a_file_that_cannot_be_written_leaves_the_checkpoint_and_says_how_to_go_on(
