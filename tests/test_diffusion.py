@@ -56,17 +56,6 @@ def test_a_thousand_single_steps_have_the_mean_and_variance_of_q_sample(name):
         assert abs(variance - noise**2) < 1e-12
 
 
-@pytest.mark.equation("closed-form")
-def test_q_sample_is_equation_4_by_hand_with_a_time_for_each_element():
-    x_0 = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double()
-    eps = torch.tensor([[0.3, 0.1], [-1.0, 2.0]]).double()
-    x_t = q_sample(LINEAR, x_0, at(0, 1), eps)
-    alpha_bar = [1 - 1e-4, (1 - 1e-4) * (1 - (1e-4 + (0.02 - 1e-4) / 999))]
-    for i, ab in enumerate(alpha_bar):
-        by_hand = math.sqrt(ab) * x_0[i] + math.sqrt(1 - ab) * eps[i]
-        assert far(x_t[i], by_hand) < 1e-12
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_function_computes_in_double_precision_and_rounds_once_whatever_the_memory_layout(dtype):
     t = at(0, 10, 500, 900)
@@ -179,20 +168,6 @@ def test_whatever_a_network_predicts_picture_and_noise_add_up_to_x_t(prediction)
     x_t = normal(3, 4, 4, 4, seed=1)
     x_0, eps = x_0_and_eps(LINEAR, x_t, t, normal(3, 4, 4, 4, seed=2), prediction)
     assert far(q_sample(LINEAR, x_0, t, eps), x_t) < 1e-12
-
-
-@pytest.mark.equation("v")
-def test_v_is_the_derivative_of_x_t_along_the_angle():
-    r"""With sqrt(alpha_bar) = cos(phi) and sqrt(1 - alpha_bar) = sin(phi), v = d x_t / d phi (appendix D)."""
-    phi = torch.acos(LINEAR.alpha_bar[400].sqrt()).item()
-    step = 1e-5
-
-    def x(angle):
-        return math.cos(angle) * 2.0 + math.sin(angle) * 0.5
-
-    v = v_from(LINEAR, torch.tensor([2.0]).double(), at(400), torch.tensor([0.5]).double())
-    # a central difference is off by step^2 / 6 and by 1e-16 / step
-    assert v.item() == pytest.approx((x(phi + step) - x(phi - step)) / (2 * step), abs=1e-9)
 
 
 @pytest.mark.equation("score")

@@ -134,14 +134,6 @@ def test_a_term_of_the_bound_is_the_divergence_of_two_normal_distributions(varia
     assert (term / by_hand - 1).abs().max() < 1e-5
 
 
-@pytest.mark.equation("prior-term")
-def test_the_prior_term_is_the_divergence_of_q_at_the_end_from_the_standard_normal():
-    z_0 = normal(3, 5)
-    ab = LINEAR.alpha_bar[-1]
-    divergence = kl_divergence(Normal(ab.sqrt() * z_0, (1 - ab).sqrt()), Normal(0.0, 1.0))
-    assert far(prior_term(LINEAR, z_0), divergence.mean(1) / math.log(2)) < 1e-12
-
-
 @pytest.mark.equation("variational-bound", "prior-term")
 @pytest.mark.parametrize("name", NAMES)
 def test_with_the_exact_mean_and_variance_the_bound_is_the_datas_entropy(name):

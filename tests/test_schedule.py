@@ -29,21 +29,6 @@ def test_alpha_bar_is_the_falling_product_of_all_alphas_up_to_t_in_double_precis
     assert bool((schedule.beta.diff() >= 0).all())
 
 
-@pytest.mark.equation("linear-schedule")
-def test_linear_beta_has_the_ends_of_ddpm():
-    beta = Schedule.named("linear").beta
-    for t in (0, 499, 999):
-        assert beta[t].item() == pytest.approx(1e-4 + (0.02 - 1e-4) * t / 999, abs=1e-15)
-
-
-@pytest.mark.equation("scaled-linear-schedule")
-def test_scaled_linear_beta_has_the_ends_of_latent_diffusion_and_straight_roots():
-    beta = Schedule.named("scaled_linear").beta
-    for t in (0, 499, 999):
-        root = math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * t / 999
-        assert beta[t].item() == pytest.approx(root**2, abs=1e-15)
-
-
 @pytest.mark.equation("cosine-schedule")
 def test_cosine_alpha_bar_follows_the_squared_cosine_until_beta_is_cut():
     schedule = Schedule.named("cosine")
