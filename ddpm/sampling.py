@@ -69,7 +69,7 @@ def ddim_step(schedule: Schedule, x_t, t, s, x_0, eps, noise, eta: float = 0.0) 
     alpha_bar_t = schedule.alpha_bar_at(t, x_t)
     alpha_bar_s = schedule.alpha_bar_at(s, x_t)
     sigma_2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
-    direction = (1 - alpha_bar_s - sigma_2).sqrt()
+    direction = (1 - alpha_bar_s - sigma_2).clamp(min=0).sqrt()  # float32 may round it below 0
     x_s = alpha_bar_s.sqrt() * x_0 + direction * eps + sigma_2.sqrt() * noise
     return x_s.to(x_t.dtype)
 

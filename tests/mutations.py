@@ -50,6 +50,8 @@ EQUIVALENT = {
     ("bits.bits_per_dimension", "another number", "1"): "slices may begin anywhere",
     ("losses.diffusion_loss", "another number", "0.001"): "a default that the configuration replaces",
     ("sampling.ddim_step", "another number", "0.0"): "a default",
+    ("sampling.ddim_step", "", "clamp"): "guards devices without float64 against rounding",
+    ("sampling.ddim_step", "another number", "0)"): "the same",
     ("muon.Muon.__init__", "another number", "0.0"): "a default",
     ("TextToImage.sample", "another number", ""): "where a warning is from",
     (
