@@ -28,7 +28,7 @@ def pytest_deselected(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if SLOW_LEFT_OUT:
+    if SLOW_LEFT_OUT and terminalreporter.config.option.markexpr:
         terminalreporter.write_line(
             f"{len(SLOW_LEFT_OUT):,} slow tests were left out; python -m pytest -m '' runs all tests"
         )
@@ -43,6 +43,13 @@ def far(x: Tensor, y: Tensor) -> float:
     r"""The largest absolute difference of two tensors of one shape."""
     assert x.shape == y.shape
     return (x.double() - y.double()).abs().max().item()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name in ("browser", "compat", "notebooks"):  # these need extras
+            item.add_marker(pytest.mark.slow)
 
 
 def without_zeros(module: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from conftest import without_zeros
 
 import train
-from ddpm.attention import attend
 from ddpm.celeba.dataset import drawn_pictures
 from ddpm.config import Config
 from ddpm.model import TextToImage
 from ddpm.tools import devices
 from ddpm.tools.grids import to_uint8
+from ddpm.tools.kernels import attend
 from ddpm.training.batches import to_device
 from ddpm.training.caches import Latents
 from ddpm.training.loops import train_unet, train_vae

@@ -129,13 +129,13 @@ def test_the_fields_of_the_json_are_those_that_the_evaluation_writes():
 def templates() -> set[str]:
     r"""The clauses of every string in the source, with NUL where a value is filled in."""
     found = []
-    for path in [ROOT / "train.py", *(ROOT / "ddpm").glob("*.py")]:
+    for path in [ROOT / "train.py", *(ROOT / "ddpm").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
                 found += "".join(parts).split("; ")
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found += node.value.split("; ")
+                found += node.value.replace("{}", "\0").split("; ")
     return set(found)
 
 

@@ -17,7 +17,6 @@ from ddpm.tools.seeding import generator
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
 
 PIXEL = 1e-4
 PROMPTS = ["a smiling woman with blond hair!", "a bald man with a mustache"]

@@ -31,7 +31,6 @@ from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, sample_loop, time
 from ddpm.schedule import Schedule
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.slow
 
 EXACT, ROUNDED, THEIR_TABLE = 1e-9, 1e-5, 1e-4
 MEAN, STD = 0.5, 0.8

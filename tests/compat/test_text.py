@@ -22,7 +22,6 @@ from ddpm.text import TextTower
 from ddpm.tools import text_weights
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
 PROMPTS = [

@@ -21,7 +21,6 @@ from ddpm.text import WIDTH
 from ddpm.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.slow
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
 ODD = ModelConfig(

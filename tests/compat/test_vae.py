@@ -16,7 +16,6 @@ from ddpm.export.diffusers_folder import RENAMES, VAE_ALWAYS, vae_config, write_
 from ddpm.vae import KLVAE, DiagonalGaussian
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
 ODD = ModelConfig(vae_channels=(32, 96, 64), vae_layers=3, latent_channels=5)

@@ -34,7 +34,7 @@ def prose_of(notebook) -> str:
 
 def names_of_the_house() -> set[str]:
     r"""The classes and functions of ddpm, methods aside."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "ddpm").glob("*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "ddpm").rglob("*.py")]
     return {node.name for tree in trees for node in tree.body if isinstance(node, DEFINITIONS)}
 
 
