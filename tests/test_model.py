@@ -202,9 +202,10 @@ def test_settings_that_cannot_be_are_refused(tiny, settings, told):
         tiny.sample(**{"prompts": ["a"], "steps": 1} | settings)
 
 
-def test_fp32_is_no_autocast_and_the_others_are():
+@pytest.mark.parametrize("around", [False, True])
+def test_each_precision_is_its_own_also_within_a_callers_autocast(around):
     for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        with autocast(torch.device("cpu"), precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around), autocast(torch.device("cpu"), precision):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
 
 

@@ -1,10 +1,10 @@
 r"""Devices and precisions."""
 
-import contextlib
-
 import torch
 
 from ddpm.tools.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,14 +29,11 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
-def autocast(device: torch.device, precision: str):
-    r"""The context in which networks compute in `precision`: fp32, bf16 or fp16."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in kinds:
-        raise ValueError(f"expected a precision out of fp32, bf16, fp16, got {precision!r}")
-    return torch.autocast(device.type, kinds[precision])
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    r"""The context in which networks compute in `precision`: fp32, bf16 or fp16, whatever context is around it."""
+    if precision not in DTYPES:
+        raise ValueError(f"expected a precision out of {', '.join(DTYPES)}, got {precision!r}")
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def wait_for(device: torch.device):
