@@ -13,7 +13,7 @@ from ddpm.celeba.dataset import photographs
 from ddpm.celeba.lists import open_table
 from ddpm.model import TextToImage
 
-from .measure import ROOT, Row, alternate, compared
+from .measure import ROOT, Row, alternate, compared, spread
 from .pillow_alone import load
 
 PROMPT = "a smiling woman with blond hair and eyeglasses"
@@ -27,9 +27,8 @@ def decode(quick: bool, celeba: str | None, **_) -> Iterator[Row]:
     table = open_table(celeba)
     table = table.take(slice(0, 1500 if quick else 3000))
     paths = [str(table.root / name) for name in table.files]
-    two = ProcessPoolExecutor(
-        2, multiprocessing.get_context("spawn")
-    )  # a fork would take our threads' locks along
+    spawn = multiprocessing.get_context("spawn")  # a fork would take our threads' locks along
+    two = ProcessPoolExecutor(2, spawn)
     with two, tempfile.TemporaryDirectory() as folder:
         made = iter(range(10**6))
 
@@ -37,16 +36,8 @@ def decode(quick: bool, celeba: str | None, **_) -> Iterator[Row]:
             photographs(Path(folder) / str(next(made)), table)
 
         a, b = alternate([ours, lambda: list(two.map(load, paths, chunksize=32))], rounds=3 if quick else 7)
-    yield compared(
-        "decode",
-        f"{len(table):,} JPEGs decoded, cropped, resized, cached; other: two processes "
-        "of Pillow that decode them alone",
-        a,
-        b,
-        len(table),
-        "pictures/s",
-        0.9,
-    )
+    what = f"{len(table):,} JPEGs decoded, cropped, resized, cached; other: two processes of Pillow that only decode"
+    yield compared("decode", what, a, b, len(table), "pictures/s", 0.9)
 
 
 def run(*words: str) -> None:
@@ -72,17 +63,9 @@ def start(quick: bool, model: str | None, **_) -> Iterator[Row]:
         whole, imports, network = alternate(actions, rounds)
     floor = [i + n for i, n in zip(imports, network, strict=True)]
     ratios = [w / f for w, f in zip(whole, floor, strict=True)]
-    yield Row(
-        "start",
-        "sample.py PROMPT --steps 20, whole process, against `import torch, open_clip` and the network",
-        f"{median(whole):.2f} s",
-        f"{median(imports):.2f} s + {median(network):.2f} s",
-        median(ratios),
-        min(ratios),
-        max(ratios),
-        1.5,
-        at_least=False,
-    )
+    what = "sample.py PROMPT --steps 20, whole process, against `import torch, open_clip` and the network"
+    sides = (f"{median(whole):.2f} s", f"{median(imports):.2f} s + {median(network):.2f} s")
+    yield spread("start", what, sides, ratios, 1.5)
     for words in HELPS:
         yield help_of(words, rounds)
 
@@ -90,15 +73,5 @@ def start(quick: bool, model: str | None, **_) -> Iterator[Row]:
 def help_of(words: Sequence[str], rounds: int) -> Row:
     r"""How long --help takes, beside Python that does nothing."""
     times, bare = alternate([lambda: run(*words, "--help"), lambda: run("-c", "pass")], rounds)
-    return Row(
-        "start",
-        f"{' '.join(words)} --help",
-        f"{median(times):.2f} s",
-        f"python: {median(bare):.2f} s",
-        median(times),
-        min(times),
-        max(times),
-        0.5,
-        at_least=False,
-        unit="s",
-    )
+    sides = (f"{median(times):.2f} s", f"python: {median(bare):.2f} s")
+    return spread("start", f"{' '.join(words)} --help", sides, times, 0.5, unit="s")

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -59,11 +60,8 @@ class Row:
 
     def cells(self) -> list[str]:
         r"""The row as text."""
-        limit = (
-            ""
-            if self.goal is None
-            else f"{'at least' if self.at_least else 'at most'} {self.told(self.goal)}"
-        )
+        bound = "at least" if self.at_least else "at most"
+        limit = "" if self.goal is None else f"{bound} {self.told(self.goal)}"
         met = {None: "", True: "yes", False: "**no**"}[self.met]
         spread = self.told(self.value)
         if self.low < self.high:
@@ -73,6 +71,12 @@ class Row:
     def told(self, value: float) -> str:
         r"""A figure and its unit."""
         return f"{digits(value)} {self.unit}"
+
+
+def spread(part: str, what: str, sides: Sequence[str], values: Sequence[float], goal=None, **options) -> Row:
+    r"""A row whose figure is the median of `values`, with their range; a goal is a ceiling."""
+    options = {"at_least": False} | options
+    return Row(part, what, *sides, statistics.median(values), min(values), max(values), goal, **options)
 
 
 HEAD = ("part", "what", "ours", "other", "figure (range)", "goal", "met")
@@ -162,10 +166,8 @@ def compared(
 ) -> Row:
     r"""How many times faster we are: `amount` of `unit` was done in the seconds of each round."""
     ratios = [b / a for a, b in zip(ours, other, strict=True)]
-    sides = (f"{digits(amount / statistics.median(times))} {unit}" for times in (ours, other))
-    return Row(
-        part, what, *sides, statistics.median(ratios), min(ratios), max(ratios), goal, times=(ours, other)
-    )
+    sides = [f"{digits(amount / statistics.median(times))} {unit}" for times in (ours, other)]
+    return spread(part, what, sides, ratios, goal, at_least=True, times=(ours, other))
 
 
 def matmul_peak(dtype: torch.dtype, quick: bool) -> float:
@@ -174,15 +176,15 @@ def matmul_peak(dtype: torch.dtype, quick: bool) -> float:
     for n in (1024, 2048, 4096):
         a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
         out = torch.empty(n, n, dtype=dtype)
-        (times,) = alternate(
-            [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)], rounds=5 if quick else 15, warm=2
-        )
+        multiply = partial(torch.mm, a, b, out=out)
+        (times,) = alternate([multiply], rounds=5 if quick else 15, warm=2)
         best = max(best, 2 * n**3 / min(times))
     return best
 
 
 def machine(quick: bool) -> dict:
     r"""What a figure has to be read with: the processor, what it reaches at best, packages and commit."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -191,10 +193,7 @@ def machine(quick: bool) -> dict:
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in PACKAGES},
         "commit": commit(),
-        "matmul_gflops": {
-            name: matmul_peak(dtype, quick) / 1e9
-            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-        },
+        "matmul_gflops": {name: matmul_peak(dtype, quick) / 1e9 for name, dtype in dtypes.items()},
     }
 
 
@@ -222,8 +221,7 @@ def commit() -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "ddpm", "*.py", "tests/benchmarks") else ""
-        )
+        changed = git("status", "--porcelain", "ddpm", "*.py", "tests/benchmarks")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except OSError:
         return ""

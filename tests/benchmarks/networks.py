@@ -17,7 +17,7 @@ from ddpm.tools.command import keep_freed_memory
 from ddpm.tools.devices import autocast, choose_precision
 from ddpm.vae import vae_loss
 
-from .measure import Row, alternate, by_themselves, compared, seconds
+from .measure import Row, alternate, by_themselves, compared, seconds, spread
 
 BATCH = 16
 CPU = torch.device("cpu")
@@ -86,10 +86,8 @@ def unet_step(unet: nn.Module, mine: bool, precision: str, channels_last: bool) 
     r"""One training step of either UNet on made-up latents and captions."""
     g = torch.Generator().manual_seed(1)
     z_t, eps = torch.randn(2, BATCH, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
-    context, t = (
-        torch.randn(BATCH, 77, 512, generator=g),
-        torch.randint(0, SPEC.timesteps, (BATCH,), generator=g),
-    )
+    context = torch.randn(BATCH, 77, 512, generator=g)
+    t = torch.randint(0, SPEC.timesteps, (BATCH,), generator=g)
     z_t = laid_out(unet, z_t, channels_last)
 
     def loss() -> Tensor:
@@ -111,9 +109,8 @@ def train(quick: bool, **_) -> Iterator[Row]:
     keep_freed_memory()
     yield compared("train", f"{what}, memory kept; theirs fp32, 8 heads)", a, b, BATCH, "images/s", 3.0)
     a, b = alternate([ours, other], rounds)
-    yield compared(
-        "train", f"{what}; theirs fp32, 8 heads), memory kept on both sides", a, b, BATCH, "images/s", None
-    )
+    kept = f"{what}; theirs fp32, 8 heads), memory kept on both sides"
+    yield compared("train", kept, a, b, BATCH, "images/s", None)
 
 
 PRODUCTS, SIDE = 3, 4096
@@ -141,31 +138,25 @@ def like_for_like(precision: str, channels_last: bool, quick: bool) -> tuple[lis
     return alternate([*steps, most], rounds=3 if quick else 7), flops(steps[0])
 
 
+def name_of_layout(channels_last: bool) -> str:
+    return "channels-last" if channels_last else "plain layout"
+
+
 def train_like(quick: bool, **_) -> Iterator[Row]:
     r"""The same step with everything alike, in the layouts and precisions that people use."""
     for precision in ("fp32", "bf16"):
         for channels_last in (True,) if quick else (True, False):
             (a, b, _), _ = like_for_like(precision, channels_last, quick)
-            layout = "channels-last" if channels_last else "plain layout"
-            yield compared(
-                "train-like",
-                f"UNet training step, {LIKE}: {precision}, {layout}",
-                a,
-                b,
-                BATCH,
-                "images/s",
-                1.25,
-            )
+            what = f"UNet training step, {LIKE}: {precision}, {name_of_layout(channels_last)}"
+            yield compared("train-like", what, a, b, BATCH, "images/s", 1.25)
 
 
 def compiled(quick: bool, **_) -> Iterator[Row]:
     r"""Our training step by torch.compile against the same as it is, and how long it takes until it is compiled."""
     precision = choose_precision(TrainConfig().precision, CPU)
     _, unet = spec_networks()
-    step, plain = (
-        unet_step(net, True, precision, channels_last=True)
-        for net in (torch.compile(unet, dynamic=False), unet)
-    )
+    pair = (torch.compile(unet, dynamic=False), unet)
+    step, plain = (unet_step(network, True, precision, channels_last=True) for network in pair)
     waited = seconds(step)
     a, b = alternate([step, plain], rounds=3 if quick else 7)
     told = f"UNet training step, {precision}, by torch.compile ({waited:.0f} s to begin), against as it is"
@@ -183,21 +174,12 @@ def peak(quick: bool, **_) -> Iterator[Row]:
     r"""The share of what matrix products reach beside it that our training step reaches, and theirs with our heads."""
     for precision in ("fp32", "bf16"):
         (a, b, products_alone), work = like_for_like(precision, True, quick)
-        best = [PRODUCTS * 2 * SIDE**3 / t for t in products_alone]
-        shares = [100 * work / t / limit for t, limit in zip(a, best, strict=True)]
-        sides = (f"{work / median(t) / 1e9:.0f} of {median(best) / 1e9:.0f} GFLOP/s" for t in (a, b))
-        yield Row(
-            "peak",
-            f"share of the {precision} matmul peak, UNet training step of {work / 1e9:.0f} GFLOP, "
-            "channels-last",
-            *sides,
-            median(shares),
-            min(shares),
-            max(shares),
-            50.0,
-            unit="%",
-            times=(a, b, products_alone),
-        )
+        best = [PRODUCTS * 2 * SIDE**3 / time for time in products_alone]
+        shares = [100 * work / time / limit for time, limit in zip(a, best, strict=True)]
+        sides = [f"{work / median(times) / 1e9:.0f} of {median(best) / 1e9:.0f} GFLOP/s" for times in (a, b)]
+        step = f"UNet training step of {work / 1e9:.0f} GFLOP, channels-last"
+        what = f"share of the {precision} matmul peak, {step}"
+        yield spread("peak", what, sides, shares, 50.0, at_least=True, unit="%", times=(a, b, products_alone))
 
 
 def vae_step(vae: nn.Module, mine: bool, precision: str, channels_last: bool) -> Callable[[], None]:
@@ -205,15 +187,16 @@ def vae_step(vae: nn.Module, mine: bool, precision: str, channels_last: bool) ->
     g = torch.Generator().manual_seed(2)
     x = torch.randn(BATCH, 3, SPEC.image_size, SPEC.image_size, generator=g).clamp(-1, 1)
     eps = torch.randn(BATCH, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
-    x, t = laid_out(vae, x, channels_last), TrainConfig()
+    x = laid_out(vae, x, channels_last)
+    kl_weight = TrainConfig().kl_weight
 
     def loss() -> Tensor:
         if mine:
             x_hat, q = vae(x, eps)
-            return vae_loss(x, x_hat, q, t.kl_weight)[1]
+            return vae_loss(x, x_hat, q, kl_weight)[1]
         q = vae.encode(x).latent_dist
         x_hat = vae.decode(q.mean + q.std * eps).sample
-        return F.l1_loss(x_hat.float(), x) + t.kl_weight * q.kl().mean() / eps[0].numel()
+        return F.l1_loss(x_hat.float(), x) + kl_weight * q.kl().mean() / eps[0].numel()
 
     return training_step(vae, loss, precision)
 
@@ -226,14 +209,5 @@ def vae(quick: bool, **_) -> Iterator[Row]:
         for channels_last in (True,) if quick else (True, False):
             steps = [vae_step(net, net is ours, precision, channels_last) for net in (ours, other)]
             a, b = alternate(steps, rounds=3 if quick else 7)
-            layout = "channels-last" if channels_last else "plain layout"
-            yield compared(
-                "vae",
-                f"VAE training step, batch {BATCH}, same weights, precision and layout: {precision}, "
-                f"{layout}",
-                a,
-                b,
-                BATCH,
-                "images/s",
-                1.25,
-            )
+            what = f"VAE training step, batch {BATCH}, same weights, precision and layout: {precision}"
+            yield compared("vae", f"{what}, {name_of_layout(channels_last)}", a, b, BATCH, "images/s", 1.25)

@@ -32,9 +32,8 @@ def pipeline(model: TextToImage):
     diffusers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         export(model, Path(folder) / "exported")
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            Path(folder) / "exported", local_files_only=True
-        )
+        from_pretrained = diffusers.StableDiffusionPipeline.from_pretrained
+        pipe = from_pretrained(Path(folder) / "exported", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -46,14 +45,9 @@ def ours_and_theirs(model: TextToImage, pipe, ours: str, other: str, steps: int)
         model.sample(PROMPTS, steps=steps, guidance_scale=GUIDANCE, precision=ours)
 
     def diffusers():
+        options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "pt"}
         with autocast(CPU, other):
-            pipe(
-                PROMPTS,
-                num_inference_steps=steps,
-                guidance_scale=GUIDANCE,
-                output_type="pt",
-                generator=torch.Generator().manual_seed(0),
-            )
+            pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **options)
 
     return [mine, diffusers]
 
@@ -82,11 +76,8 @@ def sample(quick: bool, **_) -> Iterator[Row]:
         one_step = ours_and_theirs(model, pipe, ours, other, 1)
         for warm in one_step:
             warm()
-        a, b = alternate(
-            ours_and_theirs(model, pipe, ours, other, steps),
-            rounds=2 if quick else 3,
-            warm=0,
-            before=() if alike else by_themselves(*one_step),
-        )
+        both = ours_and_theirs(model, pipe, ours, other, steps)
+        before = () if alike else by_themselves(*one_step)
+        a, b = alternate(both, rounds=2 if quick else 3, warm=0, before=before)
         keep_freed_memory()
         yield compared("sample", f"{what}: {told}", a, b, len(PROMPTS), "pictures/s", goal)

@@ -1,7 +1,6 @@
 r"""Our training loop: what it spends beside the network, what checkpointing saves, whether the data's size shows."""
 
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -9,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from ddpm.training.parallel import ALONE
 from ddpm.training.run_folder import Run
 from ddpm.training.stages import Session, Stage
 
-from .measure import ROOT, Row, alternate, seconds
+from .measure import ROOT, Row, alternate, seconds, spread
 from .networks import CPU, SPEC, nowhere_zero, spec_networks
 
 FEW, MANY = 10_000, 200_000
@@ -49,7 +49,8 @@ def hollow(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
 
 def made_up(folder: Path, config: Config, count: int, captions: int) -> tuple[Pictures, Latents, Texts, set]:
     r"""`count` pictures with latents of the configuration's shape, which share `captions` rows; and their captions."""
-    m, t = config.model, config.training
+    m = config.model
+    settings = config.training
     rows = np.random.default_rng(0).random((captions, 40)) < 0.2
     attributes = rows.astype(np.uint8)[np.arange(count) % captions]
     pixels = hollow(folder / f"pixels{count}.npy", (count, m.image_size, m.image_size, 3), np.uint8)
@@ -57,8 +58,8 @@ def made_up(folder: Path, config: Config, count: int, captions: int) -> tuple[Pi
     pictures = Pictures(pixels, np.ones(count, bool), split, attributes, None, (), f"made up {count}")
     shape = (count, 2, 2, m.latent_channels, m.latent_size, m.latent_size)
     latents = Latents(hollow(folder / f"latents{count}.npy", shape, np.float16))
-    told = {pictures.caption(i, t.seed) for i in range(captions)}
-    return pictures, latents, Texts(folder, PlainTower(), told, limit_gb=t.text_cache_gb), told
+    told = {pictures.caption(i, settings.seed) for i in range(captions)}
+    return pictures, latents, Texts(folder, PlainTower(), told, limit_gb=settings.text_cache_gb), told
 
 
 class Training:
@@ -103,9 +104,8 @@ def clocked(owner, name: str) -> Iterator[list[float]]:
 
 def spec(**changes) -> Config:
     r"""The spec's configuration, with random text weights: none are used."""
-    return Config.from_preset(
-        "celeba64", text_weights="random", save_every=10**6, sample_every=10**6, **changes
-    )
+    never = {"save_every": 10**6, "sample_every": 10**6}
+    return Config.from_preset("celeba64", text_weights="random", **never, **changes)
 
 
 def overhead(quick: bool, **_) -> Iterator[Row]:
@@ -127,18 +127,9 @@ def overhead(quick: bool, **_) -> Iterator[Row]:
             wholes.append(whole)
             rests.append(whole - sum(forward) - sum(backward) - sum(end) + sum(ema))
             shares.append(100 * rests[-1] / whole)
-    yield Row(
-        "overhead",
-        "share of a logged training step, batch 16, that is not UNet, loss, backward or optimizer",
-        f"{1000 * statistics.median(rests):.1f} ms",
-        f"of {1000 * statistics.median(wholes):.0f} ms",
-        statistics.median(shares),
-        min(shares),
-        max(shares),
-        3.0,
-        at_least=False,
-        unit="%",
-    )
+    what = "share of a logged training step, batch 16, that is not UNet, loss, backward or optimizer"
+    sides = (f"{1000 * median(rests):.1f} ms", f"of {1000 * median(wholes):.0f} ms")
+    yield spread("overhead", what, sides, shares, 3.0, unit="%")
 
 
 def kept_and_step(unet: nn.Module, on: bool, precision: str) -> tuple[Callable[[], None], dict[int, int]]:
@@ -173,44 +164,23 @@ def checkpointing(quick: bool, **_) -> Iterator[Row]:
     precision = choose_precision("auto", CPU)
     (with_, kept), (without, all_kept) = (kept_and_step(unet, on, precision) for on in (True, False))
     share = 100 * sum(kept.values()) / sum(all_kept.values())
-    sides = (f"{sum(storages.values()) / 2**20:.1f} MiB" for storages in (kept, all_kept))
-    yield Row(
-        "checkpointing",
-        f"memory kept for the backward pass, batch 2, {precision}, with checkpointing against without",
-        *sides,
-        share,
-        share,
-        share,
-        30.0,
-        at_least=False,
-        unit="%",
-    )
+    sides = [f"{sum(storages.values()) / 2**20:.1f} MiB" for storages in (kept, all_kept)]
+    what = f"memory kept for the backward pass, batch 2, {precision}, with checkpointing against without"
+    yield spread("checkpointing", what, sides, [share], 30.0, unit="%")
     a, b = alternate([with_, without], rounds=5 if quick else 15)
     ratios = [x / y for x, y in zip(a, b, strict=True)]
-    yield Row(
-        "checkpointing",
-        "time of forward and backward pass, with checkpointing against without",
-        f"{statistics.median(a):.3f} s",
-        f"{statistics.median(b):.3f} s",
-        statistics.median(ratios),
-        min(ratios),
-        max(ratios),
-        1.35,
-        at_least=False,
-    )
+    what = "time of forward and backward pass, with checkpointing against without"
+    yield spread("checkpointing", what, [f"{median(side):.3f} s" for side in (a, b)], ratios, 1.35)
 
 
-RESIDENT = (
-    "import sys; sys.path[:1] = ['tests', '.']; from benchmarks.training import grown; print(grown({count}))"
-)
+RESIDENT = "import sys; sys.path[:1] = ['tests', '.']; from benchmarks import training; print(training.grown({count}))"
 
 
 def resident(count: int) -> float:
     r"""MiB that a process of its own grows to in a few steps with `count` pictures, imports included."""
     words = [sys.executable, "-c", RESIDENT.format(count=count)]
-    return float(
-        subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1]
-    )
+    printed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return float(printed.split()[-1])
 
 
 def grown(count: int) -> float:
@@ -229,46 +199,22 @@ def data_size(quick: bool, **_) -> Iterator[Row]:
     what = f"with {MANY:,} pictures against {FEW:,}"
     many, few = resident(MANY), resident(FEW)
     more = 100 * (many / few - 1)
-    yield Row(
-        "data-size",
-        f"resident memory at its peak, spec, batch 2, {what}",
-        f"{many:.0f} MiB",
-        f"{few:.0f} MiB",
-        more,
-        more,
-        more,
-        5.0,
-        at_least=False,
-        unit="%",
+    sides = (f"{many:.0f} MiB", f"{few:.0f} MiB")
+    yield spread(
+        "data-size", f"resident memory at its peak, spec, batch 2, {what}", sides, [more], 5.0, unit="%"
     )
     with tempfile.TemporaryDirectory() as folder:
         config = spec(batch_size=2, text_cache_gb=0.0)
         runs = [Training(Path(folder), config, count, captions=count) for count in (MANY, FEW)]
         a, b = alternate([lambda run=run: run.steps(4) for run in runs], rounds=6 if quick else 20)
     more = [100 * (x / y - 1) for x, y in zip(a, b, strict=True)]
-    yield Row(
-        "data-size",
-        f"time of four training steps, spec, batch 2, {what}",
-        f"{statistics.median(a):.3f} s",
-        f"{statistics.median(b):.3f} s",
-        statistics.median(more),
-        min(more),
-        max(more),
-        5.0,
-        at_least=False,
-        unit="%",
+    sides = [f"{median(side):.3f} s" for side in (a, b)]
+    yield spread(
+        "data-size", f"time of four training steps, spec, batch 2, {what}", sides, more, 5.0, unit="%"
     )
     a, b = (first_rows(count) for count in (MANY, FEW))
-    yield Row(
-        "data-size",
-        f"batch_rows where an epoch begins, {what}",
-        f"{statistics.median(a):.2f} ms",
-        f"{statistics.median(b):.2f} ms",
-        statistics.median(a),
-        min(a),
-        max(a),
-        unit="ms",
-    )
+    sides = [f"{median(side):.2f} ms" for side in (a, b)]
+    yield spread("data-size", f"batch_rows where an epoch begins, {what}", sides, a, unit="ms")
 
 
 def first_rows(count: int) -> list[float]:
