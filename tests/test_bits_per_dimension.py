@@ -113,6 +113,7 @@ def test_the_bound_of_the_latents_is_the_one_computed_without_drawing_a_number(k
     assert all(b == a + 1 for a, b in zip(last, first[1:], strict=False))
     picture = found["picture"]
     assert picture["total"] == pytest.approx(picture["latent"] + picture["error"])
+    assert 1 < picture["error"] < 40  # of one element, which is off by 2 / width = 20 nats at most
     own = torch.distributions.Normal(0.0, 0.3).entropy().item() / math.log(2)  # of q(z | x), scaled
     ratio = 4 * 8 * 8 / (16 * 16 * 3)
     assert picture["latent"] == pytest.approx((found["latent"]["posterior"]["total"] - own) * ratio, abs=1e-3)

@@ -134,6 +134,15 @@ def test_a_term_of_the_bound_is_the_divergence_of_two_normal_distributions(varia
     assert (term / by_hand - 1).abs().max() < 1e-5
 
 
+@pytest.mark.equation("prior-term")
+def test_the_prior_term_is_the_mean_over_the_elements_of_a_divergence_from_the_standard_normal():
+    z_0 = normal(3, 5)
+    alpha_bar_T = LINEAR.alpha_bar[-1]
+    q = Normal(alpha_bar_T.sqrt() * z_0, (1 - alpha_bar_T).sqrt())
+    by_hand = kl_divergence(q, Normal(torch.zeros(3, 5).double(), 1.0)).mean(1) / math.log(2)
+    assert (prior_term(LINEAR, z_0) - by_hand).abs().max() < 1e-9
+
+
 @pytest.mark.equation("variational-bound", "prior-term")
 @pytest.mark.parametrize("name", NAMES)
 def test_with_the_exact_mean_and_variance_the_bound_is_the_datas_entropy(name):
