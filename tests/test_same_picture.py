@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import TINY, without_zeros
 from safetensors import safe_open
-from small_runs import make_runs_cheap, run_train
+from small_runs import FP32, QUICK, make_runs_cheap, run_train
 
 from ddpm.model import TextToImage
 from ddpm.tools.grids import to_uint8
@@ -25,8 +25,7 @@ from ddpm.training import session
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a bald man", "a smiling woman with blond hair", "", "a bald man", "an older man wearing a hat"]
 SETTINGS = {"dpm++": {}, "ddpm": {}, "ddim": {"eta": 0.5}}
-QUICK = ["--preset", "tiny", "--image-size", "16", "--channels", "32,32", "--drawn-images", "40"]
-QUICK += ["--precision", "fp32", "--max-steps", "3", "--warmup", "2", "--device", "cpu"]
+SHORT = [*QUICK, *FP32, "--max-steps", "3"]
 
 
 def pictures(model, prompts=PROMPTS, sampler="ddpm", **changes):
@@ -107,11 +106,7 @@ np.save(sys.argv[2], x.numpy())
 print(torch.backends.cpu.get_cpu_capability())
 """
 CAPABILITIES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # variables that limit the libraries
-OLDER = {  # other machines ignore the values that they lack
-    "the same": (),
-    "without AVX": ("default", "SSE41", "COMPATIBLE"),
-    "AVX2": ("avx2", "AVX2", "AVX2"),
-}
+OLDER = {"the same": (), "without AVX": ("default", "SSE41", "COMPATIBLE"), "AVX2": ("avx2", "AVX2", "AVX2")}
 
 
 @pytest.mark.slow
@@ -162,13 +157,10 @@ def test_two_trainings_of_one_seed_write_the_same_whatever_the_global_generators
     states, files = [], []
     for name in ("first", "second"):
         folder = tmp_path / name  # with a cache of its own
-        assert run_train(*QUICK, "--out", folder / "run") == 0
+        assert run_train(*SHORT, "--out", folder / "run") == 0
         assert global_state() == states[-1]
-        paths = [
-            path
-            for pattern in ("run/*.safetensors", "run/samples/*", "cache/*")
-            for path in folder.glob(pattern)
-        ]
+        patterns = ("run/*.safetensors", "run/samples/*", "cache/*")
+        paths = [path for pattern in patterns for path in folder.glob(pattern)]
         files.append({path.relative_to(folder): content(path) for path in paths})
     assert {path.name for path in files[0]} > {"vae.safetensors", "unet.safetensors", "ema.safetensors"}
     assert len(files[0]) == 3 + 1 + 3  # weights, a sheet of samples, caches
@@ -180,6 +172,6 @@ def test_another_seed_is_another_training(cheap, tmp_path):
     weights = []
     for seed in ("0", "1"):
         folder = tmp_path / seed / "run"
-        assert run_train(*QUICK, "--stage", "vae", "--seed", seed, "--out", folder) == 0
+        assert run_train(*SHORT, "--stage", "vae", "--seed", seed, "--out", folder) == 0
         weights.append(content(folder / "vae.safetensors")[1])
     assert weights[0] != weights[1]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import refusal_of
 from small_runs import PlainTower
 from torch import nn
 
@@ -42,16 +41,6 @@ def small():
 @pytest.fixture
 def pictures(tmp_path):
     return drawn_pictures(tmp_path, 32, seed=0, size=16)
-
-
-@pytest.mark.equation("ema")
-def test_the_average_of_a_constant_is_the_constant():
-    network = nn.Linear(3, 3)
-    ema = EMA(network, 0.999)
-    for n in range(1, 50):
-        ema.update(network, n)
-    for name, p in network.named_parameters():
-        assert torch.equal(ema.shadow[name], p)
 
 
 @pytest.mark.equation("ema")
@@ -97,21 +86,14 @@ def test_data_smaller_than_a_batch_is_repeated():
     assert sorted(set(rows.tolist())) == [4, 7] and len(rows) == 5
 
 
-def test_a_batch_that_is_on_its_device_is_not_copied():
-    x = torch.ones(3)
-    assert batches.to_device(x, torch.device("cpu")) is x
-
-
 def test_timesteps_of_a_batch_are_spread_over_the_chain_and_uniform():
     g = torch.Generator().manual_seed(0)
     drawn = [batches.timestep_batch(10, 1000, g) for _ in range(2000)]
     for t in drawn:
         gaps = t.sort().values.diff()
         assert gaps.min() >= 99 and gaps.max() <= 101
-    counts = torch.bincount(
-        torch.cat(drawn) // 10, minlength=100
-    )  # 200 expected; 60 is four standard deviations
-    assert counts.min() > 140 and counts.max() < 260
+    counts = torch.bincount(torch.cat(drawn) // 10, minlength=100)
+    assert counts.min() > 140 and counts.max() < 260  # 200 expected; 60 is four standard deviations
 
 
 def test_progress_is_whichever_bound_comes_first():
@@ -145,7 +127,7 @@ def test_the_learning_rate_warms_up_and_comes_down(small):
         (0, 0.5),
         (50, 0.505),
         (100, 0.01),
-    ):  # the first of two steps of warm-up, half way, the end
+    ):  # the first of two of warm-up, half way, the end
         opt.step = step
         opt.begin_step()
         assert opt.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected, rel=1e-3)
@@ -298,9 +280,8 @@ def test_in_fp16_an_overflow_moves_nothing_halves_the_scale_and_is_no_failure(sm
     parts = [[p for g in o.param_groups for p in g["params"] if p.any()] for o in opt.optimizers]
     before = [[p.detach().clone() for p in part] for part in parts]
     scale = opt.scaler.get_scale()
-    report = take_step(
-        opt, sum(p.sum() for p in model.unet.parameters()) * 1e34
-    )  # finite, but not times the scale
+    finite_but_not_times_the_scale = sum(p.sum() for p in model.unet.parameters()) * 1e34
+    report = take_step(opt, finite_but_not_times_the_scale)
     assert math.isfinite(report.loss) and not report.finite and opt.bad == 0
     assert opt.scaler.get_scale() == scale / 2
     for part, old in zip(parts, before, strict=True):
@@ -353,23 +334,6 @@ def test_psnr_of_a_known_error():
 
 
 @pytest.mark.equation("ssim")
-def test_ssim_is_one_for_equal_pictures_and_falls_with_noise_and_blur():
-    g = torch.Generator().manual_seed(0)
-    x = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
-    noise = torch.randn(x.shape, generator=g)
-    values = [ssim(x, (x + amount * noise)).mean().item() for amount in (0.0, 0.1, 0.5)]
-    assert values[0] == pytest.approx(1.0, abs=1e-5)
-    assert values[0] > values[1] > values[2]
-
-
-@pytest.mark.equation("ssim")
-def test_ssim_of_two_flat_pictures_is_the_luminance_term():
-    x, y = (torch.full((1, 3, 16, 16), 0.0), torch.full((1, 3, 16, 16), 0.5))  # 0.5 and 0.75 in [0, 1]
-    expected = (2 * 0.5 * 0.75 + 1e-4) / (0.5**2 + 0.75**2 + 1e-4)
-    assert ssim(x, y).item() == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.equation("ssim")
 def test_ssim_is_its_equation_window_by_window():
     g = torch.Generator().manual_seed(0)
     x, y = (torch.rand(1, 3, 13, 12, generator=g, dtype=torch.float64) for _ in range(2))
@@ -395,11 +359,3 @@ def test_the_perceptual_loss_is_zero_for_equal_pictures_and_grows_with_the_diffe
     noise = torch.randn_like(x)
     values = [distance(x, x + amount * noise).item() for amount in (0.0, 0.1, 0.5)]
     assert values[0] == 0 and values[0] < values[1] < values[2]
-
-
-def test_weights_of_the_perceptual_loss_that_cannot_be_had_are_told_in_one_line(monkeypatch):
-    def refuse(weights):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.models, "vgg16", refuse)
-    assert "--perceptual-weight" in refusal_of(perceptual_loss, torch.device("cpu"))
