@@ -614,8 +614,8 @@ Where papers differ:
 
 A test is named by what it says; those of parity compare with another implementation and need the extra `compat`.
 [test_equations.py](../tests/test_equations.py) compares the code of many rows with the equation typed a second time,
-for single numbers, in [equations.py](equations.py). [mutations.py](../tests/mutations.py) departs from every equation
-in two ways at least, and demands that a test of its row fails.
+for single numbers, in [equations.py](equations.py). [mutations.py](../tests/mutations.py) changes the code of every
+row, one place at a time and up to twelve places in each function, and demands that a test of its row fails.
 """
 NAMES = ("", "Equation", "Symbols in the code", "Computed by", "Shown in", "Held by")
 COLUMNS = f"| {' | '.join(NAMES)} |\n|{' --- |' * len(NAMES)}\n"
