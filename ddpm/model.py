@@ -107,6 +107,8 @@ class TextToImage(nn.Module):
             told = "guidance has no unconditional model to lead away from, because caption_drop was 0"
             warnings.warn(told, stacklevel=2)
         self.eval()
+        settings = {"sampler": sampler, "steps": steps, "eta": eta, "prediction": self.config.prediction}
+        settings["variance"] = variance or self.config.variance
         pictures = [torch.zeros(0, 3, self.config.image_size, self.config.image_size, device=self.device)]
         for begin in range(0, len(prompts), batch_size):
             part = slice(begin, begin + batch_size)
@@ -116,17 +118,7 @@ class TextToImage(nn.Module):
                 context = self.embed(prompts[part])
                 uncond = self.embed(negative[part])
                 denoise = guided(self.unet, context, uncond, guidance_scale)
-                for state in sample_loop(
-                    self.schedule,
-                    denoise,
-                    draw(),
-                    draw,
-                    sampler,
-                    steps,
-                    self.config.prediction,
-                    eta,
-                    variance or self.config.variance,
-                ):
+                for state in sample_loop(self.schedule, denoise, draw(), draw, **settings):
                     if callback is not None:
                         callback(state)
                 x = self.decode(state.x)
