@@ -52,7 +52,7 @@ SMALLER = {
     "--max-steps": "8",
     "--max-minutes": "1",
 }
-FAST = ("train.py", "sample.py", "ddpm.export")  # the default run takes the first command of each
+FAST = ("train.py",)  # the default run: it needs no run before it
 
 
 def shown() -> list:
@@ -67,12 +67,11 @@ def shown() -> list:
                 continue
             program = words[1:] if words[1] != "-m" else words[2:]
             found.setdefault(tuple(program), page)
-    fast = {next(words for words in found if words[0] == program) for program in FAST}
     return [
         pytest.param(
             list(words),
             id=f"{page} {' '.join(words)}"[:80],
-            marks=[] if words in fast else [pytest.mark.slow],
+            marks=[] if words == FAST else [pytest.mark.slow],
         )
         for words, page in found.items()
     ]
@@ -105,7 +104,7 @@ def runs(tmp_path_factory, tower) -> Path:
 
 
 @pytest.fixture
-def place(runs, tmp_path, monkeypatch) -> Path:
+def place(tmp_path, monkeypatch) -> Path:
     r"""The working folder of a reader, with what takes a command's time and not its meaning left out."""
     monkeypatch.chdir(tmp_path)
     make_runs_cheap(monkeypatch)
@@ -129,7 +128,7 @@ def place(runs, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def at_hand(words: list[str], runs: Path, place: Path) -> list[str]:
+def at_hand(words: list[str], request, place: Path) -> list[str]:
     r"""Put the runs that a command names where it expects them; folders outside the reader's are moved into it."""
     words = [str(place / word[1:]) if word.startswith("/") else word for word in words]
     kind = "whole"
@@ -138,9 +137,9 @@ def at_hand(words: list[str], runs: Path, place: Path) -> list[str]:
     for before, word in zip(words, words[1:], strict=False):
         is_read = word.startswith("runs/") and before != "--out" and "--reverse" not in words
         if before == "--reverse":
-            shutil.copytree(runs / "exported", place / word)
+            shutil.copytree(request.getfixturevalue("runs") / "exported", place / word)
         elif word == "ddpm/weights" or is_read:
-            shutil.copytree(runs / kind, place / word)
+            shutil.copytree(request.getfixturevalue("runs") / kind, place / word)
     return words
 
 
@@ -152,12 +151,12 @@ MAKES = {"train.py": ".csv", "sample.py": ".png", "ddpm.export": ".json", "ddpm.
 
 
 @pytest.mark.parametrize("words", shown())
-def test_every_command_that_the_docs_show_runs(words, runs, place, tower, monkeypatch, capsys):
+def test_every_command_that_the_docs_show_runs(words, request, place, tower, monkeypatch, capsys):
     if words[0] == "ddpm.export":
         monkeypatch.setattr(text_weights, "random_tower", lambda: copy.deepcopy(tower))  # --half changes it
     if "--download" in words:
         monkeypatch.setattr("torchvision.datasets.CelebA", lambda *_, **__: None)  # the pictures are there
-    arguments = small(at_hand(words, runs, place))
+    arguments = small(at_hand(words, request, place))
     before = files(place)
     code = exit_code(MAINS[words[0]], arguments)
     printed = capsys.readouterr()
