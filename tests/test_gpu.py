@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import without_zeros
+from conftest import normal, without_zeros
 
 import train
 from ddpm.celeba.dataset import drawn_pictures
@@ -21,10 +21,6 @@ from ddpm.unet import UNet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -46,24 +42,27 @@ def test_steps_in_every_precision_are_finite_and_move_the_weights(stage, precisi
         reports = list(train_vae(model, pictures, config, opt, precision))
     else:
         latents = Latents(np.zeros((32, 2, 2, *model.latent_shape), np.float16))
-        texts = lambda captions: torch.zeros(len(captions), 77, 512)  # noqa: E731
+
+        def texts(captions):
+            return torch.zeros(len(captions), 77, 512)
+
         reports = list(train_unet(model, latents, texts, pictures, config, opt, precision))
     assert len(reports) == 5 and any(report.finite for report in reports)
     assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
-def test_the_unet_says_the_same_as_on_the_cpu_and_keeps_the_memory_layout():
+def test_the_unet_predicts_the_same_as_on_the_cpu_and_keeps_the_memory_layout():
     torch.manual_seed(0)
-    unet = without_zeros(
-        UNet(channels=(32, 64), attention_levels=(1,), res_blocks=1, context_width=16)
-    ).eval()
-    z, t, c = normal(2, 4, 8, 8), torch.tensor([10, 700]), normal(2, 5, 16)
+    unet = UNet(channels=(32, 64), attention_levels=(1,), res_blocks=1, context_width=16)
+    unet = without_zeros(unet).eval()
+    z, c = normal(2, 4, 8, 8).float(), normal(2, 5, 16).float()
+    t = torch.tensor([10, 700])
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = unet(z, t, c)
         unet.to(CUDA, memory_format=torch.channels_last)
-        told = unet(z.to(CUDA).contiguous(memory_format=torch.channels_last), t.to(CUDA), c.to(CUDA))
-    assert told.is_contiguous(memory_format=torch.channels_last)
-    assert (told.cpu() - expected).abs().max() < 1e-3
+        output = unet(z.to(CUDA).contiguous(memory_format=torch.channels_last), t.to(CUDA), c.to(CUDA))
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert (output.cpu() - expected).abs().max() < 1e-3
 
 
 def test_a_picture_is_the_same_as_on_the_cpu_give_or_take_a_level(tiny):

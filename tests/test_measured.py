@@ -12,27 +12,27 @@ MEASURED = sorted((DOCS / "measured").glob("*.json"))
 
 def figures(result: dict) -> list[str]:
     r"""What must stand in the table of a result, rounded as people read it."""
-    told = []
+    found = []
     for part in ("held_out", "unseen", "far"):
         if part in result["adherence"]:
-            mine = result["adherence"][part]["generated"]
-            low, high = mine["interval"]
-            told += [f"{mine['mean']:.3f} ({low:.3f} to {high:.3f})", f"{mine['n']} "]
-    told += [f"{result['adherence']['held_out'][of]['mean']:.3f}" for of in ("real", "reconstructed")]
-    told += [f"{result['frechet'][name]['distance']:.3g}" for name in ("generated", "train pictures")]
-    told += [f"{result['frechet']['generated'][name]:.2f}" for name in ("precision", "recall")]
+            generated = result["adherence"][part]["generated"]
+            low, high = generated["interval"]
+            found += [f"{generated['mean']:.3f} ({low:.3f} to {high:.3f})", f"{generated['n']} "]
+    found += [f"{result['adherence']['held_out'][of]['mean']:.3f}" for of in ("real", "reconstructed")]
+    found += [f"{result['frechet'][name]['distance']:.3g}" for name in ("generated", "train pictures")]
+    found += [f"{result['frechet']['generated'][name]:.2f}" for name in ("precision", "recall")]
     if "vae" in result:
-        told += [f"{result['vae']['psnr']:.1f} dB", f"{result['vae']['ssim']:.3f}"]
-    return told
+        found += [f"{result['vae']['psnr']:.1f} dB", f"{result['vae']['ssim']:.3f}"]
+    return found
 
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
 def test_the_tables_say_what_was_measured(path):
     result = json.loads(path.read_text(encoding="utf-8"))
     sections = re.split(r"^## ", (DOCS / "results.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    (mine,) = [section for section in sections if f"(measured/{path.name})" in section]
+    (section,) = [section for section in sections if f"(measured/{path.name})" in section]
     for figure in figures(result):
-        assert figure in mine, figure
+        assert figure in section, figure
 
 
 def test_there_are_some():
