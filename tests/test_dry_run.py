@@ -70,16 +70,16 @@ def test_a_need_adds_up(tower):
     model = TextToImage(config.model, tower)
     whole, parts = (measure("unet", model, config.with_training(accumulation=n), "fp32", 3) for n in (1, 4))
     size = 4 * sum(p.numel() for p in model.unet.parameters())
-    assert whole.parameters == size // 4 and whole.optimizer == 2 * size
-    assert whole.gradients == whole.average == size
-    assert whole.weights == sum(p.nbytes for p in model.parameters())
-    assert parts.kept < whole.kept / 3
+    assert whole["parameters"] == size // 4 and whole["optimizer"] == 2 * size
+    assert whole["gradients"] == whole["average"] == size
+    assert whole["weights"] == sum(p.nbytes for p in model.parameters())
+    assert parts["kept"] < whole["kept"] / 3
     for need in (whole, parts):
-        assert need.peak > need.weights + 3 * size + max(size, need.kept)
-    assert parts.peak < whole.peak
+        assert need["peak"] > need["weights"] + 3 * size + max(size, need["kept"])
+    assert parts["peak"] < whole["peak"]
     muon = measure("unet", model, config.with_training(muon_lr=0.01), "fp32", 3)  # one moment in place of two
-    assert size < muon.optimizer < 1.2 * size and muon.peak < whole.peak
-    assert parts.flops == whole.flops > 0  # micro-batches do not change what is computed
+    assert size < muon["optimizer"] < 1.2 * size and muon["peak"] < whole["peak"]
+    assert parts["flops"] == whole["flops"] > 0  # micro-batches do not change what is computed
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_a_need_adds_up(tower):
 def test_the_specs_model_stays_below_what_a_card_of_4_gb_has(stage, tower):
     config = Config.from_preset("celeba64", text_weights="random")
     model = TextToImage(config.model, tower)
-    assert measure(stage, model, config, "fp32", 3).peak < 3.5e9
+    assert measure(stage, model, config, "fp32", 3)["peak"] < 3.5e9
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_what_is_made_between_the_stages_is_counted_and_small(tower):
     states = AT_ONCE * 77 * 512 * 4
     assert 5 * states <= captions < 20 * states  # the feed-forward is four times as wide
     lowvram = measure("unet", model, Config.from_preset("lowvram", text_weights="random"), "fp32", 3)
-    assert lowvram.weights + max(latents, captions) < 1.1 * lowvram.peak
+    assert lowvram["weights"] + max(latents, captions) < 1.1 * lowvram["peak"]
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_validation_and_a_grid_take_no_more_than_a_step(tower, tmp_path):
     model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
     model.text([""])  # remembered from now on
     need = measure("unet", model, config, "fp32", 3)
-    step = need.peak - need.weights - need.optimizer - need.average
+    step = need["peak"] - need["weights"] - need["optimizer"] - need["average"]
     pictures = drawn_pictures(tmp_path, 24, seed=0, size=64)
     batch = inference_batch(config.training.batch_size, config.training.accumulation)
     latents = Latents(np.zeros((24, 2, 2, *model.latent_shape), np.float16))
@@ -163,7 +163,7 @@ def predicted_and_taken(changes, tower, folder) -> tuple[float, float]:
     config = Config.from_preset("celeba64", text_weights="random", **changes)
     model = TextToImage(config.model, tower)
     model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
-    predicted = measure("unet", model, config, "fp32", 3).peak
+    predicted = measure("unet", model, config, "fp32", 3)["peak"]
     command = [sys.executable, "-c", CHILD, json.dumps(changes), str(folder)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True

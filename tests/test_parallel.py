@@ -22,29 +22,22 @@ FLAGS += ["--gradient-checkpointing"]
 ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-processes = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
+
+
+def processes(test):
+    r"""Mark a test that starts processes."""
+    return needs_gloo(pytest.mark.slow(test))
 
 
 def start(launcher, folder: Path, *arguments, device="cpu") -> subprocess.Popen:
     r"""train.py in `folder`/run; it resumes a run that is there."""
     run = ["--resume", folder / "run"] if (folder / "run").exists() else [*FLAGS, "--out", folder / "run"]
-    command = [
-        *launcher,
-        ROOT / "train.py",
-        *run,
-        "--device",
-        device,
-        "--cache",
-        folder / "cache",
-        *arguments,
-    ]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    run += ["--device", device, "--cache", folder / "cache"]
+    command = [str(part) for part in (*launcher, ROOT / "train.py", *run, *arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=environment, text=True, **output)
 
 
 def finished(launcher, folder: Path, *arguments, device="cpu") -> str:
@@ -86,14 +79,12 @@ def one_and_two(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @processes
-@pytest.mark.slow
 def test_two_processes_with_half_the_batch_follow_one_with_the_whole(one_and_two):
     r"""Losses of all 20 steps of both stages to 1e-5 of their size, as rounded in the file; held-out figures too."""
     assert_same_losses(*one_and_two, tolerance=1.5e-5, count=40)
 
 
 @processes
-@pytest.mark.slow
 def test_their_weights_end_at_the_same_place(one_and_two):
     r"""To 1e-3 of their length: sums are rounded in another order, and where a gradient is 0 but for rounding, as of a
     bias before a normalisation, Adam makes a whole step of it."""
@@ -104,7 +95,6 @@ def test_their_weights_end_at_the_same_place(one_and_two):
 
 
 @processes
-@pytest.mark.slow
 def test_caches_are_made_once_and_only_one_process_writes(one_and_two):
     one, two = one_and_two
     for folder in one_and_two:
@@ -114,7 +104,6 @@ def test_caches_are_made_once_and_only_one_process_writes(one_and_two):
 
 
 @processes
-@pytest.mark.slow
 def test_under_muon_two_processes_follow_one(tmp_path):
     r"""To 1e-3: what is rounding in a small direction of a gradient is made a hundred times as large by Muon."""
     same = ["--max-steps", 10, "--sample-every", 20, "--muon-lr", 0.005]
@@ -153,7 +142,6 @@ def training(folder: Path, *more) -> tuple[subprocess.Popen, list[int]]:
 
 
 @processes
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a process is killed", "the launcher is told to stop"])
 def test_a_group_that_ends_early_leaves_a_checkpoint_that_one_process_goes_on_from(how, tmp_path):
     process, children = training(tmp_path, "--save-every", 2000)
@@ -173,7 +161,6 @@ def test_a_group_that_ends_early_leaves_a_checkpoint_that_one_process_goes_on_fr
 
 
 @processes
-@pytest.mark.slow
 def test_where_the_first_process_is_killed_nobody_says_that_it_saved(tmp_path):
     process, children = training(tmp_path, "--save-every", 5)
     os.kill(children[0], signal.SIGKILL)
@@ -187,7 +174,6 @@ def test_where_the_first_process_is_killed_nobody_says_that_it_saved(tmp_path):
 
 
 @processes
-@pytest.mark.slow
 def test_where_the_first_process_is_killed_while_it_makes_the_caches_the_others_say_so(tmp_path):
     process = start(TWO, tmp_path, "--max-steps", 2, "--drawn-images", 50_000)
     os.kill(children_once(tmp_path / "cache", process)[0], signal.SIGKILL)
@@ -203,16 +189,10 @@ def test_an_error_that_is_not_the_groups_is_not_taken_for_a_lost_process():
 
 
 @processes
-@pytest.mark.slow
-def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(tmp_path):
+def test_what_the_first_process_refuses_ends_the_others_in_one_line(tmp_path):
     output = failed(start(TWO, tmp_path, "--max-steps", 2, "--batch-size", 7))
     assert "error: expected a batch that 2 processes x 1 parts divide, got 7" in output
     assert "Traceback (most recent call last)" not in output.split("error: expected")[0]
-
-
-@processes
-@pytest.mark.slow
-def test_what_the_first_process_refuses_ends_the_others_in_one_line(tmp_path):
     output = failed(start(TWO, tmp_path, "--max-steps", 2, "--data", tmp_path / "none"))
     assert not (tmp_path / "run").exists()
     assert f"error: {tmp_path / 'none'}: expected a folder of pictures" in output, output
@@ -220,7 +200,7 @@ def test_what_the_first_process_refuses_ends_the_others_in_one_line(tmp_path):
     assert "dist.barrier" not in output, output
 
 
-@processes
+@needs_gloo
 def test_a_process_that_torchrun_did_not_start_is_told_so(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR"):

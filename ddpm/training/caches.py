@@ -1,6 +1,6 @@
 r"""What the second stage computes once: latents of pictures, states of captions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm.celeba.dataset import Pictures
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.tools import text_weights
-from ddpm.tools.arrays import Progress, cached_array, key_of, silent
+from ddpm.tools.arrays import cached_array, key_of, silent
 from ddpm.tools.devices import autocast
 from ddpm.tools.files import digest_of
 from ddpm.vae import KLVAE, DiagonalGaussian
@@ -36,12 +36,7 @@ class Latents:
 
 @torch.no_grad()
 def encode_latents(
-    folder: Path,
-    vae: KLVAE,
-    pictures: Pictures,
-    precision: str = "fp32",
-    progress: Progress = silent,
-    batch: int = AT_ONCE,
+    folder: Path, vae: KLVAE, pictures: Pictures, precision="fp32", progress=silent, batch=AT_ONCE
 ) -> Latents:
     r"""Encode all pictures, both ways round, once."""
     device = next(vae.parameters()).device
@@ -72,16 +67,10 @@ class Texts:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        tower: TextTower,
-        sentences: Iterable[str],
-        precision: str = "fp32",
-        limit_gb: float = 8.0,
-        progress: Progress = silent,
-        batch: int = AT_ONCE,
+        self, folder: Path, tower: TextTower, sentences, precision="fp32", limit_gb=8.0, progress=silent
     ):
-        self.tower, self.precision = tower, precision
+        self.tower = tower
+        self.precision = precision
         self.device = next(tower.parameters(), torch.empty(0)).device
         distinct = sorted({"", *sentences})
         self.cached = len(distinct) * TOKENS * WIDTH * 2 <= limit_gb * 2**30
@@ -91,9 +80,10 @@ class Texts:
         key = key_of("texts", text_weights.fingerprint(tower), precision, distinct)
 
         def fill(states: np.ndarray):
-            starts = range(0, len(distinct), batch)
-            for begin in progress(starts, len(starts), f"embedding captions, {batch} at a time"):
-                states[begin : begin + batch] = self.embed(distinct[begin : begin + batch]).cpu().numpy()
+            starts = range(0, len(distinct), AT_ONCE)
+            for begin in progress(starts, len(starts), f"embedding captions, {AT_ONCE} at a time"):
+                some = slice(begin, begin + AT_ONCE)
+                states[some] = self.embed(distinct[some]).cpu().numpy()
 
         shape = (len(distinct), TOKENS, WIDTH)
         self.states = cached_array(folder / f"texts-{key}.npy", shape, np.float16, fill)

@@ -3,8 +3,6 @@ r"""What training would need: parameters, FLOPs, memory, time a step; on made-up
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,46 +18,12 @@ from ddpm.training.caches import AT_ONCE
 from ddpm.training.optimization import Bound, Optimization
 
 MIB = 2**20
-
-
-def attention_flops(q_shape, k_shape, v_shape, *_, **__) -> int:
-    r"""FLOPs of torch's fused attention on a CPU."""
-    return sdpa_flop_count(q_shape, k_shape, v_shape)
-
-
-def attention_backward_flops(grad_shape, q_shape, k_shape, v_shape, *_, **__) -> int:
-    r"""FLOPs of its backward pass."""
-    return sdpa_backward_flop_count(grad_shape, q_shape, k_shape, v_shape)
-
-
-ATTENTION_ON_CPU = {  # torch's counter knows only the fused attention of GPUs
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ATTENTION_ON_CPU = {  # torch's counter knows only the fused attention of GPUs; the arguments are shapes
+    ON_CPU: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ON_CPU_BACKWARD: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
 }
-
-
-@dataclass(frozen=True)
-class Need:
-    r"""What one stage of training takes; memory in bytes.
-
-    Attributes:
-        parameters: of the network that learns. flops: of a step's matrix products and convolutions. seconds: of a step.
-        weights: of all three networks, which are on the device together. gradients, optimizer (the moments it keeps),
-            average (EMA): of the network that learns.
-        kept: what autograd keeps of one micro-batch for the backward pass, weights not counted.
-        peak: the most at once. Gradients and what is kept are not always there together; an operation's own buffers
-            come on top.
-    """
-
-    parameters: int
-    flops: int
-    seconds: float
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    kept: int
-    peak: int
 
 
 class LiveBytes(TorchDispatchMode):
@@ -110,28 +74,29 @@ def bytes_kept(loss: Callable[[], Tensor], network: nn.Module) -> int:
     return sum(kept.values())
 
 
-def report(config: Config, device: torch.device, precision: str, steps: int = 4) -> Iterator[str]:
-    r"""Lines of text: the model, and for each stage what `measure` finds."""
+def report(config: Config, device: torch.device, precision: str) -> Iterator[str]:
+    r"""Lines of text: the model, what `measure` finds for each stage, what `measure_caches` finds between them."""
     settings = config.training
-    side, latent_side = config.model.image_size, config.model.latent_size
-    text = TextTower()  # no weights are read: none are needed to measure what they take
-    model = TextToImage(config.model, text).to(device)
+    side = config.model.image_size
+    latent_side = config.model.latent_size
+    model = TextToImage(config.model, TextTower()).to(device)  # weights need not be read to be measured
     model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
     yield (
         f"preset {config.preset}: pictures {side} x {side} x 3, latents {latent_side} x {latent_side} x "
         f"{config.model.latent_channels}, text {TOKENS} x {WIDTH}, {precision} on {device}"
     )
     for stage, batch_size in (("vae", settings.vae_batch_size), ("unet", settings.batch_size)):
-        need = measure(stage, model, config, precision, steps)
+        need = measure(stage, model, config, precision)
+        mib = {name: f"{need[name] / MIB:.0f}" for name in need}
         yield (
-            f"{stage}: {need.parameters:,} parameters; {need.flops / 1e9:,.0f} GFLOP and {need.seconds:.2f} s a step "
-            f"of {batch_size} in {settings.accumulation} part{'s' * (settings.accumulation > 1)}"
+            f"{stage}: {need['parameters']:,} parameters; {need['flops'] / 1e9:,.0f} GFLOP and {need['seconds']:.2f} s "
+            f"a step of {batch_size} in {settings.accumulation} part{'s' * (settings.accumulation > 1)}"
         )
-        average = f"average {need.average / MIB:.0f}, " if need.average else ""
+        average = f"average {mib['average']}, " if need["average"] else ""
         yield (
-            f"{stage}, memory in MiB: weights of all networks {need.weights / MIB:.0f}, gradients "
-            f"{need.gradients / MIB:.0f}, optimizer {need.optimizer / MIB:.0f}, {average}"
-            f"kept for the backward pass {need.kept / MIB:.0f}; predicted peak {need.peak / MIB:.0f}"
+            f"{stage}, memory in MiB: weights of all networks {mib['weights']}, gradients {mib['gradients']}, "
+            f"optimizer {mib['optimizer']}, {average}kept for the backward pass {mib['kept']}; "
+            f"predicted peak {mib['peak']}"
         )
     latents, captions = measure_caches(model, precision)
     yield (
@@ -140,14 +105,30 @@ def report(config: Config, device: torch.device, precision: str, steps: int = 4)
     )
 
 
-def measure(stage: str, model: TextToImage, config: Config, precision: str, steps: int = 4) -> Need:
-    r"""Take `steps` steps (3 or more) of a stage, vae or unet, on random numbers: two are counted, the others timed."""
-    opt, loss = learner(stage, model, config, precision, steps)
+def measure(stage: str, model: TextToImage, config: Config, precision: str, steps: int = 4) -> dict:
+    r"""Take `steps` steps (3 or more) of a stage, vae or unet, on random numbers: two are counted, the others timed.
+
+    Returns:
+        parameters: of the network that learns. flops: of a step's matrix products and convolutions. seconds: of a step.
+        And in bytes: weights of all three networks, which are on the device together. gradients, optimizer (the
+        moments it keeps), average (EMA): of the network that learns. kept: what autograd keeps of one micro-batch for
+        the backward pass, weights not counted. peak: the most at once. Gradients and what is kept are not always there
+        together; an operation's own buffers come on top.
+    """
+    settings = config.training
+    if stage == "vae":
+        opt = Optimization(model.vae, config, settings.vae_lr, Bound(steps), False, precision)
+    else:
+        opt = Optimization(model.unet, config, settings.lr, Bound(steps), True, precision)
+
+    def loss() -> Tensor:
+        with autocast(model.device, precision):
+            return made_up_loss(stage, model, config)
 
     def step() -> float:
         start = time.monotonic()
         opt.begin_step()
-        for _ in range(config.training.accumulation):
+        for _ in range(settings.accumulation):
             opt.backward(loss())
         opt.end_step()
         wait_for(model.device)
@@ -160,44 +141,37 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
     moments = sum(state.nbytes for state in states if isinstance(state, Tensor) and state.ndim)
     with LiveBytes() as live:
         step()
-    with FlopCounterMode(
-        display=False, custom_mapping=ATTENTION_ON_CPU
-    ) as counter:  # it keeps tensors itself
+    # not together with LiveBytes, because this one keeps tensors itself
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
         step()
     seconds += [step() for _ in range(steps - 3)]
     parameters = sum(p.numel() for p in opt.network.parameters())
     average = 4 * parameters if opt.ema else 0
     weights = sum(tensor.nbytes for part in model.children() for tensor in part.state_dict().values())
-    return Need(
-        parameters=parameters,
-        flops=counter.get_total_flops(),
-        seconds=min(seconds),
-        weights=weights,
-        gradients=4 * parameters,
-        optimizer=moments,
-        average=average,
-        kept=kept,
-        peak=weights + moments + average + live.peak,
-    )
+    return {
+        "parameters": parameters,
+        "flops": counter.get_total_flops(),
+        "seconds": min(seconds),
+        "weights": weights,
+        "gradients": 4 * parameters,
+        "optimizer": moments,
+        "average": average,
+        "kept": kept,
+        "peak": weights + moments + average + live.peak,
+    }
 
 
-def learner(
-    stage: str, model: TextToImage, config: Config, precision: str, steps: int
-) -> tuple[Optimization, Callable[[], Tensor]]:
-    r"""The stage's optimization, and a function that computes a loss of a made-up micro-batch."""
+def made_up_loss(stage: str, model: TextToImage, config: Config) -> Tensor:
+    r"""Mean square of what a network makes of random numbers, in place of its loss; no VGG16 is in it."""
     settings = config.training
+    batch_size = (settings.vae_batch_size if stage == "vae" else settings.batch_size) // settings.accumulation
+    shape = (3, config.model.image_size, config.model.image_size) if stage == "vae" else model.latent_shape
+    x = torch.randn(batch_size, *shape, device=model.device).contiguous(memory_format=torch.channels_last)
     if stage == "vae":
-        opt = Optimization(model.vae, config, settings.vae_lr, Bound(steps), False, precision)
-        made_up_loss = partial(made_up_vae_loss, model, settings.vae_batch_size // settings.accumulation)
-    else:
-        opt = Optimization(model.unet, config, settings.lr, Bound(steps), True, precision)
-        made_up_loss = partial(made_up_unet_loss, model, settings.batch_size // settings.accumulation)
-
-    def loss() -> Tensor:
-        with autocast(model.device, precision):
-            return made_up_loss()
-
-    return opt, loss
+        return (model.vae.decode(model.vae.encode(x).mode()).float() - x).square().mean()
+    t = torch.zeros(batch_size, dtype=torch.long, device=model.device)
+    context = torch.randn(batch_size, TOKENS, WIDTH, device=model.device)
+    return model.unet(x, t, context).float().square().mean()
 
 
 @torch.no_grad()
@@ -210,20 +184,3 @@ def measure_caches(model: TextToImage, precision: str) -> tuple[int, int]:
     with autocast(model.device, precision), LiveBytes() as captions:
         model.text(["a man"] * AT_ONCE)
     return latents.peak, captions.peak
-
-
-def made_up_vae_loss(model: TextToImage, batch_size: int) -> Tensor:
-    r"""The mean square error of random pictures, in place of the VAE's loss; no VGG16 is in it."""
-    side = model.config.image_size
-    x = torch.randn(batch_size, 3, side, side, device=model.device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    return (model.vae.decode(model.vae.encode(x).mode()).float() - x).square().mean()
-
-
-def made_up_unet_loss(model: TextToImage, batch_size: int) -> Tensor:
-    r"""The mean square of the UNet's output on random latents and states, in place of its loss."""
-    z_t = torch.randn(batch_size, *model.latent_shape, device=model.device)
-    z_t = z_t.contiguous(memory_format=torch.channels_last)
-    t = torch.zeros(batch_size, dtype=torch.long, device=model.device)
-    context = torch.randn(batch_size, TOKENS, WIDTH, device=model.device)
-    return model.unet(z_t, t, context).float().square().mean()

@@ -58,14 +58,7 @@ class Muon(torch.optim.Optimizer):
         momentum: mu. weight_decay: lambda. dtype: of the products.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter] | Iterable[dict],
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-    ):
+    def __init__(self, parameters: Iterable, lr: float, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
 

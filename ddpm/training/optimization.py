@@ -116,14 +116,7 @@ class Optimization:
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        config: Config,
-        lr: float,
-        bound: Bound,
-        ema: bool,
-        precision: str,
-        group: Group = ALONE,
+        self, network: nn.Module, config: Config, lr: float, bound: Bound, ema: bool, precision, group=ALONE
     ):
         check_batches(config, group)
         self.settings = config.training
@@ -194,9 +187,8 @@ class Optimization:
             self.scaler.unscale_(optimizer)
         clip = self.settings.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip)
-        loss = self.group.mean(
-            sum(torch.stack(self.losses).tolist())
-        )  # Python waits for the device here alone
+        losses = torch.stack(self.losses).tolist()  # Python waits for the device here alone
+        loss = self.group.mean(sum(losses))
         grad_norm = norm.item()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
@@ -236,9 +228,7 @@ class Optimization:
                 tensor.copy_(state["ema"][name])
 
 
-def optimizers(
-    network: nn.Module, settings: TrainConfig, lr: float, precision: str
-) -> list[torch.optim.Optimizer]:
+def optimizers(network, settings: TrainConfig, lr: float, precision) -> list[torch.optim.Optimizer]:
     r"""AdamW for all parameters; with a `muon_lr` AdamW for the outer ones, and Muon for the inner matrices."""
     decay = settings.weight_decay
     inner, outer = muon_groups(network) if settings.muon_lr else ([], list(network.parameters()))

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ class LostGroup(UserError):
         super().__init__(f"lost the other processes{place} ({lines[0][:120]})")
 
 
+@dataclass(frozen=True)
 class Group:
     r"""The process group that trains one model; one process alone is a group, too.
 
@@ -37,11 +39,10 @@ class Group:
         gloo: torch's process group for single numbers on the CPU; None: the default one.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, gloo=None):
-        self.device = device
-        self.rank = rank
-        self.size = size
-        self.gloo = gloo
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    gloo: dist.ProcessGroup | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -82,23 +83,21 @@ class Group:
 
     def mean(self, value: float) -> float:
         r"""The mean over the processes."""
-        return self._all_reduce(value, dist.ReduceOp.SUM) / self.size if self.size > 1 else value
+        return self._exchanged(dist.all_reduce, value, dist.ReduceOp.SUM) / self.size
 
     def max(self, value: float) -> float:
         r"""The largest of the processes' values."""
-        return self._all_reduce(value, dist.ReduceOp.MAX) if self.size > 1 else value
+        return self._exchanged(dist.all_reduce, value, dist.ReduceOp.MAX)
 
     def broadcast(self, value: float) -> float:
         r"""The main process's value, for example the time on its clock."""
+        return self._exchanged(dist.broadcast, value, 0)
+
+    def _exchanged(self, collective, value: float, how) -> float:
         if self.size == 1:
             return value
         tensor = torch.tensor(float(value), dtype=torch.float64)
-        dist.broadcast(tensor, src=0, group=self.gloo)
-        return tensor.item()
-
-    def _all_reduce(self, value: float, operation) -> float:
-        tensor = torch.tensor(float(value), dtype=torch.float64)
-        dist.all_reduce(tensor, operation, group=self.gloo)
+        collective(tensor, how, group=self.gloo)
         return tensor.item()
 
     @contextlib.contextmanager
@@ -112,14 +111,13 @@ class Group:
                 raise UserError("the first process could not go on; it says why")
             yield
             return
-        done = False
         try:
             yield
-            done = True
-        finally:
-            others_may_be_gone = contextlib.nullcontext() if done else contextlib.suppress(RuntimeError)
-            with others_may_be_gone:
-                self.broadcast(float(done))
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the others may be gone
+                self.broadcast(0.0)
+            raise
+        self.broadcast(1.0)
 
 
 def is_lost(error: Exception) -> bool:

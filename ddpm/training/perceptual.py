@@ -23,11 +23,9 @@ def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         raise UserError(f"could not get VGG16's weights ({error}); leave --perceptual-weight at 0") from None
     features = features.to(device).eval().requires_grad_(False)
     groups = [features[:4], features[4:9], features[9:16]]
-    colours = (
-        models.VGG16_Weights.IMAGENET1K_V1.transforms()
-    )  # mean and standard deviation of its training pictures
-    mean = torch.tensor(colours.mean, device=device)[:, None, None]
-    std = torch.tensor(colours.std, device=device)[:, None, None]
+    training_pictures = models.VGG16_Weights.IMAGENET1K_V1.transforms()
+    mean = torch.tensor(training_pictures.mean, device=device)[:, None, None]
+    std = torch.tensor(training_pictures.std, device=device)[:, None, None]
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         x = ((x + 1) / 2 - mean) / std

@@ -14,13 +14,15 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from ddpm.config import MOVABLE, Config
+from ddpm.config import MOVABLE, TEXT_FILE, Config
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import (
     CANNOT,
@@ -47,7 +49,7 @@ class Damaged(Exception):
 
 
 class Run:
-    r"""One run folder, locked from `create` or from its resuming until `close`.
+    r"""One run folder, locked from `create` or from its resuming until the end of its context.
 
     Attributes:
         config: the run's configuration.
@@ -74,7 +76,7 @@ class Run:
             elif writes:
                 self._check_new()
         except BaseException:
-            self.close()
+            self.__exit__()
             raise
         self.started = started - (self.state["elapsed"] if self.state else 0.0)
 
@@ -82,10 +84,6 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        self.close()
-
-    def close(self):
-        r"""Let others have the folder."""
         if self.lock is not None:
             self.lock.close()
 
@@ -99,7 +97,7 @@ class Run:
 
     def _take_lock(self):
         try:
-            self.lock = open(self.folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (held until `close`)
+            self.lock = open(self.folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (held until `__exit__`)
         except OSError as error:
             raise CannotWrite(
                 f"could not write to {self.folder}: {error.strerror}; let it be written to"
@@ -166,12 +164,8 @@ class Run:
             self._check_new()
             self._take_lock()
         if text is not None:
-            self.write("text.safetensors", text)
-        self.write("config.json", self.config.to_json().encode())
-
-    def write(self, name: str, content, size: int = 0, keep: Path | None = None):
-        r"""Write a file of the run, as `write_atomically` does."""
-        write_atomically(self.folder / name, content, size, keep)
+            write_atomically(self.folder / TEXT_FILE, text)
+        write_atomically(self.folder / "config.json", self.config.to_json().encode())
 
     @property
     def in_second_stage(self) -> bool:
@@ -217,13 +211,13 @@ class Run:
             **more,
         }
         state["sha256"] = digest_of(state)
-        self.write("metrics.csv", csv_of(self.rows))
+        write_atomically(self.folder / "metrics.csv", csv_of(self.rows))
         # a damaged state must not replace the whole one before it
         keep = self.folder / PREVIOUS if self.newest_is_whole else None
-        self.write(STATE, lambda path: save_state(path, state), size_of(state), keep)
+        write_atomically(self.folder / STATE, partial(save_state, state=state), size_of(state), keep)
         self.newest_is_whole = True
         self.saved = (stage, optimization.step)
-        self.write("loss.png", lambda path: plot_losses(path, self.rows))
+        write_atomically(self.folder / "loss.png", partial(plot_losses, rows=self.rows))
 
     def restore(self, stage: str, optimization):
         r"""Load the stage's optimization from the state, if the state is of this stage; then free the state."""
@@ -291,11 +285,7 @@ def read_state(path: Path) -> dict:
 
 def size_of(value) -> int:
     r"""Bytes of the tensors in nested dictionaries and lists."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return sum(size_of(part) for part in value)
-    return value.nbytes if isinstance(value, Tensor) else 0
+    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def csv_of(rows: list[dict]) -> bytes:
@@ -317,15 +307,13 @@ def read_metrics(path: Path) -> list[dict]:
         rows = [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(lines)]
     except csv.Error as error:
         raise UserError(f"expected the metrics of a run in {path}, got {error}; move the file away") from None
-    return [row for row in rows if _is_whole(row)]
-
-
-def _is_whole(row: dict) -> bool:
-    try:
-        [float(row[name] or 0) for name in COLUMNS[2:]]
-        return position(row)[1] > 0
-    except ValueError:
-        return False
+    whole = []
+    for row in rows:
+        with contextlib.suppress(ValueError):
+            [float(row[name] or 0) for name in COLUMNS[2:]]
+            if position(row)[1] > 0:
+                whole.append(row)
+    return whole
 
 
 def plot_losses(path: Path, rows: list[dict]):

@@ -55,57 +55,22 @@ def train(
     Raises: UserError, or Stopped after a signal; both say what is saved and how to go on.
     """
     started = time.monotonic() if started is None else started
+    cache = cache or folder.parent / "cache"
     device = choose_device(device)
     precision = choose_precision(config.training.precision, device)
-    with Group.joined(device) as group, opened(group, folder, config, resume, started) as run, advising(run):
-        check_batches(config, group)
-        session = prepared(run, group, precision, stage, resume, cache or folder.parent / "cache", download)
-        session.steps_left = stop_after
-        if train_stages(session, stage):
-            say(f"done in {run.clock() / 60:.1f} minutes; try:")
-            say(f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {folder}')
-
-
-def prepared(
-    run: Run, group: Group, precision: str, stage: str, resume: bool, cache: Path, download: bool
-) -> Session:
-    r"""The data and the model of a run, and its folder once all that can be refused has been looked at."""
-    config, settings = run.config, run.config.training
-    with group.main_process_first():
-        if download:
-            download_data(settings.data)
-        table = open_data(config)
-    check_stage(run, stage)
-    if group.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
-    model = new_model(run, resume)
-    with group.main_process_first():
-        remove_leftovers(cache)
-        pictures = checked_pictures(config, table, cache)
-        if settings.perceptual_weight and stage != "unet" and not run.in_second_stage:
-            perceptual.perceptual_loss(group.device)  # downloads, or refuses, while there is no folder yet
-    create(run, model, resume)
-    together = f", {group.size} processes" if group.size > 1 else ""
-    say(f"run {run.folder}, preset {config.preset}, {precision} on {group.device}{together}")
-    say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
-    model.to(group.device)
-    files = None if table is None else table.files
-    return Session(run, model, pictures, files, cache, precision, group)
-
-
-def train_stages(session: Session, stage: str) -> bool:
-    r"""The stages that are asked for and not over yet; returns whether the second one was trained to its end."""
-    if not restore_vae(session.run, session.model, stage) and not VaeStage(session).train():
-        return False
-    return stage != "vae" and UnetStage(session).train()
-
-
-def opened(group: Group, folder: Path, config: Config, resume: bool, started: float) -> Run:
-    r"""The run in its folder; the main process alone locks it, writes to it and prints."""
-    if group.rank:
-        be_quiet()
-    with group.main_process_first():
-        return Run(folder, config, resume, started, writes=group.rank == 0)
+    with Group.joined(device) as group:
+        if group.rank:
+            be_quiet()
+        with group.main_process_first():
+            run = Run(folder, config, resume, started, writes=group.rank == 0)
+        with run, advising(run):
+            check_batches(config, group)
+            session = prepared(run, group, precision, stage, resume, cache, download)
+            session.steps_left = stop_after
+            is_vae_done = restore_vae(run, session.model, stage) or VaeStage(session).train()
+            if is_vae_done and stage != "vae" and UnetStage(session).train():
+                say(f"done in {run.clock() / 60:.1f} minutes; try:")
+                say(f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {folder}')
 
 
 @contextlib.contextmanager
@@ -123,11 +88,38 @@ def advising(run: Run) -> Iterator[None]:
         raise Stopped(stop.signum, f"{stop}; {run.advice()}") from None
 
 
-def download_data(folder: str):
-    r"""CelebA into the data folder."""
-    if folder == "drawn":
-        raise UserError("expected --data FOLDER to download CelebA into, got none")
-    download_celeba(folder)
+def prepared(run: Run, group: Group, precision: str, stage: str, resume, cache: Path, download) -> Session:
+    r"""The data and the model of a run, and its folder once all that can be refused has been looked at."""
+    config = run.config
+    settings = config.training
+    with group.main_process_first():
+        if download and settings.data == "drawn":
+            raise UserError("expected --data FOLDER to download CelebA into, got none")
+        if download:
+            download_celeba(settings.data)
+        table = open_data(config)
+    check_stage(run, stage)
+    if group.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
+    # in a new folder a file of a text tower is what a killed command left
+    text_file = run.folder / TEXT_FILE if resume and (run.folder / TEXT_FILE).is_file() else None
+    torch.manual_seed(settings.seed)
+    model = TextToImage(config.model, text_weights.tower_from_file(text_file) if text_file else None)
+    model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
+    with group.main_process_first():
+        remove_leftovers(cache)
+        pictures = checked_pictures(config, table, cache)
+        if settings.perceptual_weight and stage != "unet" and not run.in_second_stage:
+            perceptual.perceptual_loss(group.device)  # downloads, or refuses, while there is no folder yet
+    # a text tower that came from a file is kept in the run, because that file may go
+    is_to_keep = text_file is None and not is_name(config.model.text_weights)
+    run.create(partial(text_weights.save_tower, model.text) if is_to_keep else None)
+    together = f", {group.size} processes" if group.size > 1 else ""
+    say(f"run {run.folder}, preset {config.preset}, {precision} on {group.device}{together}")
+    say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
+    model.to(group.device)
+    files = None if table is None else table.files
+    return Session(run, model, pictures, files, cache, precision, group)
 
 
 def check_stage(run: Run, stage: str):
@@ -141,27 +133,6 @@ def check_stage(run: Run, stage: str):
         raise UserError(
             f"expected a run whose first stage goes on, in {run.folder} the second has begun; choose a new --out"
         )
-
-
-def has_text(run: Run, resume: bool) -> bool:
-    r"""Whether the run keeps its text tower; in a new folder such a file is what a killed command left."""
-    return resume and (run.folder / TEXT_FILE).is_file()
-
-
-def new_model(run: Run, resume: bool) -> TextToImage:
-    r"""The untrained model of the run, with its text tower."""
-    settings = run.config.training
-    torch.manual_seed(settings.seed)
-    text = text_weights.tower_from_file(run.folder / TEXT_FILE) if has_text(run, resume) else None
-    model = TextToImage(run.config.model, text)
-    model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
-    return model
-
-
-def create(run: Run, model: TextToImage, resume: bool):
-    r"""Make the folder; a text tower that came from a file is kept in it, because that file may go."""
-    comes_from_file = not is_name(run.config.model.text_weights) and not has_text(run, resume)
-    run.create(partial(text_weights.save_tower, model.text) if comes_from_file else None)
 
 
 def checked_pictures(config: Config, table: ImageTable | None, cache: Path) -> Pictures:

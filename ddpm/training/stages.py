@@ -48,22 +48,46 @@ class Session:
     group: Group
     steps_left: int | None = None
 
+    def latents(self) -> Latents:
+        r"""Of all pictures."""
+        vae = self.model.vae.eval()
+        with self.group.main_process_first():
+            return encode_latents(self.cache, vae, self.pictures, self.precision, progress_bar)
+
+    def texts(self, full_captions: set[str]) -> Texts:
+        r"""The states of all training captions and of these."""
+        settings = self.run.config.training
+        variants = range(settings.caption_variants)
+        rows = self.pictures.rows(TRAIN)
+        captions = {self.pictures.caption(i, settings.seed, v) for i in rows for v in variants}
+        given = (self.cache, self.model.text, captions | full_captions, self.precision)
+        with self.group.main_process_first():
+            texts = Texts(*given, settings.text_cache_gb, progress_bar)
+        if not texts.cached:
+            say("the captions need more than --text-cache-gb: they go through the text tower at every step")
+        return texts
+
 
 class Stage:
     r"""One stage of a run; a subclass trains its network and validates it."""
 
-    def __init__(
-        self, session: Session, name: str, network: nn.Module, lr: float, batch_size: int, ema: bool
-    ):
+    def __init__(self, session: Session, name: str, network: nn.Module, lr: float, batch_size: int, ema):
         self.session = session
         self.run = session.run
+        self.config = session.run.config
         self.settings = session.run.config.training
+        self.model = session.model
+        self.pictures = session.pictures
+        self.precision = session.precision
+        self.group = session.group
         self.name = name
         self.batch_size = batch_size
+        self.inference_batch = inference_batch(batch_size, self.settings.accumulation)
         self.stop = StopRequest()
         self.more: dict = {}  # what the checkpoint holds beside the optimization
-        bound = self.bound()
-        self.opt = Optimization(network, self.run.config, lr, bound, ema, session.precision, session.group)
+        self.mean_loss = math.nan
+        self.last_line = time.monotonic()
+        self.opt = Optimization(network, self.config, lr, self.bound(), ema, self.precision, self.group)
         self.run.restore(name, self.opt)
 
     def bound(self) -> Bound:
@@ -75,10 +99,9 @@ class Stage:
             until = whole * self.settings.vae_share if self.name == "vae" else whole - to_save_and_draw
 
         def clock() -> float:
-            return self.session.group.broadcast(self.run.clock())
+            return self.group.broadcast(self.run.clock())
 
-        steps = stage_steps(self.run.config, self.name, self.session.pictures)
-        return Bound(steps, clock, clock(), until)
+        return Bound(stage_steps(self.config, self.name, self.pictures), clock, clock(), until)
 
     def validate(self) -> dict:
         r"""Figures of the held-out pictures, by column of the metrics."""
@@ -89,7 +112,6 @@ class Stage:
 
         Raises: Stopped after a signal, NotFinite after too many skipped steps; both when the last step is saved.
         """
-        self.stop = StopRequest()
         with on_signals(self.stop):
             try:
                 is_over = self.take_steps(reports)
@@ -111,13 +133,14 @@ class Stage:
         r"""The loop of `take`; it ends after a whole step or within a validation, which the resumed run repeats."""
         if self.opt.step and self.opt.step % self.settings.sample_every == 0:
             self.validate_once()
-        with Progress(self) as progress:
+        total = self.opt.bound.steps if self.opt.bound.until is None else None
+        with bar(total=total, initial=self.opt.step, desc=self.name, unit="step") as shown:
             began = time.monotonic()
             for report in reports:
                 seconds = max(time.monotonic() - began, 1e-9)
                 if not report.finite:
                     say(f"skipped {self.description(report)}")
-                progress.show(report, seconds)
+                self.show(shown, report, seconds)
                 self.log(report, seconds)
                 if report.step % self.settings.sample_every == 0:
                     self.validate_once()
@@ -137,7 +160,7 @@ class Stage:
 
     def check_stop(self):
         r"""Raise Stopped where a signal asked for it, in all processes or none."""
-        signum = int(self.session.group.max(self.stop.signum))
+        signum = int(self.group.max(self.stop.signum))
         if signum:
             raise Stopped(signum, f"stopped at {self.name} step {self.opt.step}")
 
@@ -157,6 +180,21 @@ class Stage:
             f"pictures {pictures}{timesteps}"
         )
 
+    def show(self, shown, report: Report, seconds: float):
+        r"""Running mean of the loss and speed, in the bar, or without a terminal in a line now and then."""
+        if report.finite:
+            is_first = math.isnan(self.mean_loss)
+            self.mean_loss = report.loss if is_first else 0.98 * self.mean_loss + 0.02 * report.loss
+        status = f"loss {self.mean_loss:.4f}, {self.batch_size / seconds:.0f} images/s"
+        until = self.opt.bound.until
+        if until is not None:
+            status += f", {max(0.0, until - self.run.clock()) / 60:.1f} min left"
+        shown.set_postfix_str(status, refresh=False)
+        shown.update()
+        if shown.disable and time.monotonic() - self.last_line >= 30:
+            self.last_line = time.monotonic()
+            say(f"{self.name} step {report.step}: {status}")
+
     def log(self, report: Report, seconds: float):
         self.run.log(
             stage=self.name,
@@ -169,34 +207,9 @@ class Stage:
         )
 
 
-class Progress:
-    r"""A bar over a stage's steps, or without a terminal a line now and then: running mean of the loss, speed."""
-
-    def __init__(self, stage: Stage):
-        self.stage = stage
-        self.until = stage.opt.bound.until
-        total = stage.opt.bound.steps if self.until is None else None
-        self.bar = bar(total=total, initial=stage.opt.step, desc=stage.name, unit="step")
-        self.mean = math.nan
-        self.last_line = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-
-    def show(self, report: Report, seconds: float):
-        if report.finite:
-            self.mean = report.loss if math.isnan(self.mean) else 0.98 * self.mean + 0.02 * report.loss
-        status = f"loss {self.mean:.4f}, {self.stage.batch_size / seconds:.0f} images/s"
-        if self.until is not None:
-            status += f", {max(0.0, self.until - self.stage.run.clock()) / 60:.1f} min left"
-        self.bar.set_postfix_str(status, refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.monotonic() - self.last_line >= 30:
-            self.last_line = time.monotonic()
-            say(f"{self.stage.name} step {report.step}: {status}")
+def inference_batch(batch_size: int, accumulation: int) -> int:
+    r"""Pictures that go through a network together where no activations are kept for a backward pass."""
+    return min(64, 2 * batch_size // accumulation)
 
 
 class VaeStage(Stage):
@@ -204,20 +217,18 @@ class VaeStage(Stage):
 
     def __init__(self, session: Session):
         settings = session.run.config.training
-        super().__init__(
-            session, "vae", session.model.vae, settings.vae_lr, settings.vae_batch_size, ema=False
-        )
+        super().__init__(session, "vae", session.model.vae, settings.vae_lr, settings.vae_batch_size, False)
         self.held_out = session.pictures.rows(VALID)
 
     def train(self) -> bool:
         r"""Train, encode and write vae.safetensors; False when it was stopped before its end."""
-        model, pictures = self.session.model, self.session.pictures
-        if not self.take(train_vae(model, pictures, self.run.config, self.opt, self.session.precision)):
+        model = self.model
+        if not self.take(train_vae(model, self.pictures, self.config, self.opt, self.precision)):
             return False
         if self.run.writes and self.quality(self.held_out)[0] < ENOUGH_PSNR:
             advice = "the VAE blurs what the UNet draws; give the first stage more time"
             say(f"warning: below {ENOUGH_PSNR} dB {advice}")
-        model.latent_scale = measure_latent_scale(encoded(self.session), pictures.rows(TRAIN))
+        model.latent_scale = measure_latent_scale(self.session.latents(), self.pictures.rows(TRAIN))
         if self.run.writes:
             model.save_vae(self.run.folder)
         say(f"latents {model.latent_shape}, scale {model.latent_scale:.4f}")
@@ -229,10 +240,9 @@ class VaeStage(Stage):
 
     def quality(self, rows: np.ndarray) -> tuple[float, float]:
         r"""Print PSNR and SSIM of these pictures, and return them."""
-        model, pictures, precision = self.session.model, self.session.pictures, self.session.precision
-        model.vae.eval()
-        batch = inference_batch(self.batch_size, self.settings.accumulation)
-        psnr, ssim = reconstruction_quality(model, pictures, rows, precision, batch)
+        self.model.vae.eval()
+        how = (self.precision, self.inference_batch)
+        psnr, ssim = reconstruction_quality(self.model, self.pictures, rows, *how)
         figures = f"held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f} on {len(rows)} pictures"
         say(f"vae step {self.opt.step}: {figures}")
         return psnr, ssim
@@ -242,32 +252,30 @@ class UnetStage(Stage):
     r"""Second stage: the UNet, on the latents of the VAE."""
 
     def __init__(self, session: Session):
-        model, settings = session.model, session.run.config.training
-        self.latents = encoded(session)
+        model = session.model
+        settings = session.run.config.training
+        self.latents = session.latents()
         self.held_out = session.pictures.rows(VALID)[:64]
         full_captions = {session.pictures.full_caption(i) for i in self.held_out}
-        self.texts = embedded(session, full_captions)
+        self.texts = session.texts(full_captions)
         self.prompts = sorted(full_captions)[:: max(1, len(full_captions) // 16)][:16]
-        super().__init__(session, "unet", model.unet, settings.lr, settings.batch_size, ema=True)
+        super().__init__(session, "unet", model.unet, settings.lr, settings.batch_size, True)
         self.more = {"trained_vae": {"weights": model.vae.state_dict(), "latent_scale": model.latent_scale}}
+        self.data = (self.model, self.latents, self.texts, self.pictures)
 
     def train(self) -> bool:
         r"""Train; False when it was stopped before its end."""
-        model, pictures, precision = self.session.model, self.session.pictures, self.session.precision
-        config = self.run.config
-        return self.take(train_unet(model, self.latents, self.texts, pictures, config, self.opt, precision))
+        return self.take(train_unet(*self.data, self.config, self.opt, self.precision))
 
     def validate(self) -> dict:
         r"""Also writes both weights and a grid of samples."""
-        model, pictures, precision = self.session.model, self.session.pictures, self.session.precision
-        folder, seed = self.run.folder, self.settings.seed
-        batch = inference_batch(self.batch_size, self.settings.accumulation)
-        model.unet.eval()
-        save_weights(folder / "unet.safetensors", model.unet.state_dict())
-        with self.opt.ema.applied(model.unet):
-            held_out = (self.latents, self.texts, pictures, self.held_out)
-            losses = loss_by_timestep(model, *held_out, precision, seed=seed, batch=batch)
-            save_weights(folder / "ema.safetensors", model.unet.state_dict())
+        unet = self.model.unet.eval()
+        batch = self.inference_batch
+        save_weights(self.run.folder / "unet.safetensors", unet.state_dict())
+        with self.opt.ema.applied(unet):
+            how = {"precision": self.precision, "seed": self.settings.seed, "batch": batch}
+            losses = loss_by_timestep(*self.data, self.held_out, **how)
+            save_weights(self.run.folder / "ema.safetensors", unet.state_dict())
             self.draw_samples(max(1, batch // 2))  # guidance runs the UNet on twice as many
         mean = sum(losses) / len(losses)
         tenths = " ".join(f"{loss:.3f}" for loss in losses)
@@ -278,44 +286,15 @@ class UnetStage(Stage):
         r"""A grid of the averaged weights' pictures, always from the same noise and prompts."""
 
         def leave(_):
-            if (
-                self.stop.signum and self.session.group.size == 1
-            ):  # several processes stop together, after a step
+            if self.stop.signum and self.group.size == 1:  # several processes stop together, after a step
                 self.check_stop()
 
-        seed, precision = self.settings.seed, self.session.precision
-        x = self.session.model.sample(
-            self.prompts, seed=seed, precision=precision, callback=leave, batch_size=batch
-        )
+        how = {"seed": self.settings.seed, "precision": self.precision, "batch_size": batch}
+        x = self.model.sample(self.prompts, callback=leave, **how)
         text = {"prompt": json.dumps(self.prompts), "settings": "dpm++, 20 steps, guidance 3, EMA"}
         text["step"] = str(self.opt.step)
         path = self.run.folder / "samples" / f"step_{self.opt.step:06d}.png"
         save_png(path, labelled_grid(x, self.prompts, 8), text)
-
-
-def inference_batch(batch_size: int, accumulation: int) -> int:
-    r"""Pictures that go through a network together where no activations are kept for a backward pass."""
-    return min(64, 2 * batch_size // accumulation)
-
-
-def encoded(session: Session) -> Latents:
-    r"""All latents."""
-    vae = session.model.vae.eval()
-    with session.group.main_process_first():
-        return encode_latents(session.cache, vae, session.pictures, session.precision, progress_bar)
-
-
-def embedded(session: Session, full_captions: set[str]) -> Texts:
-    r"""The states of all training captions and of these."""
-    settings, pictures, tower = session.run.config.training, session.pictures, session.model.text
-    variants = [(i, v) for i in pictures.rows(TRAIN) for v in range(settings.caption_variants)]
-    captions = full_captions | {pictures.caption(i, settings.seed, v) for i, v in variants}
-    limit_gb = settings.text_cache_gb
-    with session.group.main_process_first():
-        texts = Texts(session.cache, tower, captions, session.precision, limit_gb, progress_bar)
-    if not texts.cached:
-        say("the captions need more than --text-cache-gb: they go through the text tower at every step")
-    return texts
 
 
 def restore_vae(run: Run, model: TextToImage, stage: str) -> bool:

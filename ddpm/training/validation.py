@@ -13,7 +13,7 @@ from ddpm.losses import diffusion_loss
 from ddpm.model import TextToImage
 from ddpm.tools.devices import autocast
 from ddpm.tools.seeding import generator
-from ddpm.training.caches import Latents, Texts
+from ddpm.training.caches import Latents
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_quality(
-    model: TextToImage, pictures: Pictures, rows: np.ndarray, precision: str = "fp32", batch: int = 64
+    model: TextToImage, pictures: Pictures, rows: np.ndarray, precision="fp32", batch=64
 ) -> tuple[float, float]:
     r"""Mean PSNR (dB) and SSIM of decode(encode(x).mode()) over the given pictures."""
     scores = []
@@ -71,7 +71,7 @@ def reconstruction_quality(
     return mean_psnr, mean_ssim
 
 
-def measure_latent_scale(latents: Latents, rows: np.ndarray, batch: int = 256, batches: int = 40) -> float:
+def measure_latent_scale(latents: Latents, rows: np.ndarray) -> float:
     r"""1 / standard deviation of the latents around zero, over many batches (Latent Diffusion, appendix G).
 
     $$s = \left(\mathbb E\left[\mu^2 + \sigma^2\right]\right)^{-1/2}$$
@@ -79,7 +79,8 @@ def measure_latent_scale(latents: Latents, rows: np.ndarray, batch: int = 256, b
     so that s z has unit mean square, as the noise has.
     """
     second_moments = []
-    batches = min(batches, -(-len(rows) // batch))
+    batch = 256
+    batches = min(40, -(-len(rows) // batch))
     for begin in np.linspace(0, max(0, len(rows) - batch), batches).astype(int):
         chosen = rows[begin : begin + batch]
         q = latents.gaussian(chosen, torch.zeros(len(chosen), dtype=torch.bool))
@@ -89,17 +90,12 @@ def measure_latent_scale(latents: Latents, rows: np.ndarray, batch: int = 256, b
 
 @torch.no_grad()
 def loss_by_timestep(
-    model: TextToImage,
-    latents: Latents,
-    texts: Texts,
-    pictures: Pictures,
-    rows: np.ndarray,
-    precision: str = "fp32",
-    buckets: int = 10,
-    seed: int = 0,
-    batch: int = 64,
+    model: TextToImage, latents, texts, pictures, rows, precision="fp32", buckets=10, seed=0, batch=64
 ) -> list[float]:
-    r"""Validation loss in each tenth of the time axis, on fixed pictures, noise and captions."""
+    r"""Validation loss in each tenth of the time axis, on fixed pictures, noise and captions.
+
+    Args: latents, texts, pictures, rows: as in `train_unet`; rows of held-out pictures.
+    """
     T = model.schedule.timesteps
     g = generator(seed, "validation")
     q = latents.gaussian(rows, torch.zeros(len(rows), dtype=torch.bool))
