@@ -147,9 +147,8 @@ def test_the_figures_are_those_of_the_library_called_by_hand(run, result, pictur
     wanted = truths(pictures, rows)[:, network.columns]
     for source, answers in seen.items():
         figures = result["adherence"]["held_out"][source]["attributes"]
-        for name, value in zip(
-            network.names, metrics.balanced_accuracy(wanted, answers).tolist(), strict=True
-        ):
+        accuracies = metrics.balanced_accuracy(wanted, answers).tolist()
+        for name, value in zip(network.names, accuracies, strict=True):
             assert figures[name]["balanced_accuracy"] == report.rounded(value), (source, name)
 
 
@@ -191,9 +190,8 @@ def test_full_curves_have_all_prompts_and_the_whole_chain_and_some_parts_can_be_
     assert {"sampler": "ddpm", "steps": 30}.items() <= result["steps"][-1].items()
     assert set(content(tmp_path)) == {"result.json", "steps.png"}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("18 valid pictures of drawn") and lines[1].startswith(
-        "drawing will take about "
-    )
+    assert lines[0].startswith("18 valid pictures of drawn")
+    assert lines[1].startswith("drawing will take about ")
     assert any(line.startswith("VAE, n 18: ") for line in lines)
     own = result["bits"]["latent"][result["bits"]["variance"]]
     assert any(f"bits/dim, n 18: latents {own['total']:.2f} +- " in line for line in lines)

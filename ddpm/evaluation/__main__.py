@@ -32,10 +32,8 @@ def parser() -> Parser:
     extractor_help = "whose features the Frechet distance compares [classifier]"
     add("--extractor", choices=EXTRACTORS, default="classifier", help=extractor_help)
     scope = p.add_mutually_exclusive_group()
-    for name, meaning in (
-        ("quick", "fewer prompts, short curves"),
-        ("full", "whole curves, DDPM at all steps"),
-    ):
+    scopes = {"quick": "fewer prompts, short curves", "full": "whole curves, DDPM at all steps"}
+    for name, meaning in scopes.items():
         scope.add_argument(f"--{name}", action="store_const", dest="scope", const=name, help=meaning)
     p.set_defaults(scope="normal")
     add("--only", type=part_names, default=PARTS, metavar="PART,...", help=f"only some of {','.join(PARTS)}")
@@ -62,9 +60,8 @@ def main(argv: list[str] | None = None):
     options = parser().parse_args(argv)
     check_drawing(options)
     if not Path(options.run).is_dir():
-        raise UserError(
-            f"expected the folder of a run, {options.run} is none; train one with python train.py"
-        )
+        run = options.run
+        raise UserError(f"expected the folder of a run, {run} is none; train one with python train.py")
     from ddpm.evaluation.command import evaluate  # here, because it loads torch
 
     evaluate(options)

@@ -86,9 +86,8 @@ def bits_per_dimension(
     rate = (prior + widths @ terms[own] - entropy) * size / pictures.pixels[0].size
     error = laplace_bits(pictures.batch(rows), x_hat.float().cpu().clamp(-1, 1), width).flatten(1).mean(dim=1)
     picture = _means({"latent": rate, "error": error, "total": rate + error})
-    by_time = [
-        [first, end - 1, term.mean().item()] for (first, end), term in zip(slices, terms[own], strict=True)
-    ]
+    own_means = terms[own].mean(dim=1).tolist()
+    by_time = [[first, end - 1, mean] for (first, end), mean in zip(slices, own_means, strict=True)]
     return {"latent": latent, "picture": picture, "by_time": by_time}
 
 

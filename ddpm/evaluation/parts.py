@@ -28,12 +28,7 @@ from ddpm.training.caches import Texts, encode_latents
 from ddpm.training.validation import loss_by_timestep, psnr, ssim
 
 DRAWING = {"adherence", "frechet", "neighbours"}  # parts that look at the pictures of the main setting
-READING = {
-    "adherence",
-    "neighbours",
-    "guidance",
-    "steps",
-}  # parts that use the classifier, where one is possible
+READING = {"adherence", "neighbours", "guidance", "steps"}  # parts that use the classifier, if there is one
 MIN_READ = 0.8
 RULE = (
     f"counted are attributes that the captions of at least {metrics.MIN_EACH} held-out pictures want and of "
@@ -327,11 +322,10 @@ class Evaluation:
 
     def latents(self) -> dict:
         r"""Mean, variance, KL and correlation of the channels of the scaled latents."""
-        scale = self.model.latent_scale
         q = self.encoded.gaussian(np.arange(self.n), torch.zeros(self.n, dtype=torch.bool))
-        health = metrics.latent_health(q, scale)
+        health = metrics.latent_health(q, self.model.latent_scale)
         self.files["latents.png"] = plots.plot_latents(health)
-        return {"n": self.n, "scale": scale, **health}
+        return {"n": self.n, "scale": self.model.latent_scale, **health}
 
     def loss(self) -> dict:
         r"""The loss in each tenth of the time axis, on fixed noise."""

@@ -16,9 +16,8 @@ from ddpm.tools.grids import save_png
 
 RESULT = "result.json"
 PREVIOUS = "result.previous.json"
-PICTURES = [
-    f"{name}.png" for name in ("pictures", "neighbours", "adherence", "latents", "loss", "guidance", "steps")
-]
+NAMES = ("pictures", "neighbours", "adherence", "latents", "loss", "guidance", "steps")
+PICTURES = [f"{name}.png" for name in NAMES]
 
 
 def summary(part: str, result: dict | list) -> Iterator[str]:
@@ -60,13 +59,11 @@ def _adherence_line(name: str, sources: dict) -> str:
 
 
 def _neighbours_line(space: str, row: dict) -> str:
+    sources = {"held_out": "held-out ones", "reconstructed": "held-out ones through the VAE"}
     figures = [
         f"{row[f'ratio_to_{source}']:.2f} of the distance of {meaning}, "
         f"{row[f'nearer_than_1_percent_of_{source}']:.1%} nearer than the nearest 1 % of those"
-        for source, meaning in (
-            ("held_out", "held-out ones"),
-            ("reconstructed", "held-out ones through the VAE"),
-        )
+        for source, meaning in sources.items()
     ]
     return f"nearest training picture, {space}: {'; '.join(figures)}"
 
