@@ -71,7 +71,7 @@ def reconstruction_quality(
     return mean_psnr, mean_ssim
 
 
-def measure_latent_scale(latents: Latents, rows: np.ndarray) -> float:
+def measure_latent_scale(latents: Latents, rows: np.ndarray, batch: int = 256, batches: int = 40) -> float:
     r"""1 / standard deviation of the latents around zero, over many batches (Latent Diffusion, appendix G).
 
     $$s = \left(\mathbb E\left[\mu^2 + \sigma^2\right]\right)^{-1/2}$$
@@ -79,8 +79,7 @@ def measure_latent_scale(latents: Latents, rows: np.ndarray) -> float:
     so that s z has unit mean square, as the noise has.
     """
     second_moments = []
-    batch = 256
-    batches = min(40, -(-len(rows) // batch))
+    batches = min(batches, -(-len(rows) // batch))
     for begin in np.linspace(0, max(0, len(rows) - batch), batches).astype(int):
         chosen = rows[begin : begin + batch]
         q = latents.gaussian(chosen, torch.zeros(len(chosen), dtype=torch.bool))
