@@ -34,11 +34,10 @@ FEW, MANY = 10_000, 200_000
 class PlainTower(nn.Module):
     r"""In the text tower's place where captions are embedded already: states that cost nothing."""
 
+    quick_gelu = False
+
     def forward(self, prompts: list[str]) -> Tensor:
         return torch.ones(len(prompts), 77, 512)
-
-    def fingerprint(self) -> str:
-        return "plain"
 
 
 def hollow(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
