@@ -14,6 +14,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
+from tqdm import tqdm
+
 from ddpm.tools.errors import UserError, escaped, printable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -146,8 +148,6 @@ def be_quiet():
 
 def bar(things: Iterable | None = None, **options):
     r"""A tqdm bar, on a terminal and in a process that may speak; elsewhere it is silent."""
-    from tqdm import tqdm
-
     return tqdm(things, disable=_quiet or None, **options)
 
 
@@ -158,6 +158,4 @@ def progress_bar(things: Iterable, total: int, label: str) -> Iterable:
 
 def say(text: str):
     r"""Print a line above a bar that is being drawn."""
-    from tqdm import tqdm
-
     tqdm.write(escaped(text))  # file names may be in it
