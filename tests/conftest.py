@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ddpm.config import ModelConfig
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
-from ddpm.tools import text_weights
+from ddpm.tools import command, text_weights
 from ddpm.tools.errors import UserError
 
 collect_ignore = ["benchmarks"]  # they are run by hand
@@ -32,6 +32,14 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             f"{len(SLOW_LEFT_OUT):,} slow tests were left out; python -m pytest -m '' runs all tests"
         )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def memory_is_given_back():
+    r"""The commands keep freed memory, which suits one training; hundreds of them in one process would add up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "keep_freed_memory", lambda: None)
+        yield
 
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float64) -> Tensor:
