@@ -104,8 +104,8 @@ class TextToImage(nn.Module):
         if variance == "learned" and self.config.variance != "learned":
             raise ValueError("expected variance posterior or beta, got learned: this model learned none")
         if guidance_scale not in (0, 1) and not self.config.caption_drop:
-            told = "guidance has no unconditional model to lead away from, because caption_drop was 0"
-            warnings.warn(told, stacklevel=2)
+            message = "guidance has no unconditional model to lead away from, because caption_drop was 0"
+            warnings.warn(message, stacklevel=2)
         self.eval()
         settings = {"sampler": sampler, "steps": steps, "eta": eta, "prediction": self.config.prediction}
         settings["variance"] = variance or self.config.variance

@@ -49,8 +49,8 @@ class TextTower(nn.Module):
             if len(words) > TOKENS - 2:
                 cut = self.tokenizer.decode(words[TOKENS - 2 :]).strip()
                 cut = cut if len(cut) <= 200 else cut[:200] + "..."
-                told = f"a prompt of {len(words)} tokens is cut to {TOKENS - 2}; left out: {cut!r}"
-                warnings.warn(told, stacklevel=3)
+                message = f"a prompt of {len(words)} tokens is cut to {TOKENS - 2}; left out: {cut!r}"
+                warnings.warn(message, stacklevel=3)
         return self.tokenizer(prompts, context_length=TOKENS)
 
     @torch.no_grad()

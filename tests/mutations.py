@@ -58,7 +58,7 @@ EQUIVALENT = {
     ("Schedule.__init__", "another number", "1"): "a second clean time that nobody reads",
     ("Schedule.to", "", ""): "where the tables are",
     ("TextTower.tokenize", "", ""): "how a prompt that is too long is told",
-    ("kernels.GroupNorm.forward", "", ""): "chooses between two ways to the same numbers",
+    ("kernels.GroupNorm.", "", ""): "chooses between two ways to the same numbers",
     ("ChannelsLastGroupNorm.forward", "", "H * W"): "the same",
     ("ChannelsLastGroupNorm.forward", "", "1024"): "the same",
     ("ChannelsLastGroupNorm.backward", "swapped arguments", "addcmul"): "the factors of a product",

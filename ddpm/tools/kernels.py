@@ -67,20 +67,23 @@ def _remember_last(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 
 
 class GroupNorm(nn.GroupNorm):
-    r"""The same numbers as torch's.
+    r"""The same numbers as torch's, for channels-last maps on the CPU, where torch is slow.
 
-    On the CPU torch is slow for channels-last maps: in its backward pass where they are large (half of a VAE step),
-    and in half precision in its forward pass where they are small.
+    In half precision it always is. In single precision it is where the map is large and has at most 64 channels, and
+    a gradient is wanted; with more channels torch is the faster one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         channels_last = (
             not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         )
-        large = channels_last and x.shape[2] * x.shape[3] >= 256
-        if x.device.type == "cpu" and ((channels_last and is_half(x)) or (large and x.requires_grad)):
+        if x.device.type == "cpu" and channels_last and (is_half(x) or self.is_slow_in_single(x)):
             return ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         return super().forward(x)
+
+    def is_slow_in_single(self, x: Tensor) -> bool:
+        r"""Whether torch's backward pass is the slower one in single precision."""
+        return x.requires_grad and self.num_channels <= 64 and x.shape[2] * x.shape[3] >= 256
 
 
 def is_half(x: Tensor) -> bool:
