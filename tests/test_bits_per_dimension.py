@@ -109,6 +109,9 @@ def test_the_bound_of_the_latents_is_the_one_computed_without_drawing_a_number(k
             abs(bound["total"] - exact) < 4 * bound["standard_error"] + 0.002
         )  # latents are in half precision
     first, last, _ = zip(*found["by_time"], strict=True)
+    own_bound = found["latent"]["posterior"]
+    by_time = sum((b - a + 1) * mean for a, b, mean in found["by_time"])
+    assert by_time == pytest.approx(own_bound["steps"] + own_bound["last"])
     assert (first[0], last[0], last[-1]) == (0, 0, 199)
     assert all(b == a + 1 for a, b in zip(last, first[1:], strict=False))
     picture = found["picture"]

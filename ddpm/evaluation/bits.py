@@ -58,24 +58,25 @@ def bits_per_dimension(
     q = latents.gaussian(rows, torch.zeros(len(rows), dtype=torch.bool))
     z_0 = q.sample(g) * model.latent_scale
     context = texts([pictures.full_caption(i) for i in rows]).to(model.device)
-    edges = sorted({0, *np.geomspace(1, model.schedule.timesteps, SLICES + 1).round().astype(int).tolist()})
+    schedule = model.schedule.to("cpu")  # where the algebra runs, in double precision
+    edges = sorted({0, *np.geomspace(1, schedule.timesteps, SLICES + 1).round().astype(int).tolist()})
     slices = list(itertools.pairwise(edges))  # the first is t = 0 alone
 
     terms = {form: torch.zeros(len(slices), len(rows), dtype=torch.float64) for form in forms}
     for k, (first, end) in enumerate(slices):
         t = torch.randint(first, end, (len(rows),), generator=g)
-        z_t = q_sample(model.schedule, z_0, t, torch.randn(z_0.shape, generator=g))
+        z_t = q_sample(schedule, z_0, t, torch.randn(z_0.shape, generator=g))
         with autocast(model.device, precision):
             output = model.unet(z_t.to(model.device), t.to(model.device), context)
         output, nu = split_output(output.float().cpu(), z_t)
         prediction = model.config.prediction
         for form in forms:
-            terms[form][k] = variational_term(model.schedule, z_0, z_t, t, output, prediction, form, nu)
+            terms[form][k] = variational_term(schedule, z_0, z_t, t, output, prediction, form, nu)
     with autocast(model.device, precision):
         x_hat = model.vae.decode((z_0 / model.latent_scale).to(model.device))
 
     widths = torch.tensor([end - first for first, end in slices], dtype=torch.float64)
-    prior = prior_term(model.schedule, z_0).double()
+    prior = prior_term(schedule, z_0).double()
     latent = {}
     for form, term in terms.items():
         steps = widths[1:] @ term[1:]
