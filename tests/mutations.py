@@ -57,7 +57,7 @@ EQUIVALENT = {
     ("sampling._log_snr", "another number", "0.5"): "only ratios of its differences are used",
     ("Schedule.__init__", "another number", "1"): "a second clean time that nobody reads",
     ("Schedule.to", "", ""): "where the tables are",
-    ("TextTower.tokenize", "", ""): "how a prompt that is too long is told",
+    ("TextTower.tokenize", "", ""): "the wording of a warning",
     ("kernels.GroupNorm.", "", ""): "chooses between two ways to the same numbers",
     ("ChannelsLastGroupNorm.forward", "", "H * W"): "the same",
     ("ChannelsLastGroupNorm.forward", "", "1024"): "the same",

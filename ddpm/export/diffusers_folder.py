@@ -1,7 +1,8 @@
 r"""A model as a diffusers folder, and a diffusers folder as a model.
 
-Our modules already have diffusers' names, so a table of renames is all that lies between the weights. The settings
-are written in diffusers' words, and on the way back each one is held against what our networks always are.
+Weights need only a table of renames, because our modules already have diffusers' names. The export writes the
+settings under diffusers' names. The import refuses a setting that our networks do not have, for example another
+activation function.
 """
 
 import copy
