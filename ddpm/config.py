@@ -109,6 +109,11 @@ class TrainConfig:
     weight_decay: float = option(0.01, "weight decay", low=0)
     clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0)
     ema_decay: float = option(0.9995, "decay of the averaged weights, reached by warm-up", low=0, below=1)
+    weighting: str = option(
+        "prediction",
+        "whose squared error the loss is, whatever the UNet predicts: its prediction's own, or with weights by t",
+        ("prediction", "eps", "v", "x_0", "min_snr"),
+    )
     vlb_weight: float = option(
         0.001, "weight of the variational bound that teaches --variance learned", low=0
     )

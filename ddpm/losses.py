@@ -9,6 +9,8 @@ from torch import Tensor
 from ddpm.diffusion import PREDICTIONS, q_sample, reverse_variance, v_from, x_0_and_eps
 from ddpm.schedule import Schedule
 
+WEIGHTINGS = ("prediction", "eps", "v", "x_0", "min_snr")
+
 
 def training_target(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, prediction: str) -> Tensor:
     r"""What the network should predict from x_t = q_sample(x_0, t, eps): eps, v or x_0."""
@@ -19,6 +21,26 @@ def training_target(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, pre
     return v_from(schedule, x_0, t, eps)
 
 
+def loss_weight(schedule: Schedule, x_0: Tensor, t: Tensor, prediction: str, weighting: str) -> Tensor:
+    r"""The factor that makes the squared error of one prediction that of another; (B, 1, ..., 1).
+
+    Given x_t, the three predictions determine each other, so their squared errors differ by a factor of t alone:
+
+    $$\lVert \epsilon - \hat\epsilon \rVert^2 = \mathrm{SNR}\, \lVert x_0 - \hat x_0 \rVert^2, \qquad
+    \lVert v - \hat v \rVert^2 = (\mathrm{SNR} + 1)\, \lVert x_0 - \hat x_0 \rVert^2, \qquad
+    \mathrm{SNR} = \frac{\bar\alpha_t}{1 - \bar\alpha_t}$$
+
+    For example a network that predicts v minimises the spec's error of eps when its square is weighted by
+    SNR / (SNR + 1), which is alpha_bar_t. `min_snr` weights the error of x_0 by min(SNR, 5) (Min-SNR, equation 8),
+    and `prediction` leaves every prediction its own square.
+    """
+    alpha_bar_t = schedule.alpha_bar_at(t, x_0)
+    snr = alpha_bar_t / (1 - alpha_bar_t)
+    of_x_0 = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "min_snr": snr.clamp(max=5)}
+    of_x_0["prediction"] = of_x_0[prediction]
+    return of_x_0[weighting] / of_x_0[prediction]
+
+
 def diffusion_loss(
     schedule: Schedule,
     denoise: Callable[[Tensor, Tensor], Tensor],
@@ -27,6 +49,7 @@ def diffusion_loss(
     eps: Tensor,
     prediction: str = "eps",
     vlb_weight: float = 0.001,
+    weighting: str = "prediction",
 ) -> Tensor:
     r"""The simplified objective, one number for each picture (DDPM, equation 14; the spec's objective).
 
@@ -35,8 +58,9 @@ def diffusion_loss(
     z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon$$
 
     The square is averaged over the elements of z, so it does not grow with the picture. v and x_0 take the place of
-    eps when `prediction` says so. A network with twice the channels learns its variance too, by the bound, through
-    which no gradient reaches the mean (Improved DDPM, equation 16):
+    eps when `prediction` says so, and `weighting` may weigh their errors as another's, see `loss_weight`. A network
+    with twice the channels learns its variance too, by the bound, through which no gradient reaches the mean
+    (Improved DDPM, equation 16):
 
     $$\mathcal L_{\mathrm{hybrid}} = \mathcal L + \lambda\, T\, L_{t-1}$$
 
@@ -50,6 +74,8 @@ def diffusion_loss(
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"expected a prediction out of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"expected a weighting out of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if eps.shape != z_0.shape or t.shape != z_0.shape[:1] or t.is_floating_point():
         raise ValueError(
             f"expected eps like z_0, {tuple(z_0.shape)}, and t as ({len(z_0)},) integers, "
@@ -58,7 +84,8 @@ def diffusion_loss(
     z_t = q_sample(schedule, z_0, t, eps)
     target = training_target(schedule, z_0, t, eps, prediction)
     output, nu = split_output(denoise(z_t, t), z_t)
-    loss = ((target.float() - output.float()) ** 2).flatten(1).mean(dim=1)
+    weight = loss_weight(schedule, z_0, t, prediction, weighting).float()
+    loss = (weight * (target.float() - output.float()) ** 2).flatten(1).mean(dim=1)
     if nu is not None and vlb_weight:
         bits = variational_term(schedule, z_0, z_t, t, output.detach().float(), prediction, "learned", nu)
         loss = loss + vlb_weight * schedule.timesteps * bits.float()

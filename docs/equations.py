@@ -240,6 +240,12 @@ CODE = (
         ),
     ),
     Row(
+        "loss-weight",
+        "The squared error of one prediction as that of another",
+        "losses.loss_weight",
+        "snr",
+    ),
+    Row(
         "variational-bound",
         "What one step adds to the variational bound, here in nats, in the code in bits",
         "losses.variational_term",

@@ -16,7 +16,14 @@ from ddpm.diffusion import (
     v_from,
     x_0_and_eps,
 )
-from ddpm.losses import diffusion_loss, prior_term, split_output, training_target, variational_term
+from ddpm.losses import (
+    WEIGHTINGS,
+    diffusion_loss,
+    prior_term,
+    split_output,
+    training_target,
+    variational_term,
+)
 from ddpm.schedule import SCHEDULES, Schedule
 
 NAMES = sorted(SCHEDULES)
@@ -79,10 +86,28 @@ def test_the_network_sees_z_t_at_its_own_time_and_the_gradient_of_the_loss_reach
     assert scale.grad.item() == pytest.approx(by_hand, abs=1e-5)  # float32 sums of a few numbers about 1
 
 
+@pytest.mark.equation("loss-weight")
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_weighting_makes_the_loss_that_of_the_same_network_with_another_prediction(prediction):
+    z_0, eps, output = (normal(5, 3, seed=k) for k in range(3))
+    t = at(0, 20, 300, 700, 999)
+    z_t = q_sample(LINEAR, z_0, t, eps)
+    z_0_hat, eps_hat = x_0_and_eps(LINEAR, z_t, t, output, prediction)
+    same = {"eps": eps_hat, "v": v_from(LINEAR, z_0_hat, t, eps_hat), "x_0": z_0_hat}
+    own = {p: diffusion_loss(LINEAR, lambda *_, p=p: same[p], z_0, t, eps, p) for p in PREDICTIONS}
+    snr = LINEAR.alpha_bar[t] / (1 - LINEAR.alpha_bar[t])
+    own |= {"prediction": own[prediction], "min_snr": own["x_0"] * snr.clamp(max=5)}
+    assert set(own) == set(WEIGHTINGS)
+    for weighting, expected in own.items():
+        loss = diffusion_loss(LINEAR, lambda *_: output, z_0, t, eps, prediction, weighting=weighting)
+        assert (loss / expected - 1).abs().max() < 1e-4  # float32, and an SNR of 10^4 at t = 0
+
+
 @pytest.mark.parametrize(
     "changes, told",
     [
         ({"prediction": "epsilon"}, "eps, v, x_0, got 'epsilon'"),
+        ({"weighting": "snr"}, "prediction, eps, v, x_0, min_snr, got 'snr'"),
         ({"eps": torch.zeros(2, 1)}, r"eps like z_0, \(2, 3\), .* got \(2, 1\)"),  # it would broadcast
         ({"t": at(1, 2, 3)}, r"t as \(2,\) integers, got .* \(3,\) torch.int64"),
         ({"t": torch.tensor([0.5, 1.0])}, r"t as \(2,\) integers, got .* torch.float32"),

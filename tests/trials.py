@@ -44,6 +44,8 @@ TRIALS = {  # settings over those of the preset, which is drawn64 without --run;
     "eps, cosine": {"prediction": "eps"},
     "eps, linear": {"prediction": "eps", "schedule": "linear"},
     "v, linear": {"schedule": "linear"},
+    "v, linear, error of eps": {"schedule": "linear", "weighting": "eps"},
+    "v, cosine, min-SNR": {"weighting": "min_snr"},
     "three levels": {"channels": (64, 128, 192), "attention_levels": (1, 2)},
     "attention everywhere": {"attention_levels": (0, 1)},
     "vae, muon": {},

@@ -86,7 +86,7 @@ def train_unet(
         z_0 = posterior.sample(eps=shard(eps_vae)) * model.latent_scale  # (B, c, h, w)
         for z_k, t_k, eps_k, context_k in opt.micro_batches(z_0, shard(t), shard(eps), context):
             denoise_k = partial(denoise, context=context_k)
-            prediction = model.config.prediction
-            loss = diffusion_loss(model.schedule, denoise_k, z_k, t_k, eps_k, prediction, settings.vlb_weight)
+            how = (model.config.prediction, settings.vlb_weight, settings.weighting)
+            loss = diffusion_loss(model.schedule, denoise_k, z_k, t_k, eps_k, *how)
             opt.backward(loss.mean())
         yield opt.end_step(rows, t)
