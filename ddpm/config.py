@@ -128,7 +128,9 @@ class TrainConfig:
         ("auto", "fp32", "bf16", "fp16"),
     )
     gradient_checkpointing: bool = option(False, "compute activations twice, keep fewer")
-    caption_variants: int = option(1, "different captions made of a picture's attributes", low=1, high=1000)
+    caption_variants: int = option(
+        1, "captions of a picture: made of its attributes, or of its own", low=1, high=1000
+    )
     text_cache_gb: float = option(
         8.0, "embed captions once up to this size on disk; beyond, at every step", low=0
     )

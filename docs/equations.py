@@ -239,12 +239,7 @@ CODE = (
             + (1 - nu) * log((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
         ),
     ),
-    Row(
-        "loss-weight",
-        "The squared error of one prediction as that of another",
-        "losses.loss_weight",
-        "snr",
-    ),
+    Row("loss-weight", "The squared error of one prediction as that of another", "losses.loss_weight", "snr"),
     Row(
         "variational-bound",
         "What one step adds to the variational bound, here in nats, in the code in bits",

@@ -6,7 +6,10 @@ import json
 import os
 import re
 import struct
+import unicodedata
+import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from ddpm.celeba.captions import ATTRIBUTES
+from ddpm.celeba.dataset import open_data, photographs
 from ddpm.celeba.download import download_celeba
 from ddpm.celeba.images import BadImage, crop_and_resize, read_image
 from ddpm.celeba.lists import TEST, TRAIN, VALID, open_table, split_by_name
 from ddpm.celeba.refusals import DataError
+from ddpm.config import Config
 
 N = 12
 FILES = tuple(f"{i:06}.jpg" for i in range(1, N + 1))
@@ -116,6 +121,9 @@ LAYOUTS = {  # where the pictures are, and the lists
     "torchvision root": ("celeba/img_align_celeba", below("celeba")),
     "torchvision, drive": ("CelebA/Img/img_align_celeba", below("CelebA", DRIVE)),
     "png": ("img_align_celeba_png", TXT),
+    "JPG": ("img_align_celeba", TXT),
+    "ids without suffix": txt(official().replace(".jpg", "")),
+    "kaggle, ids without suffix": kaggles(kaggle().replace(".jpg", "")),
     "LF": txt(official(end="\n")),
     "no count line": txt(official(count=False)),
     "LF, no count line": txt(official(count=False, end="\n")),
@@ -147,7 +155,7 @@ LAYOUTS = {  # where the pictures are, and the lists
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_celeba_gives_the_same_table(tmp_path, layout):
     pictures, lists = LAYOUTS[layout]
-    files = [name.replace("jpg", "png") for name in FILES] if layout == "png" else FILES
+    files = [name.replace("jpg", layout) for name in FILES] if layout in ("png", "JPG") else FILES
     make_celeba(tmp_path, pictures, files, **lists)
     table = open_table(str(tmp_path))
     assert table.files == tuple(files)
@@ -164,11 +172,54 @@ def test_the_table_keeps_the_rows_whose_picture_is_there_and_looks_at_no_picture
     seen = []
     stat = os.stat
     monkeypatch.setattr(os, "stat", lambda path, *a, **b: seen.append(str(path)) or stat(path, *a, **b))
-    table = open_table(tmp_path)
+    with pytest.warns(UserWarning, match=f"{ATTR}: left out 6 rows, such as 000001.jpg, because"):
+        table = open_table(tmp_path)
     assert not [path for path in seen if path.endswith(".jpg")]
     assert table.files == FILES[1::2]
     np.testing.assert_array_equal(table.attributes, LABELS[1::2])
     np.testing.assert_array_equal(table.split, SPLIT[1::2])
+
+
+def test_a_list_without_a_count_that_is_cut_short_opens_and_a_warning_counts_its_pictures(tmp_path):
+    lines = kaggle().splitlines(keepends=True)
+    make_celeba(tmp_path, **CSV | {"list_attr_celeba.csv": "".join(lines[:6])})
+    with pytest.warns(
+        UserWarning, match="left out 7 pictures, such as 000006.jpg, because list_attr_celeba.csv"
+    ):
+        assert open_table(tmp_path).files == FILES[:5]
+
+
+TWO_FORMS = [unicodedata.normalize(form, "\u00e4.jpg") for form in ("NFC", "NFD")]
+
+
+@pytest.mark.parametrize(
+    "row, pictures, found",
+    [
+        ("a.jpg", ["a.JPG"], "a.JPG"),
+        ("a.jpg", ["a.png"], "a.png"),
+        ("a.jpg", ["images/a.jpg"], "images/a.jpg"),
+        ("a.jpg", ["train/0/A.jpeg"], "train/0/A.jpeg"),
+        ("a.jpg", ["a.png", "x/A.JPG"], "x/A.JPG"),
+        ("x/a.jpg", ["images/X/a.jpg", "y/a.jpg"], "images/X/a.jpg"),
+        (*TWO_FORMS[:1], TWO_FORMS[1:], TWO_FORMS[1]),
+        ("a.jpg", ["x/a.jpg", "y/a.jpg"], None),
+        ("a.jpg", ["a.png", "a.webp"], None),
+        ("a.jpg", [".trash/a.jpg"], None),
+        ("a.jpg", ["ba.jpg"], None),
+        ("B.jpg", [], None),  # b.jpg has its own row
+        ("c.jpg\nC.JPG", ["c.png"], None),
+    ],
+)
+def test_a_picture_that_is_called_otherwise_is_found_if_it_is_the_only_one(tmp_path, row, pictures, found):
+    put_pictures(tmp_path, ["b.jpg", *pictures])
+    rows = "".join(f"{name},a man\n" for name in ("b.jpg", *row.split("\n")))
+    put(tmp_path / "captions.csv", f"file,caption\n{rows}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert open_table(tmp_path).files == ("b.jpg", found)[: 2 if found else 1]
+    told = [str(warning.message) for warning in caught if " rows, such as " in str(warning.message)]
+    name = row.partition("\n")[0]
+    assert len(told) == (found is None) and all(f"such as {name}, because no" in text for text in told)
 
 
 def test_rows_are_taken_by_masks_integers_and_slices(tmp_path):
@@ -181,6 +232,7 @@ def test_rows_are_taken_by_masks_integers_and_slices(tmp_path):
     assert len(table.take([])) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*gone.png")
 @pytest.mark.parametrize("list_name", ["captions.csv", "metadata.csv", "faces.csv"])
 @pytest.mark.parametrize("folder", [".", "images"])
 def test_a_folder_with_a_csv_of_captions_opens(tmp_path, list_name, folder):
@@ -188,24 +240,35 @@ def test_a_folder_with_a_csv_of_captions_opens(tmp_path, list_name, folder):
     text = 'file_name,text\nb.png,"a man,\n  smiling"\n./deep\\ä.jpg,die Frau\ngone.png,nobody\n'
     put(tmp_path / list_name, text)
     table = open_table(tmp_path)
-    assert table.files == ("b.png", "deep/ä.jpg") and table.captions == ("a man, smiling", "die Frau")
+    assert table.files == ("b.png", "deep/ä.jpg") and table.captions == (("a man, smiling",), ("die Frau",))
     assert table.attributes is None and table.root == tmp_path / folder
     assert sorted(table.split) == [TRAIN, VALID]
-    assert table.take([1]).captions == ("die Frau",)
+    assert table.take([1]).captions == (("die Frau",),)
 
 
-ONE_AND_TWO = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "two", "more": 3}]
-
-
-@pytest.mark.parametrize("column", ["file", "FileName", "image", "image id", "Path", "whatever", "", "jsonl"])
-def test_the_column_of_files_is_found(tmp_path, column):
+@pytest.mark.parametrize("column", ["file", "FileName", "image", "image id", "Path", "whatever", ""])
+def test_the_column_of_files_is_found_by_its_name_and_else_by_its_look(tmp_path, column):
     put_pictures(tmp_path, ["a.png", "b.png"])
-    if column == "jsonl":  # as Hugging Face's folders have it
-        put(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, ONE_AND_TWO)))
-    else:
-        put(tmp_path / "captions.csv", f"number,{column},caption\n0,a.png,one\n1,b.png,two\n")
+    first = (
+        0 if column in ("whatever", "") else "thumb.png"
+    )  # what looks like names beats nothing that is called so
+    put(tmp_path / "captions.csv", f"first,{column},caption\n{first},a.png,one\n{first},b.png,two\n")
     table = open_table(tmp_path)
-    assert table.files == ("a.png", "b.png") and table.captions == ("one", "two")
+    assert table.files == ("a.png", "b.png") and table.captions == (("one",), ("two",))
+
+
+def test_a_list_in_json_is_several_wordings_which_are_used_in_turns(tmp_path):
+    put_pictures(tmp_path, ["a.png", "b.png"])
+    rows = [{"file_name": "a.png", "text": ["one", " another\none"]}]  # as Hugging Face's folders have it
+    rows += [{"file_name": "b.png", "text": "two", "more": None}]
+    put(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    table = open_table(tmp_path)
+    assert table.captions == (("one", "another one"), ("two",))
+    pictures = photographs(tmp_path / "cache", replace(table, split=np.zeros(2, np.uint8)), size=16)
+    assert [pictures.caption(0, 0, variant) for variant in range(3)] == ["one", "another one", "one"]
+    assert pictures.full_caption(0) == "one" and pictures.caption(1, 0, 1) == "two"
+    with pytest.warns(UserWarning, match="1 of up to 2 wordings .* --caption-variants 2"):
+        open_data(Config.from_preset("celeba64", data=str(tmp_path)))
 
 
 def test_own_attributes_may_be_a_part_of_the_forty_and_bring_their_split(tmp_path):
@@ -273,6 +336,7 @@ BROKEN = {  # file -> its content -> what the message holds; ... stands for anyt
         line(1, lambda row: "202599"): "expected 202,599 rows ... got 12",
         line(1, lambda row: "11"): "expected 11 rows ... got 12",
         line(2, lambda row: ""): "expected all 40 attributes ... got 0",
+        line(2, lambda row: row.replace("_", "-of-")): "expected all 40 attributes ... captions.csv",
         line(2, lambda row: row.replace("Young", "")): "expected all 40 ... got 39, without Young",
         line(2, lambda row: row.replace("Young", "Male")): "expected one column Male, got two",
         line(5, lambda row: row[:-3]): "line 5: expected 41 columns, got 40, '000003.jpg",
@@ -282,7 +346,7 @@ BROKEN = {  # file -> its content -> what the message holds; ... stands for anyt
         line(6, lambda row: row[:-3] + " nan"): "line 6 ... got 'nan'",
         line(6, lambda row: row[:-3] + " " + "y" * 10**5): "line 6 ... got 'yyyy",
         line(7, lambda row: row.replace("05", "02")): "line 7 ... '000002.jpg' again, after line 4",
-        line(7, lambda row: row.replace(".jpg", "")): "line 7: expected the file name ... got '000005'",
+        line(7, lambda row: row.replace(".jpg", ".txt")): "line 7: expected the file name ... '000005.txt'",
         line(7, lambda row: "../" + row): "line 7: expected a path inside the folder, got '../000005.jpg'",
     },
     PART: {
@@ -290,7 +354,7 @@ BROKEN = {  # file -> its content -> what the message holds; ... stands for anyt
         partition()[:42]: "expected a split for each of 12 ... got none for 9 ... 000004.jpg",
         partition().replace("06.jpg 0", "06.jpg 3"): "line 6: expected train, valid or test ... got '3'",
         partition().replace("06.jpg 0", "06.jpg"): "line 6: expected 2 columns, got 1",
-        "nothing of the kind\r\nat all or so\r\n": "a column of picture files ... 'at all or so'",
+        "nothing of the kind\r\nat all or so\r\n": "a column of picture files ... got none",
     },
     "list_attr_celeba.csv": {
         kaggle(names=ATTRIBUTES[:-6]): "got 34, without Wearing_Earrings, Wearing_Hat, ... and 2 more",
@@ -299,8 +363,8 @@ BROKEN = {  # file -> its content -> what the message holds; ... stands for anyt
     "captions.csv": {  # beside a.png and b.png
         "a.png,a man\nb.png,a woman\n": "expected a column caption ... name the columns",
         "file,colour\na.png,red\n": "expected a column caption ... got file, colour",
-        "id,caption\n1,a man\n": "expected a column of picture files ... got id, caption",
-        "file,caption\na.png,a man\nb.png, \n": "line 3: expected a caption, got none for 'b.png'",
+        "id,caption\n1,a man\n": "expected a column of picture files ... got none",
+        "file,caption\na.png,a man\nb.png, \n": "line 3: expected a caption, ... got none",
         'file,caption\na.png,"a man\nb.png,a woman\n': "expected well-formed rows ... end of data",
         "file,caption\na.png,a man, old\n": "line 2: expected 2 columns, got 3",
         "file,caption\n../a.png,x\n": "line 2: expected a path inside the folder, got '../a.png'",
@@ -315,9 +379,20 @@ BROKEN = {  # file -> its content -> what the message holds; ... stands for anyt
     },
     "metadata.jsonl": {
         '{"file_name": "a.png"': "expected well-formed rows",
-        '["a.png"]': "expected well-formed rows ... no object",
-        "3": "expected 3 rows",
-        '{"file_name": "a.png", "text": ""}': "expected a caption",
+        '["a.png"]': "expected well-formed rows ... no JSON object",
+        "3": "no rows",
+        **{
+            f'{{"file_name": "a.png", "text": "x"}}\n{{"file_name": "b.png", "text": {value}}}': got
+            for value, got in {
+                '""': "line 2: expected a caption, ... got none",
+                "null": "line 2: expected a caption, ... got none",
+                "[]": "line 2 ... got none",
+                "[null]": "line 2 ... got NoneType",
+                '["y", 3]': "line 2 ... got int '3'",
+                "1.5": "line 2 ... got float",
+                '{"en": "y"}': "line 2 ... got dict",
+            }.items()
+        },
     },
 }
 
@@ -375,24 +450,19 @@ def test_celeba_photographs_are_cropped_to_the_148_in_the_middle():
 
 
 @pytest.mark.equation("preprocessing")
-@pytest.mark.parametrize("size, box", [((100, 60), (20, 0, 80, 60)), ((61, 100), (0, 19, 61, 80))])
-def test_other_pictures_are_cropped_to_the_largest_square_in_the_middle(size, box):
+@pytest.mark.parametrize(
+    "size, crop, box",
+    [
+        ((100, 60), 0, (20, 0, 80, 60)),
+        ((61, 100), 0, (0, 19, 61, 80)),
+        ((70, 90), 1000, (0, 10, 70, 80)),
+        ((70, 90), 50, (10, 20, 60, 70)),
+        ((64, 64), 148, (0, 0, 64, 64)),
+    ],
+)
+def test_other_pictures_are_cropped_to_a_square_in_the_middle_no_larger_than_they_are(size, crop, box):
     image = picture(*size)
-    assert crop_and_resize(image, box[2] - box[0]).tobytes() == image.crop(box).tobytes()
-
-
-def test_a_crop_is_never_more_than_the_picture():
-    image = picture(70, 90)
-    assert crop_and_resize(image, 70, 1000).tobytes() == image.crop((0, 10, 70, 80)).tobytes()
-    assert crop_and_resize(image, 50, 50).tobytes() == image.crop((10, 20, 60, 70)).tobytes()
-
-
-def test_a_picture_of_the_right_size_stays_as_it_is(tmp_path):
-    image = picture(64, 64)
-    image.save(tmp_path / "a.png")
-    for crop in (0, 64, 148):
-        assert crop_and_resize(image, 64, crop).tobytes() == image.tobytes()
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.asarray(image))
+    assert crop_and_resize(image, box[2] - box[0], crop).tobytes() == image.crop(box).tobytes()
 
 
 @pytest.mark.equation("preprocessing")

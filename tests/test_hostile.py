@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import string
 import struct
@@ -356,6 +357,37 @@ def test_what_a_link_leads_to_is_not_told(run, tmp_path, capsys, monkeypatch):
         (run / name).unlink()
         (run / name).symlink_to(tmp_path / "secret")
         assert "swordfish" not in refused(capsys, sample.main, "a man", "--model", run)
+
+
+NO_LISTS = ["API_KEY=swordfish\nroot:x", "swordfish,1\n2,3", "51423\nx", '{"swordfish": 1, "swordfish": 2}']
+
+
+@pytest.mark.parametrize("secret", NO_LISTS)
+@pytest.mark.parametrize("name", [*LISTS, "list_eval_partition.txt"])
+def test_the_content_of_what_is_no_list_is_not_told(name, secret, tmp_path):
+    write_celeba(tmp_path / "data", 4)
+    if name not in ("list_attr_celeba.txt", "list_eval_partition.txt"):
+        (tmp_path / "data" / "list_attr_celeba.txt").unlink()
+    (tmp_path / "secret").write_text(secret)
+    (tmp_path / "data" / name).unlink(missing_ok=True)
+    (tmp_path / "data" / name).symlink_to(tmp_path / "secret")
+    assert not re.search("swordfish|51,?423", refusal_of(open_table, tmp_path / "data"))
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no devices here")
+def test_a_list_that_is_a_device_is_not_read(tmp_path):
+    (tmp_path / "captions.csv").symlink_to("/dev/zero")
+    assert "no file" in refusal_of(open_table, tmp_path)
+
+
+def test_a_link_in_a_data_folder_may_lead_to_pictures_elsewhere(tmp_path):
+    write_celeba(tmp_path / "disk", 4)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "disk" / "img_align_celeba")
+    (tmp_path / "data" / "captions.csv").write_text("file,caption\n000001.JPG,a man\n000002.jpg,a woman\n")
+    with pytest.warns(UserWarning, match="left out 2 pictures"):
+        table = open_table(tmp_path / "data")
+    assert read_image(table.root / table.files[0]).shape == (64, 64, 3)
 
 
 # ---------------------------------------------------------------------- settings as JSON

@@ -3,6 +3,7 @@ r"""A data set ready to train on: every picture decoded or drawn once, into a me
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Pictures:
         good: (N,) bool, whether the picture could be read.
         split: (N,) uint8, 0 train, 1 valid, 2 test.
         attributes: (N, 40) uint8, or None where the data has captions.
-        captions: one sentence a picture, or None.
+        captions: one or more wordings a picture, or None.
         bad: (file, reason) of what was skipped.
         key: names this very data in other caches.
     """
@@ -43,7 +44,7 @@ class Pictures:
     good: np.ndarray
     split: np.ndarray
     attributes: np.ndarray | None
-    captions: tuple[str, ...] | None
+    captions: tuple[tuple[str, ...], ...] | None
     bad: tuple[tuple[str, str], ...]
     key: str
 
@@ -64,19 +65,19 @@ class Pictures:
         )
 
     def caption(self, i: int, seed: int, variant: int = 0) -> str:
-        r"""Training caption of picture i: its own sentence, or its attributes in wording number `variant`.
+        r"""Training caption of picture i in wording number `variant`: one of its own, or one of its attributes.
 
         The wording follows from the attributes and not from the picture: equal rows share their captions, and each
         caption is embedded once.
         """
         if self.captions is not None:
-            return self.captions[i]
+            return self.captions[i][variant % len(self.captions[i])]
         row = self.attributes[i]
         return describe(row, seed=[seed, variant, *np.packbits(row).tolist()])
 
     def full_caption(self, i: int) -> str:
         r"""The fixed caption of picture i, for validation."""
-        return self.captions[i] if self.captions is not None else describe(self.attributes[i])
+        return self.captions[i][0] if self.captions is not None else describe(self.attributes[i])
 
     def batch(self, rows: np.ndarray, flip: Tensor | None = None) -> Tensor:
         r"""Pictures as (B, 3, S, S) float32 in [-1, 1], mirrored where `flip` (B,) says so."""
@@ -86,7 +87,15 @@ class Pictures:
 
 def open_data(config: Config) -> ImageTable | None:
     r"""The table of the run's data folder, or None for drawn faces."""
-    return None if config.training.data == "drawn" else open_table(config.training.data)
+    if config.training.data == "drawn":
+        return None
+    table = open_table(config.training.data)
+    most = max(map(len, table.captions or [()]))
+    used = config.training.caption_variants
+    if most > used:
+        advice = f"--caption-variants {min(most, 1000)} takes more, in turns of the epochs"
+        warnings.warn(f"{used} of up to {most} wordings of a picture are used; {advice}", stacklevel=2)
+    return table
 
 
 def load_pictures(
@@ -132,8 +141,7 @@ def photographs(
     Raises:
         UserError: a fraction of more than `max_bad` is unreadable, or nothing is in the train split.
     """
-    stats = [os.stat(table.root / name) for name in table.files]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(table.files, stats, strict=True)]
+    files = [(name, *_size_and_time(table.root / name)) for name in table.files]
     key = key_of("photographs", size, crop, files)
     path = folder / f"pictures-{key}.npy"
     listing = folder / f"pictures-{key}.json"
@@ -154,6 +162,14 @@ def photographs(
         advice = "see the split or partition file"
         raise UserError(f"expected pictures of the train split in {table.root}, found none; {advice}")
     return pictures
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:  # a link that leads nowhere is an unreadable picture
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _decode(

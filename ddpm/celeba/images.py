@@ -108,7 +108,7 @@ def read_image(path, size: int = 64, crop: int = 0) -> np.ndarray:
     except (BadImage, DataError):
         raise
     except FileNotFoundError:
-        raise BadImage("missing") from None
+        raise BadImage("a link that leads nowhere" if os.path.islink(path) else "missing") from None
     except Exception as error:  # Pillow on damaged files: OSError, SyntaxError, struct.error, ...
         if "truncated" in str(error).lower():
             raise BadImage("truncated") from error

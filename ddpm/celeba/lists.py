@@ -5,6 +5,10 @@ pictures with a csv into an `ImageTable`. What cannot be used is refused in one 
 
 import hashlib
 import os
+import re
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,17 +17,19 @@ import numpy as np
 
 from ddpm.celeba.captions import ATTRIBUTES
 from ddpm.celeba.refusals import AGAIN, DataError, first_few, kind_of, quoted
-from ddpm.celeba.sheets import PLAIN_ATTRIBUTES, Sheet, is_image_name, read_sheet
+from ddpm.celeba.sheets import CAPTION_COLUMNS, PLAIN_ATTRIBUTES, Sheet, is_image_name, read_sheet
+from ddpm.tools.errors import printable
 
 TRAIN, VALID, TEST = 0, 1, 2
 FOLDERS = ("img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba_png")
 # Where CelebA's pictures are, seen from the folder with the annotations.
-IMAGE_FOLDERS = (*FOLDERS, *(f"Img/{name}" for name in FOLDERS), "Img", "images", ".")
+IMAGE_FOLDERS = (*FOLDERS, *(f"Img/{name}" for name in FOLDERS), "Img", "images", "")
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_id", "path")
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz")
 VALUES = {"-1": 0, "0": 0, "1": 1, "-1.0": 0, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 SPLITS = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
 SPLITS |= {"0": TRAIN, "1": VALID, "2": TEST, "0.0": TRAIN, "1.0": VALID, "2.0": TEST}
+DEPTH = 4  # of the subfolders in which pictures are looked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +39,7 @@ class ImageTable:
     root: Path  # the folder that `files` are relative to
     files: tuple[str, ...]  # N paths, with / between folders
     attributes: np.ndarray | None  # (N, 40) uint8, columns in the order of ATTRIBUTES, 1 = has it
-    captions: tuple[str, ...] | None  # N sentences, where the data has captions instead
+    captions: tuple[tuple[str, ...], ...] | None  # N times one or more wordings, where the data has captions
     split: np.ndarray  # (N,) uint8: 0 train, 1 valid, 2 test
 
     def __len__(self) -> int:
@@ -60,10 +66,12 @@ def open_table(path) -> ImageTable:
       pictures in `img_align_celeba/` (nested in itself, in `Img/`, as PNG) or beside the list; the split from
       `list_eval_partition.txt` or `.csv`, beside the list or in `Eval/`, if it is there.
     - your own: `captions.csv`, `metadata.csv`, `metadata.jsonl`, or the only csv there. One column of file
-      names, and either `caption` (or `text`) or some of the 40 attributes, the others being 0. `split`
-      is an optional column. Paths are relative to the folder, or to its `images/`.
+      names, and either `caption` (or `text`; in JSON also a list of wordings) or some of the 40 attributes, the
+      others being 0. `split` is an optional column. Paths are relative to the folder, or to its `images/`.
 
-    Rows without a picture are left out, so a part of CelebA opens too. Without a split, about 90 / 5 / 5 % of the
+    A picture that is not where it should be is taken from any subfolder, in another case, Unicode form or image
+    format, if exactly one is called so. Rows without a picture are left out, so a part of CelebA opens too. A
+    warning counts them, and another the pictures without a row. Without a split, about 90 / 5 / 5 % of the
     pictures are train / valid / test by a hash of each file's name. Where a given split has nothing in valid
     (for example, the first thousands of CelebA are all train), 5 % of its train become valid.
 
@@ -87,28 +95,27 @@ def _open_celeba(home: Path, file: Path) -> ImageTable:
     columns = _attribute_columns(sheet)
     if missing := [name for name in ATTRIBUTES if name not in columns]:
         got = f"{len(columns)}, without {first_few(missing)}"
-        raise DataError(file, "all 40 attributes as columns", got, AGAIN)
-    table = _with_pictures(_every_row(sheet, columns), [home / name for name in IMAGE_FOLDERS], file)
+        advice = f"{AGAIN}, or rename it captions.csv to use those that it has" if columns else AGAIN
+        raise DataError(file, "all 40 attributes as columns", got, advice)
+    table, names = _with_pictures(_every_row(sheet, columns, ids=True), home, IMAGE_FOLDERS, file)
     partition = _find(home, "Eval", "list_eval_partition") or _find(home, "Anno", "list_eval_partition")
-    split = _read_partition(partition, table.files) if partition else split_by_name(table.files)
-    return replace(table, split=split)
+    return replace(table, split=_read_partition(partition, names) if partition else split_by_name(names))
 
 
 def _open_own(folder: Path) -> ImageTable:
     r"""Any pictures with a list: captions, or at least one of the 40 attributes."""
     sheet = read_sheet(_own_list(folder))
     columns = _attribute_columns(sheet)
-    caption = next((sheet.header.index(name) for name in ("caption", "text") if name in sheet.header), None)
+    caption = next((sheet.header.index(name) for name in CAPTION_COLUMNS if name in sheet.header), None)
     if caption is None and not columns:
         expected = "a column caption or text, or attributes (Male, Smiling, ...)"
-        raise DataError(sheet.file, expected, first_few(sheet.header) or "none", "name the columns in line 1")
+        raise DataError(sheet.file, expected, _header(sheet), "name the columns in line 1")
     table = _every_row(sheet, columns, caption)
     has_split = "split" in sheet.header
     if has_split:
         table = replace(table, split=_split_column(sheet, sheet.header.index("split")))
-    table = _with_pictures(table, [folder, folder / "images"], sheet.file)
-    split = _with_valid(table.split, table.files) if has_split else split_by_name(table.files)
-    return replace(table, split=split)
+    table, names = _with_pictures(table, folder, ("", "images"), sheet.file)
+    return replace(table, split=_with_valid(table.split, names) if has_split else split_by_name(names))
 
 
 def _existing_folder(path) -> Path:
@@ -156,21 +163,83 @@ def _own_list(folder: Path) -> Path:
     raise DataError(folder, expected, " and ".join(found) or "an empty folder", advice)
 
 
-def _with_pictures(table: ImageTable, folders: list[Path], file: Path) -> ImageTable:
-    r"""The rows whose picture is in the first folder that holds any. Lists folders, touches no picture."""
-    as_png = tuple(os.path.splitext(name)[0] + ".png" for name in table.files)  # CelebA is also given as PNG
-    for files in (table.files, as_png):
-        subfolders = {name.rpartition("/")[0] for name in files}
-        for folder in folders:
-            there = _listing(folder, subfolders)
-            keep = np.array([name in there for name in files])
-            if keep.any():
-                return replace(table, root=folder, files=files).take(keep)
+def _with_pictures(
+    table: ImageTable, home: Path, folders: Sequence[str], file: Path
+) -> tuple[ImageTable, list[str]]:
+    r"""The rows whose picture is there, and the names by which they are split; lists folders, touches no picture."""
+    subfolders = {name.rpartition("/")[0] for name in table.files}
+    paths: dict[str, str] = {}  # from home, with a / before the name; of those that are found
+    for folder in folders:
+        if missing := [name for name in table.files if name not in paths]:
+            there = _listing(home / folder, subfolders)
+            paths |= {name: f"{folder}/{name}" for name in missing if name in there}
+    if missing := [name for name in table.files if name not in paths]:
+        paths |= _paths_alike(missing, home, folders, set(paths.values()))
+    if not paths:
+        raise _no_pictures(table, [home / folder for folder in folders], file)
+    used = {path.rsplit("/", name.count("/") + 1)[0] for name, path in paths.items()}
+    root = used.pop() if len(used) == 1 else ""
+    rows = [i for i, name in enumerate(table.files) if name in paths]
+    names = [table.files[i] for i in rows]
+    found = [paths[name].removeprefix(root).removeprefix("/") for name in names]
+    _warn_of_the_rest(home / root, found, [name for name in table.files if name not in paths], file)
+    split_by = [_stem(name) + os.path.splitext(path)[1] for name, path in zip(names, found, strict=True)]
+    return replace(table.take(rows), root=home / root, files=tuple(found)), split_by
+
+
+def _paths_alike(names: list[str], home: Path, folders: Sequence[str], taken: set[str]) -> dict[str, str]:
+    r"""The one picture called as a name is, but for subfolders before it, case, Unicode form or format."""
+    by_stem = defaultdict(set)
+    for top in ("", *(folder for folder in folders if (home / folder).is_symlink())):
+        for folder, below, files in os.walk(home / top):
+            inside = Path(folder).relative_to(home).parts
+            below[:] = [name for name in below if len(inside) < DEPTH and not name.startswith(".")]
+            for path in {f"{'/'.join(inside)}/{name}" for name in files if is_image_name(name)} - taken:
+                by_stem[_stem(_plain(path)).rpartition("/")[2]].add(path)
+    found = {}
+    for name in names:
+        plain = _plain(name)
+        tail = f"/{_stem(plain)}"
+        alike = {
+            path for path in by_stem[tail.rpartition("/")[2]] if _stem(f"/{_plain(path)}").endswith(tail)
+        }
+        alike = {path for path in alike if _plain(path).endswith(plain)} or alike
+        if len(alike) == 1:
+            found[name] = alike.pop()
+    times = Counter(found.values())
+    return {name: path for name, path in found.items() if times[path] == 1}
+
+
+def _plain(path: str) -> str:
+    r"""A path without case, in one Unicode form: macOS writes an accent as a character of its own."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0] if is_image_name(path) else path
+
+
+def _warn_of_the_rest(root: Path, files: list[str], missing: list[str], file: Path):
+    r"""Warn of rows without a picture, and of pictures without a row in the folders of the others."""
+    warning = "{}: left out {:,} {}, such as {}, {}"
+    if missing:
+        why = "because no picture is called so or several are"
+        warnings.warn(printable(warning.format(file, len(missing), "rows", missing[0], why)), stacklevel=5)
+    there = _listing(root, {path.rpartition("/")[0] for path in files}) - set(files)
+    unlisted = sorted(path for path in there if is_image_name(path) and "/." not in f"/{path}")
+    if unlisted:
+        why = f"because {file.name} does not name them"
+        warnings.warn(
+            printable(warning.format(root, len(unlisted), "pictures", unlisted[0], why)), stacklevel=5
+        )
+
+
+def _no_pictures(table: ImageTable, folders: list[Path], file: Path) -> DataError:
     looked = [folder for folder in folders if folder.is_dir()]
     packed = [name for folder in looked for name in _listing(folder, {""}) if name.lower().endswith(ARCHIVES)]
     expected = f"its {len(table):,} pictures, such as {table.files[0]}"
     advice = f"unpack {packed[0]}" if packed else "put the pictures into one of these"
-    raise DataError(file, expected, f"none of them in {first_few(looked)}", advice)
+    return DataError(file, expected, f"none of them in {first_few(looked)}", advice)
 
 
 def _listing(folder: Path, subfolders: set[str]) -> set[str]:
@@ -187,21 +256,30 @@ def _listing(folder: Path, subfolders: set[str]) -> set[str]:
     return names
 
 
-def _every_row(sheet: Sheet, columns: dict[str, int], caption: int | None = None) -> ImageTable:
+def _every_row(
+    sheet: Sheet, columns: dict[str, int], caption: int | None = None, ids: bool = False
+) -> ImageTable:
     r"""The table of all rows: captions if there is a column of them, else attributes; all of it in train."""
-    files = _picture_names(sheet)
+    files = _picture_names(sheet, ids)
     captions = attributes = None
     if caption is not None:
-        captions = tuple(" ".join(cells[caption].split()) for _, cells in sheet.rows)
-        if "" in captions:
-            row = captions.index("")
-            raise sheet.refusal(sheet.rows[row][0], "a caption", f"none for {quoted(files[row])}")
+        captions = tuple(_wordings(sheet, line, cells[caption]) for line, cells in sheet.rows)
     else:
         attributes = np.zeros((len(files), len(ATTRIBUTES)), np.uint8)
         expected = "values -1 and 1 (or 0 and 1, or False and True)"
         for name, column in columns.items():
             attributes[:, ATTRIBUTES.index(name)] = _numbers(sheet, column, VALUES, expected)
     return ImageTable(sheet.file.parent, files, attributes, captions, np.zeros(len(files), np.uint8))
+
+
+def _wordings(sheet: Sheet, line: int, value) -> tuple[str, ...]:
+    r"""The caption of a cell, or each of several."""
+    texts = value if isinstance(value, list) else [value]
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            got = "none" if text == "" else f"{type(text).__name__} {quoted(text)}"
+            raise sheet.refusal(line, "a caption, or a list of its wordings", got)
+    return tuple(" ".join(text.split()) for text in texts)
 
 
 def _attribute_columns(sheet: Sheet) -> dict[str, int]:
@@ -216,22 +294,30 @@ def _attribute_columns(sheet: Sheet) -> dict[str, int]:
     return columns
 
 
-def _picture_names(sheet: Sheet) -> tuple[str, ...]:
-    r"""The file name in each row, once every row has a cell for each column and no picture stands twice."""
+def _header(sheet: Sheet) -> str:
+    r"""The names of the columns, for a message."""
+    return (first_few(sheet.header) if sheet.is_list else "") or "none"
+
+
+def _picture_names(sheet: Sheet, ids: bool = False) -> tuple[str, ...]:
+    r"""The file name in each row, once every row has a cell for each column and no picture stands twice.
+
+    With `ids` a name may lack its suffix."""
     start = sheet.rows[0][1]
+    named = [column for column, name in enumerate(sheet.header) if name in FILE_COLUMNS]
     by_look = [column for column, cell in enumerate(start) if is_image_name(cell)]  # after pandas' index
-    by_name = [column for column, name in enumerate(sheet.header) if name in FILE_COLUMNS]
-    if not by_look + by_name:
-        got = f"{first_few(sheet.header) or 'none'} with {quoted(' '.join(start))}"
-        raise DataError(sheet.file, "a column of picture files, such as file_name", got, "correct the file")
-    column = (by_look + by_name)[0]
+    columns = [column for column in named if column in by_look] + named + by_look
+    if not columns:
+        expected = "a column of picture files, such as file_name"
+        raise DataError(sheet.file, expected, _header(sheet), "correct the file")
+    column = columns[0]
     width = len(sheet.header or start)
     line_of: dict[str, int] = {}
     for line, cells in sheet.rows:
         if len(cells) != width:
             raise sheet.refusal(line, f"{width} columns", f"{len(cells)}, {quoted(' '.join(cells))}")
         name = cells[column]
-        if not is_image_name(name):
+        if not is_image_name(name) and not (ids and re.fullmatch(r"[\w-]+", name)):
             raise sheet.refusal(line, "the file name of a picture", quoted(name))
         if "/" in name or "\\" in name or ":" in name:
             path = PurePosixPath(name.replace("\\", "/"))
@@ -260,18 +346,16 @@ def _split_column(sheet: Sheet, column: int) -> np.ndarray:
     return _numbers(sheet, column, SPLITS, "train, valid or test (or 0, 1 or 2)")
 
 
-def _read_partition(file: Path, files: tuple[str, ...]) -> np.ndarray:
+def _read_partition(file: Path, names: list[str]) -> np.ndarray:
     r"""The split of these pictures, (N,) uint8, from the last column of `list_eval_partition`."""
     sheet = read_sheet(file)
-    stems = [os.path.splitext(name)[0] for name in _picture_names(sheet)]
-    split_of = dict(zip(stems, _split_column(sheet, -1), strict=True))
-    split = [split_of.get(os.path.splitext(name)[0]) for name in files]
-    missing = [name for name, part in zip(files, split, strict=True) if part is None]
-    if missing:
-        expected = f"a split for each of {len(files):,} pictures"
+    listed = map(_stem, _picture_names(sheet, ids=True))
+    split_of = dict(zip(listed, _split_column(sheet, -1), strict=True))
+    if missing := [name for name in names if _stem(name) not in split_of]:
+        expected = f"a split for each of {len(names):,} pictures"
         advice = f"{AGAIN}, or remove it to split by file name"
         raise DataError(file, expected, f"none for {len(missing):,}, such as {missing[0]}", advice)
-    return _with_valid(np.array(split, np.uint8), files)
+    return _with_valid(np.array([split_of[_stem(name)] for name in names], np.uint8), names)
 
 
 def split_by_name(files: Sequence[str]) -> np.ndarray:

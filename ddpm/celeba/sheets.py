@@ -14,7 +14,9 @@ from ddpm.tools.strict_json import parse_json
 MAX_BYTES = 2**27  # of a list; CelebA's has 26 million
 MAX_ROW = 2**20  # characters
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAPTION_COLUMNS = ("caption", "text")
 CORRECT = f"correct the file or {AGAIN}"
+ELSE = "something else"
 
 
 @dataclass
@@ -23,10 +25,15 @@ class Sheet:
 
     file: Path
     header: list[str]  # column names by `plain_name`, or [] if the list has none
-    rows: list[tuple[int, list[str]]]  # line number, cells
+    rows: list[tuple[int, list]]  # line number, cells: texts, or what JSON has for a caption
+
+    @property
+    def is_list(self) -> bool:
+        r"""Whether messages may quote from the file: a link may lead to something private that is no list."""
+        return any(map(is_image_name, self.rows[0][1])) or PLAIN_ATTRIBUTES.keys() <= set(self.header)
 
     def refusal(self, line: int, expected: str, got: str) -> DataError:
-        return DataError(f"{self.file} line {line}", expected, got, CORRECT)
+        return DataError(f"{self.file} line {line}", expected, got if self.is_list else ELSE, CORRECT)
 
 
 def plain_name(name: str) -> str:
@@ -37,8 +44,8 @@ def plain_name(name: str) -> str:
 PLAIN_ATTRIBUTES = {plain_name(name): name for name in ATTRIBUTES}
 
 
-def is_image_name(cell: str) -> bool:
-    return cell.rstrip().lower().endswith(IMAGE_SUFFIXES)
+def is_image_name(cell) -> bool:
+    return isinstance(cell, str) and cell.rstrip().lower().endswith(IMAGE_SUFFIXES)
 
 
 def read_sheet(file: Path) -> Sheet:
@@ -49,10 +56,11 @@ def read_sheet(file: Path) -> Sheet:
     body = rest if counted else text
     head = body.lstrip().partition("\n")[0]
     delimiter = max(",;\t", key=head.count)
-    in_words = delimiter not in head and file.suffix != ".jsonl"
+    is_json = file.suffix == ".jsonl"
+    in_words = delimiter not in head and not is_json
     if in_words:
         numbered_cells = enumerate(map(str.split, _lines(body)), 1)
-    elif file.suffix == ".jsonl":
+    elif is_json:
         numbered_cells = _json_cells(body)
     else:
         numbered_cells = _csv_cells(body, delimiter)
@@ -61,21 +69,23 @@ def read_sheet(file: Path) -> Sheet:
     try:
         for line, cells in numbered_cells:
             if any(cells):  # 8 million cells are "-1" or "1": intern keeps one of each
-                rows.append((line + counted, list(map(sys.intern, cells))))
+                rows.append((line + counted, cells if is_json else list(map(sys.intern, cells))))
     except (csv.Error, ValueError) as error:
         got = f"{quoted(error)} after line {line + counted}"
         raise DataError(file, "well-formed rows", got, CORRECT) from error
     header = []
     if rows and not any(map(is_image_name, rows[0][1])):
         header = [plain_name(cell) for cell in rows.pop(0)[1]]
-    if in_words and header and header[0] in PLAIN_ATTRIBUTES:
-        header.insert(0, "image_id")  # the official list does not name its first column
-    if counted and int(first.strip()) != len(rows):  # strip takes more kinds of space than int does
-        expected = f"{int(first.strip()):,} rows by its first line"
-        raise DataError(file, expected, f"{len(rows):,}", f"if the download was cut short, {AGAIN}")
     if not rows:
         raise DataError(file, "a line of column names and then rows", "no rows", AGAIN)
-    return Sheet(file, header, rows)
+    if in_words and header and header[0] in PLAIN_ATTRIBUTES:
+        header.insert(0, "image_id")  # the official list does not name its first column
+    sheet = Sheet(file, header, rows)
+    if counted and int(first.strip()) != len(rows):  # strip takes more kinds of space than int does
+        expected = f"{int(first.strip()):,} rows" if sheet.is_list else "as many rows as it says"
+        advice = f"if the download was cut short, {AGAIN}, else correct the first line"
+        raise DataError(file, f"{expected} by its first line", f"{len(rows):,}", advice)
+    return sheet
 
 
 def _lines(body: str) -> Iterator[str]:
@@ -102,17 +112,27 @@ def _csv_cells(body: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         yield reader.line_num, [cell.strip() for cell in cells]
 
 
-def _json_cells(body: str) -> Iterator[tuple[int, list[str]]]:
+def _json_cells(body: str) -> Iterator[tuple[int, list]]:
     keys = []
     for line, text in enumerate(_lines(body), 1):
         if text.strip():
-            item = parse_json(text)
+            try:
+                item = parse_json(text)
+            except ValueError:  # whose message may quote
+                item = None
             if not isinstance(item, dict):
-                raise ValueError("no object")
+                raise ValueError("no JSON object with every name once and finite numbers")
             if not keys:
                 keys = list(item)
                 yield line, keys
-            yield line, [str(item.get(key, "")).strip() for key in keys]
+            yield line, [_json_cell(key, item.get(key)) for key in keys]
+
+
+def _json_cell(key: str, value):
+    r"""A caption as it is, everything else as text."""
+    if value is None or plain_name(key) in CAPTION_COLUMNS:
+        return value or ""
+    return str(value).strip()
 
 
 def _read_text(file: Path) -> str:
@@ -122,6 +142,8 @@ def _read_text(file: Path) -> str:
         if size > MAX_BYTES:
             expected = f"a list of at most {MAX_BYTES // 2**20} MiB"
             raise DataError(file, expected, f"{size / 2**20:,.0f}", "use a part of the data")
+        if not file.is_file():  # a pipe would be waited for, and a device has no end
+            raise OSError("no file")
         data = file.read_bytes()
     except OSError as error:
         raise DataError(file, "a list that can be read", quoted(error), "correct that") from error
