@@ -15,12 +15,13 @@ from ddpm.tools.errors import UserError, printable
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 VARIANCES = ("posterior", "beta", "learned")
+MOST_PIXELS = 80_000_000  # Pillow warns of more when it opens a file
 
 
 def parser() -> argparse.ArgumentParser:
     p = command.Parser(__doc__)
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw; "" is anything')
-    p.add_argument("--model", metavar="RUN", help="a run folder [the weights that ship]")
+    p.add_argument("--model", type=command.path, metavar="RUN", help="a run folder [the weights that ship]")
     p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
     p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
     guidance = "how strongly to follow the prompt; 1 plain, 0 ignores it [3]"
@@ -28,13 +29,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
     p.add_argument("--variance", choices=VARIANCES, help="ddpm's Sigma [as the model was trained]")
     p.add_argument("--negative", default=None, help="what to lead away from")
-    p.add_argument("--columns", type=int, help="pictures a row of the grid [--num, or nearly square]")
+    p.add_argument(
+        "--columns", type=int, help="pictures a row of the grid [--num, at most 8, or nearly square]"
+    )
     p.add_argument("--seed", type=int, default=0, help="[0]")
     p.add_argument("--num", type=int, default=1, help="pictures a prompt [1]")
     out = "a PNG for one labelled grid, or a folder for single PNGs [samples.png]"
-    p.add_argument("--out", type=Path, default=Path("samples.png"), help=out)
+    p.add_argument("--out", type=command.path, default=Path("samples.png"), help=out)
     film = "the denoising steps: .gif for a film, .png for a strip"
-    p.add_argument("--film", type=Path, metavar="FILE", help=film)
+    p.add_argument("--film", type=command.path, metavar="FILE", help=film)
     weights = "averaged weights or the last ones [ema]"
     p.add_argument("--weights", choices=("ema", "unet"), default="ema", help=weights)
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="[fp32]")
@@ -49,22 +52,40 @@ def check(a: argparse.Namespace):
     if a.columns is not None and a.columns < 1:
         raise UserError(f"expected --columns of at least 1, got {a.columns}")
     command.check_drawing(a)
-    suffix = a.out.suffix.lower()
-    if suffix != ".png" and a.out.is_file():
-        raise UserError(f"expected a folder or a .png for --out, {a.out} is another file")
-    if suffix == ".png" and a.out.is_dir():
+    if a.variance and a.sampler != "ddpm":
+        raise UserError(f"expected --variance with --sampler ddpm, got it with {a.sampler}; leave it out")
+    if is_grid(a.out) and a.out.is_dir():
         raise UserError(f"expected a file for --out, {a.out} is a folder")
-    if suffix not in ("", ".png"):
+    if not is_grid(a.out) and not a.out.is_dir() and (a.out.suffix or a.out.exists()):
         raise UserError(f"expected --out to end in .png, or a folder, got {a.out}")
     if a.film and a.film.suffix.lower() not in (".gif", ".png"):
         raise UserError(f"expected --film to end in .gif or .png, got {a.film}")
-    for path in filter(None, (a.out if suffix else None, a.film)):
+    if a.film and a.film.resolve() == a.out.resolve():
+        raise UserError(f"expected two files for --out and --film, got {a.out} for both")
+    for path in filter(None, (a.out if is_grid(a.out) else None, a.film)):
         if not path.resolve().parent.is_dir():
             raise UserError(f"expected the folder of {path} to exist; make it first")
 
 
+def is_grid(out: Path) -> bool:
+    r"""Whether --out names one labelled grid, and not a folder."""
+    return out.suffix.lower() == ".png"
+
+
 def check_model(a: argparse.Namespace, model: ModelConfig):
-    r"""Refuse what this model cannot draw."""
+    r"""Refuse what this model cannot draw, and sheets that no program opens."""
+    count = len(a.prompts) * a.num
+    side = max(128, model.image_size)
+    sheets = {
+        "--out": is_grid(a.out) * count * (side + 8) * (side + 92),
+        "--film": bool(a.film) * a.steps * count * 4096,
+    }
+    for flag, pixels in sheets.items():
+        if pixels > MOST_PIXELS:
+            raise UserError(
+                f"expected a sheet of at most {MOST_PIXELS:,} pixels for {flag}, {count} pictures need {pixels:,}; "
+                "draw fewer, or give --out a folder"
+            )
     if a.steps > model.timesteps:
         raise UserError(f"expected --steps from 1 to {model.timesteps}, the model's chain, got {a.steps}")
     if a.variance == "learned" and model.variance != "learned":
@@ -80,9 +101,8 @@ def texts(a: argparse.Namespace, variance: str) -> dict[str, str]:
         "guidance": str(a.guidance),
         "seed": str(a.seed),
         "negative": a.negative or "",
-        "eta": str(a.eta),
         "weights": a.weights,
-        "variance": a.variance or variance,
+        **({"variance": a.variance or variance} if a.sampler == "ddpm" else {"eta": str(a.eta)}),
     }
 
 
@@ -123,8 +143,8 @@ def main(argv: list[str] | None = None):
         )
     settings = texts(a, model.config.variance)
     whole = {"prompt": json.dumps(prompts), **settings}
-    if a.out.suffix:
-        columns = a.columns or (a.num if a.num > 1 else None)
+    if is_grid(a.out):
+        columns = a.columns or (min(a.num, 8) if a.num > 1 else None)
         grids.save_png(a.out, grids.labelled_grid(x, prompts, columns), whole)
     else:
         grids.save_each(a.out, x, [{"prompt": p, **settings, "index": str(i)} for i, p in enumerate(prompts)])

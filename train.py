@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--preset", choices=PRESETS, help="named settings [drawn64; with --data celeba64, the spec]"
     )
-    p.add_argument("--out", help="run folder to make [runs/PRESET]")
-    p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    p.add_argument("--out", type=command.path, metavar="RUN", help="run folder to make [runs/PRESET]")
+    p.add_argument("--resume", type=command.path, metavar="RUN", help="go on with the run in this folder")
     p.add_argument(
         "--stage", choices=("vae", "unet", "all"), default="all", help="which stage to train [all]"
     )
@@ -33,7 +33,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", choices=command.DEVICES, default="auto", help="where to compute [auto]")
     p.add_argument(
-        "--cache", metavar="DIR", help="folder of decoded pictures, latents, captions [cache, beside the run]"
+        "--cache",
+        type=command.path,
+        metavar="DIR",
+        help="folder of decoded pictures, latents, captions [cache, beside the run]",
     )
     p.add_argument(
         "--download", action="store_true", help="try to download CelebA into the folder --data first"
@@ -63,7 +66,7 @@ def configuration(arguments: argparse.Namespace) -> Config:
 
 def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
     r"""The stored configuration with its bounds moved; anything else that differs is refused by name."""
-    folder = Path(arguments.resume)
+    folder = arguments.resume
     if arguments.out is not None or arguments.preset is not None:
         raise UserError("expected --resume without --out and --preset, got both; a resumed run keeps them")
     if not folder.is_dir():
@@ -95,12 +98,12 @@ def main(argv: list[str] | None = None):
         return
     session.train(
         config,
-        Path(arguments.resume or arguments.out or Path("runs") / config.preset),
+        arguments.resume or arguments.out or Path("runs") / config.preset,
         resume=arguments.resume is not None,
         stage=arguments.stage,
         stop_after=arguments.stop_after,
         device=arguments.device,
-        cache=Path(arguments.cache) if arguments.cache else None,
+        cache=arguments.cache,
         download=arguments.download,
         started=started,
     )

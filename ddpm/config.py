@@ -20,7 +20,16 @@ from ddpm.tools.strict_json import fits_in_64_bits, read_json
 TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
 MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
 # what --resume may change
-MOVABLE = {"max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every", "precision"}
+MOVABLE = {
+    "data",
+    "max_minutes",
+    "vae_steps",
+    "unet_steps",
+    "epochs",
+    "save_every",
+    "sample_every",
+    "precision",
+}
 Widths = tuple[int, ...]
 WIDTHS = {"low": 32, "high": 4096}
 BOUNDS = {
@@ -208,10 +217,12 @@ class Config:
         values = _read_sections(path)
         sections = {}
         for name, section in SECTIONS.items():
-            unknown = set(values[name]) - set(fields_of(section))
-            if unknown:
-                names = ", ".join(sorted(unknown))
-                raise UserError(f"unknown settings in {path}: {names}; another version made it")
+            differing = {"unknown": set(values[name]) - set(fields_of(section))}
+            differing["missing"] = set(fields_of(section)) - set(values[name])
+            for kind, names in differing.items():
+                if names:
+                    names = ", ".join(sorted(names))
+                    raise UserError(f"{kind} settings in {path}: {names}; another version of ddpm made it")
             sections[name] = _build(section, values[name])
         preset = values.get("preset", "")
         _require(preset == "" or isinstance(preset, str) and is_name(preset), "preset as a name", preset)

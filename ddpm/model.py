@@ -99,6 +99,11 @@ class TextToImage(nn.Module):
         negative = list_of_strings(negative, "negative")
         if len(negative) != len(prompts):
             raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
+        if self.unet.conv_in.weight.dtype != torch.float32:
+            dtype = self.unet.conv_in.weight.dtype
+            raise ValueError(
+                f"expected weights in float32, got {dtype}; call float(), and give precision fp16 or bf16"
+            )
         if batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
         if variance == "learned" and self.config.variance != "learned":
@@ -122,8 +127,14 @@ class TextToImage(nn.Module):
                     if callback is not None:
                         callback(state)
                 x = self.decode(state.x)
-            pictures.append(x.float().clamp(-1, 1))
-        return torch.cat(pictures)
+            pictures.append(x.float())
+        x = torch.cat(pictures)
+        if not torch.isfinite(x).all():
+            message = (
+                "some pictures are not finite numbers; lower guidance_scale, or look for NaN in the weights"
+            )
+            warnings.warn(message, stacklevel=2)
+        return x.clamp(-1, 1)
 
     def draw_noise(self, generators: list[torch.Generator]) -> Tensor:
         r"""(B, c, h, w) standard normal, each latent from a generator of its own."""

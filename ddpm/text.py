@@ -42,15 +42,15 @@ class TextTower(nn.Module):
         self.requires_grad_(False).eval()
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        r"""Token numbers (B, 77): start, words, end, zeros. A warning names what is cut off a long prompt."""
+        r"""Token numbers (B, 77): start, words, end, zeros. One warning names what is cut off the long ones."""
         prompts = [prompt[:LETTERS] for prompt in prompts]
-        for prompt in prompts:
-            words = self.tokenizer.encode(prompt)
-            if len(words) > TOKENS - 2:
-                cut = self.tokenizer.decode(words[TOKENS - 2 :]).strip()
-                cut = cut if len(cut) <= 200 else cut[:200] + "..."
-                message = f"a prompt of {len(words)} tokens is cut to {TOKENS - 2}; left out: {cut!r}"
-                warnings.warn(message, stacklevel=3)
+        too_long = [words for words in map(self.tokenizer.encode, prompts) if len(words) > TOKENS - 2]
+        if too_long:
+            cut = self.tokenizer.decode(too_long[0][TOKENS - 2 :]).strip()
+            cut = cut if len(cut) <= 200 else cut[:200] + "..."
+            which = "a prompt" if len(too_long) == 1 else f"{len(too_long)} prompts, the first"
+            message = f"{which} of {len(too_long[0])} tokens is cut to {TOKENS - 2}; left out: {cut!r}"
+            warnings.warn(message, stacklevel=3)
         return self.tokenizer(prompts, context_length=TOKENS)
 
     @torch.no_grad()

@@ -1,10 +1,12 @@
 r"""What is computed once: pictures, latents and captions in memory-mapped files that follow what they depend on."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from conftest import refusal_of
 from PIL import Image
 
 from ddpm.celeba.dataset import Pictures, drawn_pictures, photographs
@@ -33,6 +35,28 @@ def test_an_array_is_filled_once_and_read_from_its_file_after(tmp_path):
         array = cached_array(tmp_path / "a.npy", (3, 2), np.uint8, fill)
         assert isinstance(array, np.memmap) and (array == 7).all()
     assert len(calls) == 1
+
+
+def test_an_array_with_a_flipped_bit_is_damaged(tmp_path):
+    path = tmp_path / "a.npy"
+    cached_array(path, (1000,), np.uint8, lambda array: None)
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    assert "its checksum does not fit" in refusal_of(cached_array, path, (1000,), np.uint8, None)
+
+
+def test_pictures_of_the_same_names_sizes_and_times_are_told_apart_by_their_content(tmp_path):
+    keys = set()
+    for color in ("red", "blue"):
+        folder = tmp_path / color
+        folder.mkdir()
+        for name in "abcdefgh":
+            Image.new("RGB", (16, 16), color).save(folder / f"{name}.bmp")
+            os.utime(folder / f"{name}.bmp", (0, 0))
+        (folder / "captions.csv").write_text("file,caption\n" + "".join(f"{c}.bmp,{c}\n" for c in "abcdefgh"))
+        keys.add(photographs(tmp_path, open_table(folder), size=16).key)
+    assert len(keys) == 2
 
 
 def test_an_array_whose_filling_fails_leaves_nothing_behind(tmp_path):

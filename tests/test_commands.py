@@ -1,6 +1,7 @@
 r"""train.py and sample.py: what they write, what they refuse and in which words, and that --help answers at once."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import sample
 from ddpm import diffusion, sampling
 from ddpm.config import PRESETS
 from ddpm.evaluation import __main__ as evaluation
-from ddpm.tools.command import exit_code
+from ddpm.tools.command import Output, exit_code
 
 ROOT = Path(__file__).parents[1]
 SMALL = [*QUICK, *FP32]
@@ -117,7 +118,8 @@ def test_a_grid_and_single_pictures_carry_prompt_seed_and_settings(trained, tmp_
     with Image.open(tmp_path / "grid.png") as grid:
         text = grid.text
     assert json.loads(text["prompt"]) == ["a bald man", "a bald man", "", ""]
-    assert (text["seed"], text["steps"], text["sampler"]) == ("5", "2", "dpm++")
+    assert (text["seed"], text["steps"], text["sampler"], text["eta"]) == ("5", "2", "dpm++", "0.0")
+    assert "variance" not in text  # which ddpm alone has
     assert run_sample(*drawing, "--out", tmp_path / "single") == 0
     files = sorted((tmp_path / "single").iterdir())
     assert len(files) == 4
@@ -128,7 +130,7 @@ def test_a_grid_and_single_pictures_carry_prompt_seed_and_settings(trained, tmp_
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_every_sampler_makes_a_picture_and_a_film(sampler, trained, tmp_path):
     film = tmp_path / ("film.gif" if sampler == "ddim" else "film.png")
-    drawing = ["--model", trained, "--steps", 3, "--sampler", sampler, "--eta", 0.5]
+    drawing = ["--model", trained, "--steps", 3, "--sampler", sampler, "--eta", 0.5 * (sampler != "ddpm")]
     assert run_sample("a woman", *drawing, "--out", tmp_path / "s.png", "--film", film) == 0
     with Image.open(film) as picture:
         assert picture.size[0] == 3 * 64 if film.suffix == ".png" else picture.n_frames == 3
@@ -203,6 +205,12 @@ def test_a_resumed_run_names_the_settings_that_differ(trained, capsys):
         ("--guidance nan", "guidance"),
         ("--guidance inf", "guidance"),
         ("--eta 2", "eta"),
+        ("--eta 0.5 --sampler ddpm", "--eta with the samplers ddim and dpm++"),
+        ("--variance beta", "--variance with --sampler ddpm"),
+        ("--num 5000", "80,000,000 pixels for --out"),
+        ("--num 100 --steps 900 --out folder --film film.gif", "80,000,000 pixels for --film"),
+        ("--out x.png --film x.png", "two files"),
+        ("--out=", "expected a path"),
         ("--num 0", "num"),
         ("--model /no/such/run", "/no/such/run"),
         ("--out picture.jpg", "picture.jpg"),
@@ -219,6 +227,41 @@ def test_a_wrong_sample_command_is_told_in_one_line(arguments, named, trained, t
 
 
 # ------------------------------------------------------------------------------------------- the command line
+
+
+def test_a_tilde_is_the_home_folder_and_a_folder_may_have_a_point_in_its_name(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "v1.5").mkdir()
+    for out in ("~/x.png", "~/v1.5"):
+        assert run_sample("a man", "--model", trained, "--steps", 1, "--out", out) == 0
+    assert (tmp_path / "x.png").exists() and (tmp_path / "v1.5" / "0000.png").exists()
+
+
+def test_output_goes_on_when_its_reader_leaves_and_escapes_what_its_encoding_lacks():
+    reader, writer = os.pipe()
+    os.close(reader)
+    for _ in range(2):
+        with os.fdopen(os.dup(writer), "w") as stream:
+            output = Output(stream)
+            assert output.write("x" * 100_000) == 100_000
+            output.flush()
+    os.close(writer)
+    content = io.BytesIO()
+    output = Output(io.TextIOWrapper(content, encoding="cp1252"))
+    output.write("caf\xe9 \u0142\n")
+    output.flush()
+    assert content.getvalue() == b"caf\xe9 \\u0142\n"
+
+
+@pytest.mark.slow
+def test_a_training_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
+    command = [sys.executable, "train.py", *SMALL, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 0, error
+    assert error.count("standard output ended") == 1
+    assert (tmp_path / "run" / "ema.safetensors").exists()
 
 
 @pytest.mark.parametrize("command", ["train.py", "sample.py", "-m ddpm.evaluation", "-m ddpm.export"])

@@ -107,8 +107,13 @@ def test_other_faults_are_not_taken_for_a_full_disk(tmp_path):
 
     with pytest.raises(RuntimeError, match="ours"):
         write_atomically(tmp_path / "x", fail)
-    with pytest.raises(FileNotFoundError):
-        write_atomically(tmp_path / "none" / "x", b"")
+
+
+def test_a_folder_that_is_not_there_or_a_folder_in_the_files_place_is_one_line(tmp_path):
+    (tmp_path / "taken").mkdir()
+    for path in (tmp_path / "none" / "x", tmp_path / "taken"):
+        assert f"could not write {path}" in refusal_of(write_atomically, path, b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_safetensors_own_error_is_understood(tmp_path, limited):

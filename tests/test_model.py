@@ -37,6 +37,21 @@ def folder(tiny, tmp_path):
 # ------------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(folder, dtype):
+    state = load_file(folder / "ema.safetensors")
+    save_file(state | {"conv_in.bias": state["conv_in.bias"].to(dtype)}, folder / "ema.safetensors")
+    assert f"got conv_in.bias of {dtype}" in refusal_of(TextToImage.load, folder)
+
+
+def test_pictures_that_are_no_numbers_are_a_warning_and_half_weights_are_refused(tiny):
+    with pytest.warns(UserWarning, match="not finite"):
+        tiny.sample(["a man"], steps=2, guidance_scale=1e30)
+    with pytest.raises(ValueError, match="float32, got torch.float16; call float"):
+        tiny.unet.half()
+        tiny.sample(["a man"])
+
+
 @pytest.mark.equation("sampling-path")
 @pytest.mark.parametrize(
     "sampler, settings", [("dpm++", {}), ("ddim", {}), ("ddim", {"eta": 0.5}), ("ddpm", {})]

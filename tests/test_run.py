@@ -141,7 +141,7 @@ def test_the_caches_may_be_lost_between_two_parts(begun, whole, tmp_path):
 
 @pytest.mark.parametrize(
     "step, signum",  # 4 is due for validation, 12 the last
-    [(4, signal.SIGTERM), slow(3, signal.SIGINT), slow(9, signal.SIGTERM), slow(12, signal.SIGINT)],
+    [(4, signal.SIGTERM), slow(3, signal.SIGINT), slow(9, signal.SIGHUP), slow(12, signal.SIGINT)],
 )
 def test_a_signal_ends_a_run_after_the_step_saved(signum, step, whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
@@ -382,6 +382,60 @@ def test_metrics_that_are_damaged_do_not_stop_a_run(begun, whole):
     assert len(set(steps)) == len(steps) and steps[-1] == ("vae", 6)
 
 
+def test_metrics_that_a_spreadsheet_saved_keep_their_history(begun, whole):
+    folder = begun(8)
+    path = folder / "metrics.csv"
+    saved_again = path.read_text().replace(",", ";").replace(".", ",")
+    path.write_text(saved_again, encoding="utf-8-sig")
+    assert resume(folder, whole) == 0
+    assert metrics(folder) == metrics(whole)
+
+
+# ------------------------------------------------------------------------------------------------ what changed
+
+
+def test_weights_without_a_checkpoint_are_not_trained_over(begun, whole, capsys):
+    folder = begun(11)
+    for name in STATES:
+        (folder / name).unlink()
+    before = (folder / "ema.safetensors").read_bytes()
+    assert resume(folder, whole) == 2
+    assert "expected a checkpoint state.pt" in one_error(capsys)
+    assert (folder / "ema.safetensors").read_bytes() == before
+
+
+def test_samples_that_are_removed_meanwhile_stop_the_run_saved(begun, whole, monkeypatch, capsys):
+    folder = begun(7)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: shutil.rmtree(folder / "samples"))
+        assert resume(folder, whole) == 2
+    assert "see that its folder is there" in (error := one_error(capsys)) and "unet step 4 is saved" in error
+    assert resume(folder, whole) == 0
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_data_may_move_and_what_changed_in_it_is_named(tmp_path, capsys):
+    data = tmp_path / "celeba"
+    write_celeba(data, 60, seed=1)
+    folder = tmp_path / "run"
+    flags = ["--max-steps", 2, "--stage", "vae", "--out", folder]
+    assert run_train(*QUICK, *FP32, "--data", data, *flags, "--stop-after", 1) == 0
+    data.rename(tmp_path / "moved")
+    again = ["--resume", folder, "--device", "cpu", "--stop-after", 1]
+    assert run_train(*again) == 2
+    assert "with --data" in one_error(capsys)
+    assert run_train(*again, "--data", tmp_path / "moved") == 0
+    assert "changed" not in capsys.readouterr().err
+    attributes = tmp_path / "moved" / "list_attr_celeba.txt"
+    attributes.write_text(attributes.read_text().replace(" -1", "  1", 1))
+    assert run_train(*again) == 0
+    assert "warning: the captions of" in capsys.readouterr().err
+    write_celeba(tmp_path / "other", 60, seed=2)
+    assert run_train(*again, "--data", tmp_path / "other") == 2
+    assert "expected the pictures of the run" in one_error(capsys)
+
+
 # ------------------------------------------------------------------------------------------------------- locks
 
 
@@ -394,6 +448,29 @@ def test_a_second_training_in_the_folder_is_refused_in_one_line(begun, whole, ca
         error = one_error(capsys)
         assert f"process {os.getpid()}" in error and "is training" in error
     assert resume(folder, whole, "--stop-after", 1) == 0
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="no locks here")
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_a_lock_that_is_removed_is_taken_again_unless_another_has_it(
+    is_taken, begun, whole, monkeypatch, capsys
+):
+    folder = begun(5)
+    before = bytes_of_states(folder)
+    others = []
+
+    def remove():
+        (folder / ".lock").unlink()
+        if is_taken:
+            others.append(open(folder / ".lock", "a+b"))  # noqa: SIM115 (held until the end)
+            assert files.flock(others[0])
+
+    at_step(monkeypatch, 1, remove)
+    assert resume(folder, whole, "--stop-after", 2) == (2 if is_taken else 0)
+    assert not is_taken or "is training in" in one_error(capsys)
+    assert (bytes_of_states(folder) == before) == is_taken
+    for other in others:
+        other.close()
 
 
 def test_of_two_that_make_one_folder_the_second_is_refused(tmp_path):

@@ -298,6 +298,13 @@ def test_a_file_that_holds_no_tensors_or_is_cut_short_is_refused(small_tower, tm
         assert f"could not read the weights in {path}: " in refusal_of(text_weights.named_tower, str(path))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_torchscript_archive_is_named_with_the_way_to_convert_it(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
+    refusal = refusal_of(text_weights.tower_from_file, tmp_path / "ViT-B-32.pt")
+    assert "TorchScript archive" in refusal and "state_dict()" in refusal
+
+
 @pytest.mark.parametrize("content", [[torch.ones(3)], {"state_dict": [1, 2]}, {"a": 1}, torch.ones(3)])
 def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     path = tmp_path / "other.pt"

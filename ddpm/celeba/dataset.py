@@ -1,5 +1,6 @@
 r"""A data set ready to train on: every picture decoded or drawn once, into a memory-mapped file."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from ddpm.celeba.captions import describe
 from ddpm.celeba.faces import draw_many, drawn_rows, drawn_split
-from ddpm.celeba.images import BadImage, read_image
+from ddpm.celeba.images import MAX_BYTES, BadImage, read_image
 from ddpm.celeba.lists import TRAIN, ImageTable, open_table
+from ddpm.celeba.refusals import DataError
 from ddpm.config import Config
 from ddpm.tools.arrays import Progress, cached_array, key_of, silent
 from ddpm.tools.errors import UserError
@@ -98,6 +100,27 @@ def open_data(config: Config) -> ImageTable | None:
     return table
 
 
+def reopen_data(config: Config) -> ImageTable | None:
+    r"""`open_data` for a run that has begun; where its data has moved, the refusal names --data."""
+    try:
+        return open_data(config)
+    except DataError as error:
+        raise UserError(f"{error}; or say with --data where the run's data is now") from None
+
+
+def fingerprint(table: ImageTable | None, pictures: Pictures) -> dict[str, str]:
+    r"""Digests that tell whether a run goes on with the data it began with, wherever the folder is now."""
+    if table is None:
+        return {"pictures": pictures.key}
+    sizes = [size for _, size, _ in _files(table)]
+    labels = table.captions if table.attributes is None else table.attributes.tobytes()
+    return {
+        "pictures": key_of(table.files, sizes, _content(table)),
+        "captions": key_of(labels),
+        "split": key_of(table.split.tobytes()),
+    }
+
+
 def load_pictures(
     config: Config, table: ImageTable | None, folder: Path, progress: Progress = silent
 ) -> Pictures:
@@ -141,8 +164,7 @@ def photographs(
     Raises:
         UserError: a fraction of more than `max_bad` is unreadable, or nothing is in the train split.
     """
-    files = [(name, *_size_and_time(table.root / name)) for name in table.files]
-    key = key_of("photographs", size, crop, files)
+    key = key_of("photographs", size, crop, _files(table), _content(table))
     path = folder / f"pictures-{key}.npy"
     listing = folder / f"pictures-{key}.json"
 
@@ -164,12 +186,27 @@ def photographs(
     return pictures
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError:  # a link that leads nowhere is an unreadable picture
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+def _files(table: ImageTable) -> list[tuple[str, int, int]]:
+    r"""Name, size and time of each picture; -1 where a file cannot be reached."""
+    files = []
+    for name in table.files:
+        try:
+            stat = os.stat(table.root / name)
+            files.append((name, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            files.append((name, -1, -1))
+    return files
+
+
+def _content(table: ImageTable) -> str:
+    r"""A digest of the bytes of up to 256 pictures, evenly spaced, because names, sizes and times can all agree."""
+    digest = hashlib.sha256()
+    for name in table.files[:: max(1, len(table) // 256)]:
+        path = table.root / name
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_size <= MAX_BYTES:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _decode(

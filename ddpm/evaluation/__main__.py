@@ -8,10 +8,9 @@ An evaluation that is in the folder already is replaced; its figures stay as res
 
 import argparse
 import sys
-from pathlib import Path
 
 from ddpm.evaluation.choices import EXTRACTORS, PARTS, SAMPLERS, SCOPES
-from ddpm.tools.command import DEVICES, Parser, check_drawing, exit_code
+from ddpm.tools.command import DEVICES, Parser, check_drawing, exit_code, path
 from ddpm.tools.errors import UserError
 
 
@@ -19,7 +18,7 @@ def parser() -> Parser:
     p = Parser(__doc__)
     p.prog = "python -m ddpm.evaluation"
     add = p.add_argument
-    add("run", metavar="RUN", help="a run folder")
+    add("run", type=path, metavar="RUN", help="a run folder")
     prompts = SCOPES["normal"].prompts
     add("--n", type=int, help=f"held-out pictures, whose captions are the prompts [{prompts}, or all]")
     add("--split", choices=("valid", "test"), default="test", help="where they come from [test]")
@@ -37,12 +36,17 @@ def parser() -> Parser:
         scope.add_argument(f"--{name}", action="store_const", dest="scope", const=name, help=meaning)
     p.set_defaults(scope="normal")
     add("--only", type=part_names, default=PARTS, metavar="PART,...", help=f"only some of {','.join(PARTS)}")
-    add("--data", metavar="PATH", help="where the run's data is now [where it was]")
-    add("--cache", metavar="DIR", help="folder of decoded pictures and classifiers [beside the run: cache]")
+    add("--data", type=path, metavar="PATH", help="where the run's data is now [where it was]")
+    add(
+        "--cache",
+        type=path,
+        metavar="DIR",
+        help="folder of decoded pictures and classifiers [beside the run: cache]",
+    )
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")
     add("--device", choices=DEVICES, default="auto", help="[auto]")
     out_help = "folder to write to [RUN/evaluation; of what ships, runs/shipped-evaluation]"
-    add("--out", metavar="DIR", help=out_help)
+    add("--out", type=path, metavar="DIR", help=out_help)
     return p
 
 
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None):
     r"""The command `python -m ddpm.evaluation`."""
     options = parser().parse_args(argv)
     check_drawing(options)
-    if not Path(options.run).is_dir():
+    if not options.run.is_dir():
         run = options.run
         raise UserError(f"expected the folder of a run, {run} is none; train one with python train.py")
     from ddpm.evaluation.command import evaluate  # here, because it loads torch

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from ddpm import __version__
-from ddpm.celeba.dataset import Pictures, load_pictures, open_data
+from ddpm.celeba.dataset import Pictures, load_pictures, reopen_data
 from ddpm.celeba.lists import TEST, VALID
-from ddpm.celeba.refusals import DataError
 from ddpm.config import Config
 from ddpm.evaluation.choices import SCOPES
 from ddpm.evaluation.metrics import MIN_EACH
@@ -70,10 +69,10 @@ def choose_folders(options: argparse.Namespace):
 
     What ships is measured into runs/, because the package's own folder stays as it is.
     """
-    run = Path(options.run)
+    run = options.run
     ships = run.resolve() == SHIPPED.resolve()
-    options.out = Path(options.out or ("runs/shipped-evaluation" if ships else run / "evaluation"))
-    options.cache = Path(options.cache or ("runs/cache" if ships else run.parent / "cache"))
+    options.out = options.out or (Path("runs/shipped-evaluation") if ships else run / "evaluation")
+    options.cache = options.cache or (Path("runs/cache") if ships else run.parent / "cache")
     existing = next(p for p in (options.out, *options.out.absolute().parents) if p.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
@@ -89,14 +88,10 @@ def open_run(options: argparse.Namespace) -> tuple[TextToImage, Config, Pictures
     T = model.schedule.timesteps
     if options.steps > T:
         raise UserError(f"expected --steps from 1 to {T}, the model's chain, got {options.steps}")
-    config = Config.read(Path(options.run) / "config.json")
+    config = Config.read(options.run / "config.json")
     if options.data is not None:
-        config = config.with_training(data=options.data)
-    try:
-        table = open_data(config)
-    except DataError as error:
-        raise UserError(f"{error}; or say with --data where the run's data is now") from None
-    return model, config, load_pictures(config, table, options.cache, progress_bar)
+        config = config.with_training(data=str(options.data))
+    return model, config, load_pictures(config, reopen_data(config), options.cache, progress_bar)
 
 
 def choose_rows(pictures: Pictures, options: argparse.Namespace) -> np.ndarray:
@@ -125,6 +120,7 @@ def settings_of(evaluation: Evaluation, config: Config) -> dict:
     unneeded = ("only", "data", "cache", "out", "device")
     return {
         **{flag: value for flag, value in vars(evaluation.options).items() if flag not in unneeded},
+        "run": str(evaluation.options.run),
         "n": evaluation.n,
         "preset": config.preset,
         "data": config.training.data,

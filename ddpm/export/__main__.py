@@ -12,15 +12,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from ddpm.tools.command import Parser, exit_code
+from ddpm.tools.command import Parser, exit_code, path
 from ddpm.tools.errors import printable
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(__doc__)
     p.prog = "python -m ddpm.export"
-    p.add_argument("source", metavar="RUN", help="a run folder; with --reverse a diffusers folder")
-    p.add_argument("target", metavar="DIR", help="the folder to write; with --reverse a run folder")
+    p.add_argument("source", type=path, metavar="RUN", help="a run folder; with --reverse a diffusers folder")
+    p.add_argument(
+        "target", type=path, metavar="DIR", help="the folder to write; with --reverse a run folder"
+    )
     how = p.add_mutually_exclusive_group()
     how.add_argument("--reverse", action="store_true", help="from diffusers to a run")
     how.add_argument(

@@ -13,13 +13,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from tqdm import tqdm
 
 from ddpm.tools.errors import UserError, escaped, printable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 OUT_OF_MEMORY = (
     "out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
     "--preset lowvram (train.py --dry-run tells what is needed); to draw, ask for fewer pictures at once"
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Stopped(KeyboardInterrupt):
-    r"""SIGINT (Ctrl-C) or SIGTERM ended the command; `signum` is the signal's number."""
+    r"""SIGINT (Ctrl-C), SIGTERM or SIGHUP (a closed terminal) ended the command; `signum` is the signal's number."""
 
     def __init__(self, signum: int, message: str = "stopped"):
         super().__init__(message)
@@ -59,7 +60,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def on_signals(handler: Callable) -> Iterator:
-    r"""Within this context SIGINT and SIGTERM call `handler`, except those that are ignored, as under nohup."""
+    r"""Within this context `SIGNALS` call `handler`, except those that are ignored, as under nohup."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set them
         before = {signum: signal.getsignal(signum) for signum in SIGNALS}
@@ -79,13 +80,64 @@ def _leave(signum: int, frame):
 
 
 def _next_ends():
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_DFL)
+    for signum in SIGNALS:  # a terminal that closes may send SIGHUP twice
+        is_hangup = signum not in (signal.SIGINT, signal.SIGTERM)
+        signal.signal(signum, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
+
+
+class Output:
+    r"""Standard output or error for a command that goes on when nobody reads it any more.
+
+    What the encoding lacks is escaped. After a write that fails (a closed pipe, a full device) all goes nowhere.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable, *arguments):
+        try:
+            call(*arguments)
+        except OSError as error:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            if self.stream is sys.__stdout__:
+                reason = error.strerror or error
+                print(f"warning: standard output ended ({reason}); going on without it", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    r"""Within this context standard output and error are an `Output`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = before
 
 
 def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    r"""Call `main`; print a UserError or an OSError as one line and return 2, SIGINT as 130, SIGTERM as 143."""
+    r"""Call `main`; print a UserError or an OSError as one line and return 2, a signal as 128 and its number."""
     keep_freed_memory()
+    with lasting_output():
+        return _exit_code(main, argv)
+
+
+def _exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     try:
         with on_signals(_leave), warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -136,6 +188,17 @@ def check_drawing(a: argparse.Namespace):
         raise UserError(f"expected a finite --guidance, such as 3, got {a.guidance}")
     if not 0 <= a.eta <= 1:
         raise UserError(f"expected --eta in [0, 1], got {a.eta}")
+    if a.eta and a.sampler == "ddpm":
+        raise UserError(
+            f"expected --eta with the samplers ddim and dpm++, got {a.eta} with ddpm; leave it out"
+        )
+
+
+def path(text: str) -> Path:
+    r"""A path on the command line, with ~ for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(os.path.expanduser(text))
 
 
 def be_quiet():

@@ -25,11 +25,12 @@ LEFTOVER = re.compile(
     r"\..+\.\d+\.[0-9a-f]{8}\.tmp"
 )  # name, process, chance: several may write one file at once
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CANNOT = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
+CANNOT = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+NOTHING = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave in an empty folder
 
 
 class CannotWrite(UserError):
-    r"""A file could not be written, for want of room or of permission; what was there before still is."""
+    r"""A file could not be written, for want of room, permission or its folder; what was there before still is."""
 
 
 def write_atomically(
@@ -42,7 +43,7 @@ def write_atomically(
         size: bytes that such a function will write, as far as known, for the message where there is no room for them.
         keep: where the file that was there is renamed to first.
 
-    Raises: CannotWrite where the disk is full, a limit is met, or the folder may not be written to.
+    Raises: CannotWrite where the disk is full, a limit is met, or the folder is not there or may not be written to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -72,7 +73,7 @@ def write_atomically(
 def check_new_folder(folder: str | Path, advice: str = "choose another"):
     r"""Raise UserError, with what to do next, where `folder` is a file or holds anything."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - NOTHING):
         raise UserError(f"expected a new or empty folder, got {folder}, which is there already; {advice}")
 
 
@@ -90,6 +91,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         if folder.exists():
+            for name in NOTHING:
+                (folder / name).unlink(missing_ok=True)
             folder.rmdir()
         temporary.rename(folder)
     finally:
@@ -201,7 +204,7 @@ def _size(path: Path) -> int:
 def _refusal(path: Path, number: int, needed: int) -> str:
     reason = f"could not write {path}: {os.strerror(number)}"
     if number not in NO_ROOM:
-        return f"{reason}; let it be written to"
+        return f"{reason}; see that its folder is there and can be written to"
     free = shutil.disk_usage(path.parent).free
     room = f"it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
     return f"{reason} ({room}); make room there or raise the limit"

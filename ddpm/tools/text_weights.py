@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -22,7 +23,15 @@ from ddpm.text import ARCHITECTURE, WIDTH, TextTower
 from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.files import check_not_packed, digest_of
 from ddpm.tools.seeding import generator
-from ddpm.tools.weights import Shapes, match, read_metadata, read_tensors, save_weights, shapes_of
+from ddpm.tools.weights import (
+    Shapes,
+    check_kinds,
+    match,
+    read_metadata,
+    read_tensors,
+    save_weights,
+    shapes_of,
+)
 
 
 def named_tower(weights: str, quick_gelu: bool = False) -> TextTower:
@@ -32,8 +41,9 @@ def named_tower(weights: str, quick_gelu: bool = False) -> TextTower:
     """
     if weights == "random":
         return random_tower()
-    if not is_name(weights) and os.path.isfile(weights):
-        return tower_from_file(Path(weights), quick_gelu)
+    file = Path(os.path.expanduser(weights))
+    if not is_name(weights) and file.is_file():
+        return tower_from_file(file, quick_gelu)
     return tower_from_tag(weights)
 
 
@@ -106,6 +116,7 @@ def tower_from_file(path: Path, quick_gelu: bool = False) -> TextTower:
 
     read = read_tensors if tensors_alone else _read_pickle
     state, _ = read(path, shapes, known_as, f"OpenCLIP's {ARCHITECTURE} text tower")
+    check_kinds(path, state, text.tower)
     try:
         text.tower.load_state_dict(state)
     except RuntimeError as error:  # sparse, quantized or without content, which weights_only lets pass
@@ -147,13 +158,26 @@ def impatient_hub():
         logger.setLevel(level)
 
 
+def is_torchscript(path: Path) -> bool:
+    r"""Whether a file is a zip that torch.jit.save wrote."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return any(name.endswith("/constants.pkl") for name in file.namelist())
+
+
 def _read_pickle(path: Path, shapes: Shapes, known_as, what: str) -> tuple[dict[str, Tensor], dict]:
     r"""As `read_tensors`, out of what torch.save wrote."""
     try:
         check_not_packed(path)
+        if is_torchscript(path):
+            raise ValueError(
+                "it is a TorchScript archive, as OpenAI publishes CLIP; convert it once with "
+                "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'clip.pt')"
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own kinds
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"could not read the weights in {path}: {reason}; expected a file of tensors (.safetensors, .bin or .pt)"
         ) from None

@@ -24,6 +24,7 @@ def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] 
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
     r"""Read safetensors into `module`, as `read_tensors` does; returns the file's metadata."""
     tensors, metadata = read_tensors(path, shapes_of(module.state_dict()))
+    check_kinds(path, tensors, module)
     module.load_state_dict(tensors)
     return metadata
 
@@ -85,6 +86,14 @@ def match(
     if wrong:
         raise UserError(f"expected the weights of {what or 'this configuration'} in {path}; {wrong[0]}")
     return places
+
+
+def check_kinds(path: Path, tensors: dict[str, Tensor], module: nn.Module):
+    r"""UserError where integers, booleans or complex numbers are stored for weights of `module`."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensors[name].is_floating_point():
+            expected = f"expected weights of floating-point numbers in {path}"
+            raise UserError(f"{expected}, got {name} of {tensors[name].dtype}")
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> Shapes:

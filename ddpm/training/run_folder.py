@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import platform
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ class Run:
         state: what the newest whole state held when the run is resumed; None else, and once `restore` has used it.
         rows: of metrics.csv, as far as the state goes; one for each step.
         saved: (stage, step) of the newest whole state, or None.
+        data: digests of the pictures, their captions and their split, see `check_data`.
         writes: False in all but one of the processes that train together: nothing is locked or written.
     """
 
@@ -67,6 +69,7 @@ class Run:
         self.state: dict | None = None
         self.saved: tuple[str, int] | None = None
         self.lock = None
+        self.data: dict[str, str] = {}
         self.newest_is_whole = False
         try:
             if resume:
@@ -100,7 +103,7 @@ class Run:
             self.lock = open(self.folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (held until `__exit__`)
         except OSError as error:
             raise CannotWrite(
-                f"could not write to {self.folder}: {error.strerror}; let it be written to"
+                f"could not write to {self.folder}: {error.strerror}; see that it is there and can be written to"
             ) from None
         if flock(self.lock) is False:
             self.lock.seek(0)
@@ -114,6 +117,15 @@ class Run:
             self.lock.write(f"process {os.getpid()} on {platform.node()}".encode())
         for folder in (self.folder, self.folder / "samples"):
             remove_leftovers(folder)
+
+    def _keep_lock(self):
+        r"""Take the lock again where its file was removed; refused where another process has begun meanwhile."""
+        path = self.folder / LOCK
+        if not self.folder.is_dir():
+            return  # the first file that is written says so
+        if not (path.exists() and os.path.samestat(path.stat(), os.fstat(self.lock.fileno()))):
+            self.lock.close()
+            self._take_lock()
 
     def _reopen(self):
         damaged = []
@@ -129,6 +141,7 @@ class Run:
                 raise UserError(
                     f"{' and '.join(damaged)}, no checkpoint is left to go on from; start anew with --out"
                 )
+            self._check_no_weights()
             return  # killed before its first checkpoint
         self._check_config()
         stage, step = self.saved = (self.state["stage"], self.state["step"])
@@ -137,6 +150,15 @@ class Run:
             warnings.warn(f"{damaged[0]}; {advice}", stacklevel=3)
         rows = read_metrics(self.folder / "metrics.csv")
         self.rows = [row for row in rows if position(row) <= position(self.state)]
+
+    def _check_no_weights(self):
+        r"""Refuse a run without a checkpoint whose weights a training would overwrite."""
+        for name in ("ema.safetensors", "unet.safetensors"):
+            if (self.folder / name).exists():
+                raise UserError(
+                    f"expected a checkpoint {STATE} in {self.folder} to go on from, got {name} without one; "
+                    "draw from it, or train anew with another --out"
+                )
 
     def _check_config(self):
         now = all_settings(self.config)
@@ -149,6 +171,26 @@ class Run:
             raise UserError(
                 f"expected config.json and the state in {self.folder} to agree, they differ in "
                 f"{', '.join(differing)}; put config.json back"
+            )
+
+    def check_data(self, data: dict[str, str]):
+        r"""Hold digests of the data against those of the checkpoint; what changed is a warning.
+
+        Raises: UserError where --data names other pictures than those the run began with.
+        """
+        self.data = data
+        before = self.state.get("data", {}) if self.state else {}
+        changed = [part for part, digest in before.items() if data.get(part) != digest]
+        settings = self.config.training
+        if "pictures" in changed and settings.data != self.state["config"]["data"]:
+            raise UserError(
+                f"expected the pictures of the run in --data {settings.data}, got others; "
+                "give the folder they are in now, or train anew with --out"
+            )
+        if changed:
+            names = " and ".join(changed)
+            warnings.warn(
+                f"the {names} of {settings.data} changed since {self.folder} was saved", stacklevel=3
             )
 
     def create(self, text: Callable[[Path], None] | None = None):
@@ -168,6 +210,11 @@ class Run:
         write_atomically(self.folder / "config.json", self.config.to_json().encode())
 
     @property
+    def quoted(self) -> str:
+        r"""The folder as a shell reads it, for a command that is printed."""
+        return shlex.quote(str(self.folder))
+
+    @property
     def in_second_stage(self) -> bool:
         r"""Whether the run is resumed within its second stage; until `restore`."""
         return self.state is not None and self.state["stage"] == "unet"
@@ -183,7 +230,7 @@ class Run:
         saved = "{} step {} is saved".format(*self.saved) if self.saved else "no step is saved yet"
         if not self.writes:  # only the main process knows whether it saved
             saved = "what the first process saved stands"
-        return f"{saved}; go on with python train.py --resume {self.folder}"
+        return f"{saved}; go on with python train.py --resume {self.quoted}"
 
     def log(self, **row) -> dict:
         r"""Note a row of metrics; it reaches the file with the next checkpoint."""
@@ -201,12 +248,14 @@ class Run:
         if not self.writes:
             self.saved = (stage, optimization.step)
             return
+        self._keep_lock()
         state = {
             "format": FORMAT,
             "stage": stage,
             "step": optimization.step,
             "elapsed": self.clock(),
             "config": all_settings(self.config),
+            "data": self.data,
             stage: optimization.state_dict(),
             **more,
         }
@@ -298,21 +347,27 @@ def csv_of(rows: list[dict]) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    r"""The whole rows of metrics.csv; other lines are left out."""
+    r"""The rows of metrics.csv, also as a spreadsheet saves it; a file with other lines is kept beside, and named."""
     if not path.is_file():
         return []
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        lines = [line.replace("\0", "") for line in file]
-    try:
-        rows = [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(lines)]
-    except csv.Error as error:
-        raise UserError(f"expected the metrics of a run in {path}, got {error}; move the file away") from None
+    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")
+    lines = [line for line in text.splitlines() if line.strip()]
+    delimiter = ";" if ";" in "".join(lines[:1]) else ","
     whole = []
-    for row in rows:
-        with contextlib.suppress(ValueError):
-            [float(row[name] or 0) for name in COLUMNS[2:]]
-            if position(row)[1] > 0:
-                whole.append(row)
+    with contextlib.suppress(csv.Error):
+        for row in csv.DictReader(lines, delimiter=delimiter):
+            row = {name: (row.get(name) or "").replace(",", ".") for name in COLUMNS}
+            with contextlib.suppress(ValueError):
+                [float(row[name] or 0) for name in COLUMNS[2:]]
+                if position(row)[1] > 0:
+                    whole.append(row)
+    if len(whole) < len(lines) - 1:
+        kept = path.with_name("metrics.kept.csv")
+        write_atomically(kept, path.read_bytes())
+        warnings.warn(
+            f"{path} has {len(lines) - 1 - len(whole)} lines that are no metrics; kept as {kept}",
+            stacklevel=2,
+        )
     return whole
 
 

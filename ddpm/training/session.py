@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm.celeba.dataset import Pictures, load_pictures, open_data
+from ddpm.celeba.dataset import Pictures, fingerprint, load_pictures, open_data, reopen_data
 from ddpm.celeba.download import download_celeba
 from ddpm.celeba.lists import TRAIN, VALID, ImageTable
 from ddpm.config import TEXT_FILE, Config
@@ -70,7 +70,9 @@ def train(
             is_vae_done = restore_vae(run, session.model, stage) or VaeStage(session).train()
             if is_vae_done and stage != "vae" and UnetStage(session).train():
                 say(f"done in {run.clock() / 60:.1f} minutes; try:")
-                say(f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {folder}')
+                say(
+                    f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {run.quoted}'
+                )
 
 
 @contextlib.contextmanager
@@ -97,7 +99,7 @@ def prepared(run: Run, group: Group, precision: str, stage: str, resume, cache: 
             raise UserError("expected --data FOLDER to download CelebA into, got none")
         if download:
             download_celeba(settings.data)
-        table = open_data(config)
+        table = reopen_data(config) if resume else open_data(config)
     check_stage(run, stage)
     if group.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
@@ -111,6 +113,7 @@ def prepared(run: Run, group: Group, precision: str, stage: str, resume, cache: 
         pictures = checked_pictures(config, table, cache)
         if settings.perceptual_weight and stage != "unet" and not run.in_second_stage:
             perceptual.perceptual_loss(group.device)  # downloads, or refuses, while there is no folder yet
+    run.check_data(fingerprint(table, pictures))
     # a text tower that came from a file is kept in the run, because that file may go
     is_to_keep = text_file is None and not is_name(config.model.text_weights)
     run.create(partial(text_weights.save_tower, model.text) if is_to_keep else None)

@@ -16,7 +16,7 @@ from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.model import TextToImage
 from ddpm.tools.command import Stopped, StopRequest, bar, on_signals, progress_bar, say
 from ddpm.tools.errors import UserError
-from ddpm.tools.files import digest_of
+from ddpm.tools.files import CannotWrite, digest_of
 from ddpm.tools.grids import labelled_grid, save_png
 from ddpm.tools.weights import save_weights
 from ddpm.training.batches import stage_steps
@@ -168,7 +168,11 @@ class Stage:
         r"""Validate this step, unless it has been; the figures join its row of the metrics."""
         row = self.run.row(self.name, self.opt.step)
         if self.run.writes and not (row["psnr"] or row["val_loss"]):
-            row.update(self.validate())
+            try:
+                row.update(self.validate())
+            except CannotWrite:  # of a grid or of weights; the checkpoint may have room
+                self.save()
+                raise
 
     def description(self, report: Report) -> str:
         r"""A step that was not finite, with the pictures and timesteps it saw, in one line."""
