@@ -3,25 +3,17 @@ r"""The built site in a real browser: every page, wide and narrow, light and dar
 Needs the extra `docs` and Chromium: `pip install -e '.[docs]'`; Debian's `chromium`, or one that Playwright fetched.
 """
 
-import http.server
 import re
-import shutil
-import subprocess
-import sys
-import threading
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from urllib.parse import urldefrag
 
 import pytest
 
 for package in ("sphinx", "myst_nb", "furo", "sphinxcontrib.katex"):
     pytest.importorskip(package, reason="needs the extra docs")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra docs")
+pytest.importorskip("playwright.sync_api", reason="needs the extra docs")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the extra docs").Axe()
 
-ROOT = Path(__file__).parents[2]
 WAYS = ("wide light", "wide dark", "narrow light", "narrow dark")
 EXAMINED = WAYS[:3]  # by axe
 WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
@@ -53,37 +45,6 @@ class Visit:
     violations: list[str]
     console: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    r"""The site, built as strictly as Sphinx can."""
-    out = tmp_path_factory.mktemp("site")
-    command = f"-m sphinx -q -W -n -E -b html -d {out}/.trees docs {out}".split()
-    built = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return out
-
-
-@pytest.fixture(scope="module")
-def address(site):
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=site)
-    handler.log_message = lambda *_: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as play:
-        own = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        browser = play.chromium.launch(
-            executable_path=own, args=["--no-sandbox"]
-        )  # an error without Chromium
-        yield browser
-        browser.close()
 
 
 def watched(browser, address, console, outside, **settings):

@@ -1,0 +1,1 @@
+r"""Tests of the built site in a browser; a package, so that its conftest.py and that of tests/ have two names."""
