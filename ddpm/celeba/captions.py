@@ -9,7 +9,8 @@ and for every row of attributes they agree: what `parse(describe(row))` states i
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -268,12 +269,11 @@ SPELLINGS = """
     nosed=nose faced=face mouthed=mouth
 """
 SPELLING = dict(pair.split("=") for pair in SPELLINGS.split())
-NEGATORS = {"no", "not", "non", "without", "neither", "never", "lacks", "lacking", "isn't", "isnt", "doesn't"}
-NEGATION_REACH = 4  # words from a negator to what it negates: "not wearing any kind of hat"
-PUNCTUATION = set(",.;:!?")
-STOPS = PUNCTUATION | {"and", "but", "with", "who", "that", "wearing", "is", "has"}  # end a served negation
+NEGATORS = "no not non without neither never lacks lacking isn't isnt doesn't"
+ENDS = ". ; : ! ? but"  # of a negation that has found nothing to negate
 # Not what they seem to state.
 IGNORED = "year old, years old, old photo, old picture, old hat, bow tie, blurry background"
+BETWEEN = "and or , long short dark light thick thin very curly length"  # an adjective and its noun
 
 
 def parse(sentence: str) -> dict[str, bool]:
@@ -281,8 +281,8 @@ def parse(sentence: str) -> dict[str, bool]:
 
     True is what the sentence states, False what it negates ("without glasses") or excludes ("woman" is not Male, and
     both sides of `EXCLUDES`). Any text will do; unknown words are skipped. Of two contradictory statements the
-    first holds, and a statement holds over what another one excludes. A negation covers the next phrase, and the
-    one after "or"; with "without", also the one after "and".
+    first holds, and a statement holds over what another one excludes. A negation covers the next phrase, and those
+    that follow it after "or".
 
     Args:
         sentence: free English text of any length.
@@ -300,9 +300,22 @@ def parse(sentence: str) -> dict[str, bool]:
     """
     if not isinstance(sentence, str):
         raise TypeError(f"expected a str, got {type(sentence).__name__}; parse one caption at a time")
+    grammar, meanings = _grammar()
     stated: dict[str, bool] = {}
-    for name, value in _statements(_words(sentence)):
-        stated.setdefault(name, value)
+    negated = False  # the last phrase
+    negating = False  # the next one
+    for found in grammar.finditer(" ".join(_words(sentence))):
+        name, value = meanings[found.lastindex - 1]
+        if name == "or":
+            negating = negating or negated
+        elif name in ("no", "end"):
+            negating = name == "no"
+            negated = False
+        else:
+            if name:
+                stated.setdefault(name, value != negating)
+            negated = negating
+            negating = False
     excluded = [loser for winner, losers in EXCLUDES.items() if stated.get(winner) for loser in losers]
     excluded += [winner for winner, losers in EXCLUDES.items() if any(map(stated.get, losers))]
     return stated | {name: False for name in excluded if name not in stated}
@@ -315,86 +328,29 @@ def _words(text: str) -> list[str]:
     return [SPELLING.get(word, word) for word in words]
 
 
-def _statements(words: list[str]) -> Iterator[tuple[str, bool]]:
-    r"""(attribute, truth) in the order of the text: phrases of the vocabulary, turned round by negators."""
-    words = _or_for_commas(words)
-    negator = ""
-    reach = -1  # a phrase that begins at this word or before it is negated
-    resume = 0  # no phrase begins before this word
-    for i, word in enumerate(words):
-        if word in NEGATORS or (negator and _goes_on(words, i, negator)):
-            negator = word if word in NEGATORS else negator
-            reach = i + NEGATION_REACH
-        elif word in PUNCTUATION or (word in STOPS and i > reach):
-            negator = ""
-            reach = -1
-        found = _longest_phrase(words, i) if i >= resume else None
-        if found:
-            negated = i <= reach
-            reach = found.end - 1 if negated else reach
-            resume = found.resume
-            if found.name:
-                yield found.name, found.value != negated
-
-
-def _or_for_commas(words: list[str]) -> list[str]:
-    r""" "no hat, tie or glasses" -> "no hat or tie or glasses"."""
-    words = list(words)
-    or_follows = False
-    for i in reversed(range(len(words))):
-        if words[i] == "," and or_follows:
-            words[i] = "or"
-        elif words[i] in STOPS or words[i] in ("or", "nor"):
-            or_follows = words[i] in ("or", "nor")
-    return words
-
-
-def _goes_on(words: list[str], i: int, negator: str) -> bool:
-    r"""Whether word i carries a negation on: "no hat or tie", "without hat and tie"; not "and smiling"."""
-    if words[i] != "and" or negator != "without":
-        return words[i] in ("or", "nor")
-    following = words[i + 1] if i + 1 < len(words) else "."
-    return not (following in STOPS or following.endswith("ing"))
-
-
-class Found(NamedTuple):
-    r"""A phrase in a text."""
-
-    name: str  # the attribute, or "" if the phrase states nothing
-    value: bool
-    end: int  # the word behind the phrase
-    resume: int  # where the next phrase may begin
-
-
-def _longest_phrase(words: list[str], i: int) -> Found | None:
-    r"""The longest phrase from word i on."""
-    longest = None
-    rest = words[i + 1 : i + 7]
-    for phrase, name, value in VOCABULARY.get(words[i], ()):
-        gap = 0
-        if len(phrase) == 2:  # adjective and noun: "black, wavy hair" is also "black hair"
-            gap = next((k for k, word in enumerate(rest) if word == phrase[1] or word not in BETWEEN), 0)
-        end = i + gap + len(phrase)
-        if tuple(rest[gap : end - i - 1]) == phrase[1:] and (longest is None or end > longest.end):
-            longest = Found(name, value, end, resume=i + 1 if gap else end)
-    return longest
-
-
-def _vocabulary() -> dict[str, list[tuple[tuple[str, ...], str, bool]]]:
-    r"""First word -> [(all words, attribute, value)], from the wordings and synonyms of `PHRASES`."""
-    vocabulary = defaultdict(list)
-    for text in IGNORED.split(", "):
-        vocabulary[text.split()[0]].append((tuple(text.split()), "", True))
+@cache
+def _grammar() -> tuple[re.Pattern, list[tuple[str, bool]]]:
+    r"""A pattern of alternatives, and for each what it states: an attribute and its truth, "no", "or", "end" or ""."""
+    phrases = [(text.split(), "", True) for text in IGNORED.split(", ")]
     for phrase in PHRASES:
         wordings = (wording.partition(" ") for wording in phrase.wordings.split(" | "))
         texts = [text for place, _, text in wordings if place not in ("photo", "without")]
         for text in filter(None, texts + phrase.synonyms.split(", ")):
-            words = tuple(_words(text.removeprefix("a ").removeprefix("an ")))
-            vocabulary[words[0]].append((words, phrase.name, phrase.value))
-    return dict(vocabulary)
+            words = _words(text.removeprefix("a ").removeprefix("an "))
+            phrases.append((words, phrase.name, phrase.value))
+    phrases.sort(key=lambda phrase: -len(phrase[0]))  # the longest wins
+    between = _any({words[0] for words, _, _ in phrases if len(words) == 2} | set(BETWEEN.split()))
+    patterns = [_any(NEGATORS.split()), "or|nor", _any(ENDS.split())]
+    for words, _, _ in phrases:
+        pattern = re.escape(" ".join(words))
+        if len(words) == 2:  # adjective and noun: "black, wavy hair" is also "black hair"
+            first, second = map(re.escape, words)
+            pattern += rf"|{first}(?=(?: (?:{between})){{1,5}} {second}(?!\S))"
+        patterns.append(pattern)
+    grammar = "|".join(f"({pattern})" for pattern in patterns)
+    meanings = [("no", True), ("or", True), ("end", True), *((name, value) for _, name, value in phrases)]
+    return re.compile(rf"(?<!\S)(?:{grammar})(?!\S)"), meanings
 
 
-VOCABULARY = _vocabulary()
-# What may stand between an adjective and its noun.
-BETWEEN = {words[0] for phrases in VOCABULARY.values() for words, _, _ in phrases if len(words) == 2}
-BETWEEN |= {"and", "or", ",", "long", "short", "dark", "light", "thick", "thin", "very", "curly", "length"}
+def _any(words: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(words)))
