@@ -196,6 +196,7 @@ TWO_FORMS = [unicodedata.normalize(form, "\u00e4.jpg") for form in ("NFC", "NFD"
     "row, pictures, found",
     [
         ("a.jpg", ["a.JPG"], "a.JPG"),
+        ("a", ["a.jpg"], "a.jpg"),
         ("a.jpg", ["a.png"], "a.png"),
         ("a.jpg", ["images/a.jpg"], "images/a.jpg"),
         ("a.jpg", ["train/0/A.jpeg"], "train/0/A.jpeg"),
@@ -269,6 +270,13 @@ def test_a_list_in_json_is_several_wordings_which_are_used_in_turns(tmp_path):
     assert pictures.full_caption(0) == "one" and pictures.caption(1, 0, 1) == "two"
     with pytest.warns(UserWarning, match="1 of up to 2 wordings .* --caption-variants 2"):
         open_data(Config.from_preset("celeba64", data=str(tmp_path)))
+
+
+def test_attributes_beside_captions_are_not_used_and_a_warning_says_so(tmp_path):
+    put_pictures(tmp_path, ["a.png", "b.png"])
+    put(tmp_path / "captions.csv", "file,Male,Smiling,caption\na.png,1,1,one\nb.png,1,1,two\n")
+    with pytest.warns(UserWarning, match="captions.csv: captions are used, and not Male, Smiling"):
+        assert open_table(tmp_path).attributes is None
 
 
 def test_own_attributes_may_be_a_part_of_the_forty_and_bring_their_split(tmp_path):

@@ -374,10 +374,15 @@ def test_the_content_of_what_is_no_list_is_not_told(name, secret, tmp_path):
     assert not re.search("swordfish|51,?423", refusal_of(open_table, tmp_path / "data"))
 
 
-@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no devices here")
-def test_a_list_that_is_a_device_is_not_read(tmp_path):
-    (tmp_path / "captions.csv").symlink_to("/dev/zero")
-    assert "no file" in refusal_of(open_table, tmp_path)
+@pytest.mark.parametrize("name", ["captions.csv", "list_attr_celeba.txt", "list_eval_partition.txt"])
+@pytest.mark.parametrize("target", ["/dev/zero", "nowhere"])
+def test_a_list_that_is_a_device_or_a_broken_link_is_named(name, target, tmp_path):
+    write_celeba(tmp_path / "data", 4)
+    (tmp_path / "data" / name).unlink(missing_ok=True)
+    if name == "captions.csv":
+        (tmp_path / "data" / "list_attr_celeba.txt").unlink()
+    (tmp_path / "data" / name).symlink_to(target)
+    assert f"{name}: expected a list that can be read" in refusal_of(open_table, tmp_path / "data")
 
 
 def test_a_link_in_a_data_folder_may_lead_to_pictures_elsewhere(tmp_path):

@@ -61,7 +61,7 @@ def _upright(image: Image.Image) -> Image.Image:
     image = image.copy()
     with contextlib.suppress(
         Exception
-    ):  # broken EXIF, of which Pillow raises all sorts, makes no picture bad
+    ):  # Pillow raises all sorts for a broken EXIF: no picture is bad for it
         ImageOps.exif_transpose(image, in_place=True)  # it turns first, and then writes the EXIF anew
     return image
 

@@ -17,14 +17,20 @@ import numpy as np
 
 from ddpm.celeba.captions import ATTRIBUTES
 from ddpm.celeba.refusals import AGAIN, DataError, first_few, kind_of, quoted
-from ddpm.celeba.sheets import CAPTION_COLUMNS, PLAIN_ATTRIBUTES, Sheet, is_image_name, read_sheet
+from ddpm.celeba.sheets import (
+    CAPTION_COLUMNS,
+    FILE_COLUMNS,
+    PLAIN_ATTRIBUTES,
+    Sheet,
+    is_image_name,
+    read_sheet,
+)
 from ddpm.tools.errors import printable
 
 TRAIN, VALID, TEST = 0, 1, 2
 FOLDERS = ("img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba_png")
 # Where CelebA's pictures are, seen from the folder with the annotations.
 IMAGE_FOLDERS = (*FOLDERS, *(f"Img/{name}" for name in FOLDERS), "Img", "images", "")
-FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_id", "path")
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz")
 VALUES = {"-1": 0, "0": 0, "1": 1, "-1.0": 0, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 SPLITS = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
@@ -97,7 +103,7 @@ def _open_celeba(home: Path, file: Path) -> ImageTable:
         got = f"{len(columns)}, without {first_few(missing)}"
         advice = f"{AGAIN}, or rename it captions.csv to use those that it has" if columns else AGAIN
         raise DataError(file, "all 40 attributes as columns", got, advice)
-    table, names = _with_pictures(_every_row(sheet, columns, ids=True), home, IMAGE_FOLDERS, file)
+    table, names = _with_pictures(_every_row(sheet, columns), home, IMAGE_FOLDERS, file)
     partition = _find(home, "Eval", "list_eval_partition") or _find(home, "Anno", "list_eval_partition")
     return replace(table, split=_read_partition(partition, names) if partition else split_by_name(names))
 
@@ -110,6 +116,9 @@ def _open_own(folder: Path) -> ImageTable:
     if caption is None and not columns:
         expected = "a column caption or text, or attributes (Male, Smiling, ...)"
         raise DataError(sheet.file, expected, _header(sheet), "name the columns in line 1")
+    if caption is not None and columns:
+        unused = first_few(list(columns))
+        warnings.warn(f"{sheet.file.name}: captions are used, and not {unused}", stacklevel=3)
     table = _every_row(sheet, columns, caption)
     has_split = "split" in sheet.header
     if has_split:
@@ -134,7 +143,7 @@ def _existing_folder(path) -> Path:
 
 def _find(home: Path, subfolder: str, name: str) -> Path | None:
     places = (folder / (name + suffix) for folder in (home, home / subfolder) for suffix in (".txt", ".csv"))
-    return next((file for file in places if file.is_file()), None)
+    return next(filter(os.path.lexists, places), None)
 
 
 def _own_list(folder: Path) -> Path:
@@ -200,9 +209,8 @@ def _paths_alike(names: list[str], home: Path, folders: Sequence[str], taken: se
     for name in names:
         plain = _plain(name)
         tail = f"/{_stem(plain)}"
-        alike = {
-            path for path in by_stem[tail.rpartition("/")[2]] if _stem(f"/{_plain(path)}").endswith(tail)
-        }
+        there = by_stem[tail.rpartition("/")[2]]
+        alike = {path for path in there if _stem(f"/{_plain(path)}").endswith(tail)}
         alike = {path for path in alike if _plain(path).endswith(plain)} or alike
         if len(alike) == 1:
             found[name] = alike.pop()
@@ -221,17 +229,15 @@ def _stem(path: str) -> str:
 
 def _warn_of_the_rest(root: Path, files: list[str], missing: list[str], file: Path):
     r"""Warn of rows without a picture, and of pictures without a row in the folders of the others."""
-    warning = "{}: left out {:,} {}, such as {}, {}"
-    if missing:
-        why = "because no picture is called so or several are"
-        warnings.warn(printable(warning.format(file, len(missing), "rows", missing[0], why)), stacklevel=5)
     there = _listing(root, {path.rpartition("/")[0] for path in files}) - set(files)
     unlisted = sorted(path for path in there if is_image_name(path) and "/." not in f"/{path}")
-    if unlisted:
-        why = f"because {file.name} does not name them"
-        warnings.warn(
-            printable(warning.format(root, len(unlisted), "pictures", unlisted[0], why)), stacklevel=5
-        )
+    for where, what, names, why in (
+        (file, "rows", missing, "no picture is called so or several are"),
+        (root, "pictures", unlisted, f"{file.name} does not name them"),
+    ):
+        if names:
+            left_out = f"left out {len(names):,} {what}, such as {names[0]}, because {why}"
+            warnings.warn(printable(f"{where}: {left_out}"), stacklevel=5)
 
 
 def _no_pictures(table: ImageTable, folders: list[Path], file: Path) -> DataError:
@@ -256,11 +262,9 @@ def _listing(folder: Path, subfolders: set[str]) -> set[str]:
     return names
 
 
-def _every_row(
-    sheet: Sheet, columns: dict[str, int], caption: int | None = None, ids: bool = False
-) -> ImageTable:
+def _every_row(sheet: Sheet, columns: dict[str, int], caption: int | None = None) -> ImageTable:
     r"""The table of all rows: captions if there is a column of them, else attributes; all of it in train."""
-    files = _picture_names(sheet, ids)
+    files = _picture_names(sheet)
     captions = attributes = None
     if caption is not None:
         captions = tuple(_wordings(sheet, line, cells[caption]) for line, cells in sheet.rows)
@@ -299,10 +303,8 @@ def _header(sheet: Sheet) -> str:
     return (first_few(sheet.header) if sheet.is_list else "") or "none"
 
 
-def _picture_names(sheet: Sheet, ids: bool = False) -> tuple[str, ...]:
-    r"""The file name in each row, once every row has a cell for each column and no picture stands twice.
-
-    With `ids` a name may lack its suffix."""
+def _picture_names(sheet: Sheet) -> tuple[str, ...]:
+    r"""The file name in each row, once every row has a cell for each column and no picture stands twice."""
     start = sheet.rows[0][1]
     named = [column for column, name in enumerate(sheet.header) if name in FILE_COLUMNS]
     by_look = [column for column, cell in enumerate(start) if is_image_name(cell)]  # after pandas' index
@@ -317,7 +319,7 @@ def _picture_names(sheet: Sheet, ids: bool = False) -> tuple[str, ...]:
         if len(cells) != width:
             raise sheet.refusal(line, f"{width} columns", f"{len(cells)}, {quoted(' '.join(cells))}")
         name = cells[column]
-        if not is_image_name(name) and not (ids and re.fullmatch(r"[\w-]+", name)):
+        if not is_image_name(name) and not (column in named and re.fullmatch(r"[\w-]+", name)):
             raise sheet.refusal(line, "the file name of a picture", quoted(name))
         if "/" in name or "\\" in name or ":" in name:
             path = PurePosixPath(name.replace("\\", "/"))
@@ -349,7 +351,7 @@ def _split_column(sheet: Sheet, column: int) -> np.ndarray:
 def _read_partition(file: Path, names: list[str]) -> np.ndarray:
     r"""The split of these pictures, (N,) uint8, from the last column of `list_eval_partition`."""
     sheet = read_sheet(file)
-    listed = map(_stem, _picture_names(sheet, ids=True))
+    listed = map(_stem, _picture_names(sheet))
     split_of = dict(zip(listed, _split_column(sheet, -1), strict=True))
     if missing := [name for name in names if _stem(name) not in split_of]:
         expected = f"a split for each of {len(names):,} pictures"

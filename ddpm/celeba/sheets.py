@@ -14,9 +14,9 @@ from ddpm.tools.strict_json import parse_json
 MAX_BYTES = 2**27  # of a list; CelebA's has 26 million
 MAX_ROW = 2**20  # characters
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_id", "path")
 CAPTION_COLUMNS = ("caption", "text")
 CORRECT = f"correct the file or {AGAIN}"
-ELSE = "something else"
 
 
 @dataclass
@@ -26,14 +26,11 @@ class Sheet:
     file: Path
     header: list[str]  # column names by `plain_name`, or [] if the list has none
     rows: list[tuple[int, list]]  # line number, cells: texts, or what JSON has for a caption
-
-    @property
-    def is_list(self) -> bool:
-        r"""Whether messages may quote from the file: a link may lead to something private that is no list."""
-        return any(map(is_image_name, self.rows[0][1])) or PLAIN_ATTRIBUTES.keys() <= set(self.header)
+    is_list: bool  # whether messages may quote from it: a link may lead to something private that is no list
 
     def refusal(self, line: int, expected: str, got: str) -> DataError:
-        return DataError(f"{self.file} line {line}", expected, got if self.is_list else ELSE, CORRECT)
+        got = got if self.is_list else "something else"
+        return DataError(f"{self.file} line {line}", expected, got, CORRECT)
 
 
 def plain_name(name: str) -> str:
@@ -80,12 +77,14 @@ def read_sheet(file: Path) -> Sheet:
         raise DataError(file, "a line of column names and then rows", "no rows", AGAIN)
     if in_words and header and header[0] in PLAIN_ATTRIBUTES:
         header.insert(0, "image_id")  # the official list does not name its first column
-    sheet = Sheet(file, header, rows)
+    names = set(header)
+    is_table = not in_words and names & set(FILE_COLUMNS) and names & {*CAPTION_COLUMNS, *PLAIN_ATTRIBUTES}
+    is_list = any(map(is_image_name, rows[0][1])) or PLAIN_ATTRIBUTES.keys() <= names or bool(is_table)
     if counted and int(first.strip()) != len(rows):  # strip takes more kinds of space than int does
-        expected = f"{int(first.strip()):,} rows" if sheet.is_list else "as many rows as it says"
+        expected = f"{int(first.strip()):,} rows" if is_list else "as many rows as it says"
         advice = f"if the download was cut short, {AGAIN}, else correct the first line"
         raise DataError(file, f"{expected} by its first line", f"{len(rows):,}", advice)
-    return sheet
+    return Sheet(file, header, rows, is_list)
 
 
 def _lines(body: str) -> Iterator[str]:
