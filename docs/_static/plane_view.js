@@ -191,7 +191,7 @@ addEventListener("DOMContentLoaded", () => {
     if (working) working.needed = true;
   }
 
-  // The loop of plane.js under the reader's choice, with noise of its own; `more` overrides the choice.
+  // The loop of plane.js under the reader's choice, or `more`.
   function loop(x_T, seed, more) {
     const used = { ...settings(), ...more };
     const noise = Plane.generator(seed);
@@ -201,8 +201,7 @@ addEventListener("DOMContentLoaded", () => {
   const truth = () => Plane.data_sample(data, N, Plane.generator(99), guide()).points;
 
   function* sampling(next) {
-    const used = guide();
-    const real = truth();
+    const [used, real] = [guide(), truth()];
     const x_T = first_noise();
     next.states = [{ t: schedule.T - 1, x: x_T }];
     next.ms = -performance.now();
@@ -214,16 +213,19 @@ addEventListener("DOMContentLoaded", () => {
     }
     next.ms += performance.now();
     next.distance = Plane.distance(next.states.at(-1).x, real);
-    const others = [1, 2, 3, 4].map((seed) => Plane.data_sample(data, N, Plane.generator(seed), used, true).points);
-    next.floor = others.reduce((sum, x) => sum + Plane.distance(x, real) / 4, 0); // of points that are the data's own
+    next.floor = 0; // of real points
+    for (const seed of [1, 2, 3, 4]) {
+      yield;
+      next.floor += Plane.distance(Plane.data_sample(data, N, Plane.generator(seed), used, true).points, real) / 4;
+    }
     next.paths = yield* tracing(x_T);
   }
 
-  // Eight paths: from eight starts, or from one; or four of each sampler, from one.
+  // Eight paths, or four of each sampler.
   function* tracing(x_T) {
     const count = choice.paths === "all" ? 4 : 8;
     const samplers = { all: Object.keys(NAMES), none: [] }[choice.paths] ?? [choice.sampler];
-    const from = choice.paths === "many" ? x_T.slice(0, 2 * count) : x_T.slice(0, 2 * count).map((_, i) => start[i & 1]);
+    const from = x_T.slice(0, 2 * count).map((x, i) => (choice.paths === "many" ? x : start[i & 1]));
     const paths = [];
     for (const sampler of samplers) {
       const states = [{ t: schedule.T - 1, x: from }];
@@ -310,7 +312,7 @@ addEventListener("DOMContentLoaded", () => {
     return { g, at, width, dots, ring, cross };
   }
 
-  const GRID = 60;
+  const GRID = 48;
   const shade = element("canvas", { width: GRID, height: GRID });
 
   function draw_density(g, width, t, ink) {
@@ -377,6 +379,7 @@ addEventListener("DOMContentLoaded", () => {
       const bar = schedule.at(choice.t);
       left_note.textContent = `x_t = ${Math.sqrt(bar).toFixed(3)} x_0 + ${Math.sqrt(1 - bar).toFixed(3)} eps`;
     }
+    if (classes.length === MOST) left_note.textContent += `; ${MOST} points, which is the most`;
     if (cursor) left_note.textContent += `; cross at ${cursor.map(fixed(2)).join(", ")}`;
     if (held >= 0) ring(points[2 * held], points[2 * held + 1]);
     if (cursor && document.activeElement === left) stroke(g, ink.ink, 1.5, cross(at(...cursor), 12));
@@ -425,7 +428,7 @@ addEventListener("DOMContentLoaded", () => {
     g.font = `11px ${getComputedStyle(document.body).fontFamily}`;
     g.fillStyle = ink.ink;
     stroke(g, ink.faint, 1, up.map(level_at));
-    if (level) stroke(g, ink.ink, 1, [level_at(level)], 1, [2, 4]);
+    stroke(g, ink.ink, 1, [level_at(level)], 1, [2, 4]);
     stroke(g, ink.ink, 1, [[at([mark, y[0]]), at([mark, y[1]])]], 0.6);
     g.textAlign = "right";
     for (const v of up) g.fillText(v >= 1000 ? v.toExponential(0).replace("+", "") : v, l - 5, at([x[0], v])[1] + 4);
@@ -483,7 +486,7 @@ addEventListener("DOMContentLoaded", () => {
     for (const canvas of [signal, errors, quality]) canvas.setAttribute("aria-label", canvas.previousElementSibling.textContent);
     if (run) root.dataset.ms = run.ms.toFixed(1);
     clearTimeout(speech);
-    speech = setTimeout(() => (spoken.textContent = `${left_note.textContent}. ${right_note.textContent}. ${quality_note.textContent}.`), 700);
+    speech = setTimeout(() => (spoken.textContent = [left_note, right_note, quality_note].map((n) => n.textContent).join(". ")), 700);
   }
   let speech = 0;
 
@@ -619,7 +622,7 @@ addEventListener("DOMContentLoaded", () => {
   for (const recipe of document.querySelectorAll("[data-try]")) {
     recipe.hidden = false;
     recipe.onclick = () => {
-      const plain = { error: 0, eta: 0, guide: "both", scale: 1, prediction: "eps", tool: "move", paths: "many", t: -1 };
+      const plain = { seed: 1, error: 0, eta: 0, guide: "both", scale: 1, prediction: "eps", tool: "move", paths: "many", t: -1 };
       playing = false;
       set({ ...plain, ...JSON.parse(recipe.dataset.try) });
       root.scrollIntoView({ behavior: calm.matches ? "auto" : "smooth" });

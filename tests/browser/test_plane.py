@@ -330,7 +330,7 @@ def test_a_finger_drags_a_point_and_scrolls_the_page_where_there_is_none(opened)
     page = opened(viewport=SIZES["narrow"], has_touch=True, is_mobile=True)
     page.show("forward")
     scrolled = page.scrolled()
-    tip = page.tab.evaluate("[...Plane.preset('two moons')[0]].slice(0, 2)")
+    tip = page.tab.evaluate("Plane.preset('two moons')[0].slice(0, 2)")
     finger(
         page,
         *(
@@ -411,6 +411,15 @@ def test_the_keyboard_reaches_and_moves_everything(opened):
         assert focus[0] == (f"plane-{name}" if name else "") and (name or "plane-button" in focus[1])
 
 
+def test_the_switch_of_the_site_changes_the_colours_of_the_planes(opened):
+    page = opened(color_scheme="light")
+    tip = page.tab.evaluate("Plane.preset('two moons')[0].slice(0, 2)")
+    light = page.colour("forward", *tip)
+    page.tab.evaluate("document.body.dataset.theme = 'dark'")
+    page.value("t")
+    assert page.colour("forward", *tip) == page.ink("a") != light
+
+
 def test_play_runs_t_down_and_pauses_and_does_not_move_where_motion_is_unwanted(opened):
     page = opened(reduced_motion="no-preference")
     page.set("t", 999)
@@ -443,6 +452,7 @@ RECIPES = [
 
 def test_what_the_page_says_of_its_recipes_is_what_their_buttons_show(opened):
     page = opened()
+    page.tab.get_by_role("button", name="New noise").click()  # which the recipes undo
     for name, readout, text in RECIPES:
         button = page.tab.get_by_role("button", name=name, exact=True)
         assert text.split()[-1] in button.locator("xpath=ancestor::section[1]").inner_text(), name
