@@ -204,7 +204,8 @@ class TextToImage(nn.Module):
         check_shapes(folder / f"{weights}.safetensors", unet)
         own_text = folder / TEXT_FILE
         text = text_weights.tower_from_file(own_text) if own_text.is_file() else None
-        model = cls(config, text)
+        with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are replaced
+            model = cls(config, text)
         model.load_vae(folder)
         load_weights(folder / f"{weights}.safetensors", model.unet)
         return model.eval()

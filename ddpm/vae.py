@@ -124,9 +124,16 @@ class KLVAE(nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         r"""q(z | x) of pictures x (B, 3, H, W) in [-1, 1]; H and W multiples of `factor`."""
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % self.factor or x.shape[3] % self.factor:
+        if (
+            x.ndim != 4
+            or x.shape[1] != 3
+            or x.shape[2] % self.factor
+            or x.shape[3] % self.factor
+            or not in_range(x)
+        ):
             raise ValueError(
-                f"expected pictures of shape (B, 3, H, W) with H and W multiples of {self.factor}, got {tuple(x.shape)}"
+                f"expected pictures (B, 3, H, W) in [-1, 1] with H and W multiples of {self.factor}, as a tensor of "
+                f"floating-point numbers, got {tuple(x.shape)} {x.dtype} up to {x.max()}"
             )
         moments = self.quant_conv(self.encoder(x))  # (B, 2c, h, w)
         mu, logvar = moments.chunk(2, dim=1)
@@ -145,6 +152,13 @@ class KLVAE(nn.Module):
         q = self.encode(x)
         q = DiagonalGaussian(q.mu.float(), q.logvar.float())
         return self.decode(q.sample(eps=eps)), q
+
+
+def in_range(x: Tensor) -> bool:
+    r"""Whether x has pictures in [-1, 1] and not in 0..255; a GPU, which would have to wait, is not asked."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    return x.device.type != "cpu" or not x.numel() or bool(x.detach().abs().amax() < 10)
 
 
 def vae_loss(

@@ -224,6 +224,18 @@ def test_each_precision_is_its_own_also_within_a_callers_autocast(around):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
 
 
+def test_fp32_is_single_precision_also_where_the_caller_allows_less():
+    a = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
+    expected = a @ a
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with autocast(torch.device("cpu"), "fp32"):
+            assert torch.equal(a @ a, expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_the_schedule_goes_where_the_networks_go(tiny):
     assert tiny.schedule.alpha_bar.device.type == "cpu"
     tiny.text = torch.nn.Identity()

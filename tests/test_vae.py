@@ -2,6 +2,7 @@ r"""The Gaussian that the encoder predicts, the shapes and sizes of the autoenco
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import far, normal, without_zeros
@@ -141,9 +142,24 @@ def test_every_parameter_is_learned_from():
     "shape", [(2, 1, 16, 16), (2, 4, 16, 16), (3, 16, 16), (2, 3, 15, 16), (2, 3, 16, 15)]
 )
 def test_pictures_that_cannot_be_encoded_are_refused(small, shape):
-    with pytest.raises(ValueError, match=r"shape \(B, 3, H, W\) with H and W multiples of 2, got") as refusal:
+    with pytest.raises(
+        ValueError, match=r"pictures \(B, 3, H, W\) in .* with H and W multiples of 2"
+    ) as refusal:
         small.encode(torch.zeros(shape))
     assert str(shape) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "x, got",
+    [
+        (torch.full((1, 3, 8, 8), 255.0), "torch.float32 up to 255.0"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8 up to 0"),
+        (np.zeros((1, 3, 8, 8), np.float32), "as a tensor of floating-point numbers, got"),
+    ],
+)
+def test_pictures_of_another_range_or_kind_are_refused(small, x, got):
+    with pytest.raises(ValueError, match=got):
+        small.encode(x)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (4, 8, 8)])

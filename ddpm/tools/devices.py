@@ -1,6 +1,10 @@
 r"""Devices and precisions."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from torch.backends import mkldnn
 
 from ddpm.tools.errors import UserError
 
@@ -29,11 +33,24 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    r"""The context in which networks compute in `precision`: fp32, bf16 or fp16, whatever context is around it."""
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    r"""The context in which networks compute in `precision`: fp32, bf16 or fp16, whatever context is around it.
+
+    On the CPU fp32 is single precision, also where the caller has allowed less.
+    """
     if precision not in DTYPES:
         raise ValueError(f"expected a precision out of {', '.join(DTYPES)}, got {precision!r}")
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    kernels = (mkldnn.matmul, mkldnn.conv) if precision == "fp32" and device.type == "cpu" else ()
+    before = [kernel.fp32_precision for kernel in kernels]
+    for kernel in kernels:
+        kernel.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            yield
+    finally:
+        for kernel, value in zip(kernels, before, strict=True):
+            kernel.fp32_precision = value
 
 
 def wait_for(device: torch.device):

@@ -105,8 +105,9 @@ def prepared(run: Run, group: Group, precision: str, stage: str, resume, cache: 
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
     # in a new folder a file of a text tower is what a killed command left
     text_file = run.folder / TEXT_FILE if resume and (run.folder / TEXT_FILE).is_file() else None
-    torch.manual_seed(settings.seed)
-    model = TextToImage(config.model, text_weights.tower_from_file(text_file) if text_file else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = TextToImage(config.model, text_weights.tower_from_file(text_file) if text_file else None)
     model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
     with group.main_process_first():
         remove_leftovers(cache)
