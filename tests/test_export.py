@@ -3,11 +3,14 @@ r"""The diffusers folder: what is in it, that it comes back bit for bit, what is
 That diffusers and transformers open it and compute the same is in tests/compat.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -199,13 +202,75 @@ def test_every_configuration_comes_back(copy, name):
     assert dataclasses.replace(model_config(copy), text_weights=c.text_weights) == c
 
 
-def test_half_precision_weights_are_read(copy, model):
-    tensors = {name: tensor.half() for name, tensor in load_file(copy / UNET_WEIGHTS).items()}
-    (copy / UNET_WEIGHTS).unlink()
-    save_file(tensors, copy / UNET_WEIGHTS)
-    for name, tensor in import_diffusers(copy).unet.state_dict().items():
-        assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, model.unet.state_dict()[name].half().float())
+def write_parts(folder: Path, tensors: dict, layout: str):
+    r"""Weights as diffusers and transformers write them: whole or in two shards with their index, and a variant."""
+    half = len(tensors) // 2
+    items = list(tensors.items())
+    parts = [dict(items[:half]), dict(items[half:])] if "index" in layout else [tensors]
+    write = torch.save if ".bin" in layout else save_file
+    suffix = "bin" if ".bin" in layout else "safetensors"
+    names = [f"part-{i:05d}-of-00002.{suffix}" for i in range(2)] if "index" in layout else [layout]
+    for name, part in zip(names, parts, strict=True):
+        write(part, folder / name)
+    if "index" in layout:
+        file_of = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+        (folder / layout).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": file_of}))
+
+
+STEM = "diffusion_pytorch_model"
+LAYOUTS = [f"{STEM}.safetensors", f"{STEM}.fp16.safetensors", f"{STEM}.bin", f"{STEM}.fp16.bin"]
+LAYOUTS += [f"{STEM}.safetensors.index.json", f"{STEM}.safetensors.index.fp16.json"]
+LAYOUTS += [f"{STEM}.bin.index.json", "model.safetensors", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_are_read_as_diffusers_and_transformers_write_them(model, tmp_path, layout):
+    r"""The VAE of a tiny model; a .bin has the names that its attention had before diffusers 0.17."""
+    tensors = diffusers_folder.split(model.vae.state_dict(), diffusers_folder.RENAMES)
+    rounded = "fp16" in layout
+    tensors = {
+        name: (part.half() if rounded else part).clone(memory_format=torch.contiguous_format)
+        for name, part in tensors.items()
+    }
+    if ".bin" in layout:
+        olds = diffusers_folder.OLD_NAMES.items()
+        tensors = {reduce(lambda n, x: n.replace(x[1], x[0]), olds, name): p for name, p in tensors.items()}
+        assert any(".query." in name for name in tensors)
+    write_parts(tmp_path, tensors, layout)
+    with pytest.warns(UserWarning, match="variant fp16 alone") if rounded else contextlib.nullcontext():
+        state = diffusers_folder.read_weights(tmp_path, model.vae, diffusers_folder.RENAMES)
+    for name, tensor in model.vae.state_dict().items():
+        assert torch.equal(state[name].float(), tensor.half().float() if rounded else tensor), name
+
+
+def test_without_a_variant_goes_before_fp16_and_safetensors_before_bin(tmp_path):
+    names = [*LAYOUTS[:3], f"{STEM}-00001-of-00002.safetensors", f"{STEM}.fp16-00001-of-00002.safetensors"]
+    for name in [*names, "diffusion_flax_model.msgpack", "openvino_model.bin"]:
+        (tmp_path / name).touch()
+    for name in (LAYOUTS[0], LAYOUTS[2]):
+        assert diffusers_folder.weights_file(tmp_path) == tmp_path / name
+        (tmp_path / name).unlink()
+    with pytest.warns(UserWarning, match="variant fp16 alone"):
+        assert diffusers_folder.weights_file(tmp_path) == tmp_path / LAYOUTS[1]
+    (tmp_path / LAYOUTS[1]).unlink()
+    refusal = refusal_of(diffusers_folder.weights_file, tmp_path)
+    assert refusal.startswith(f"expected weights in {tmp_path} (model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "weight_map, expected",
+    [
+        (None, "expected a weight_map"),
+        ({"a": "../secret.bin"}, "expected a weight_map"),
+        ({"a": "part.bin"}, "a is too much"),
+        ({}, "is missing"),
+    ],
+)
+def test_an_index_names_its_shards_and_every_tensor(model, tmp_path, weight_map, expected):
+    path = tmp_path / f"{STEM}.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    refusal = refusal_of(diffusers_folder.read_weights, tmp_path, model.vae, diffusers_folder.RENAMES)
+    assert expected in refusal and str(path) in refusal
 
 
 def test_settings_that_diffusers_leaves_to_their_default_may_be_missing(copy):
@@ -218,10 +283,18 @@ def test_settings_that_diffusers_leaves_to_their_default_may_be_missing(copy):
     )
 
 
-@pytest.mark.parametrize("pad", ["!", "<|pad|>", {"content": "!", "special": True}], ids=str)
-def test_padding_with_id_0_has_several_names(copy, pad):
-    change(copy, "tokenizer", pad_token=pad)
-    assert model_config(copy).image_size == 16
+SAME = [("tokenizer", "pad_token", pad) for pad in ("!", "<|pad|>", {"content": "!", "special": True})]
+SAME += [("unet", key, [value] * 2) for key, value in (("layers_per_block", 1), ("cross_attention_dim", 512))]
+SAME += [("unet", "transformer_layers_per_block", [1, 1]), ("unet", "only_cross_attention", [False, False])]
+SAME += [("unet", "sample_size", [8, 8]), ("unet", "mid_block_only_cross_attention", False)]
+SAME += [("unet", "upcast_attention", True), ("unet", "optimization_step", 7000)]  # of an average
+SAME += [("scheduler", "prediction_type", ...), ("vae", "shift_factor", 0.0)]
+
+
+@pytest.mark.parametrize("part, key, value", SAME, ids=str)
+def test_what_says_the_same_otherwise_is_read(copy, model, part, key, value):
+    change(copy, part, **{key: value})
+    assert dataclasses.replace(model_config(copy), text_weights="random") == model.config
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -237,11 +310,11 @@ REFUSED = {  # setting, its value, what the refusal names where it is not the se
         ("attention_head_dim", 8),
         ("attention_head_dim", 0),
         ("attention_head_dim", "2"),
-        ("attention_head_dim", 5, "head_width"),
+        ("attention_head_dim", 5),
         ("sample_size", ...),
         ("sample_size", [8, 16]),
-        ("sample_size", 7, "image_size"),
-        ("sample_size", 8.5, "image_size"),
+        ("sample_size", 7),
+        ("sample_size", 8.5),
         ("block_out_channels", [48, 96], "channels that 32 divides"),
         ("block_out_channels", []),
         ("block_out_channels", None),
@@ -265,7 +338,7 @@ REFUSED = {  # setting, its value, what the refusal names where it is not the se
         ("beta_end", 1),
         ("prediction_type", "flow_prediction"),
         ("num_train_timesteps", True),
-        ("num_train_timesteps", 1000.5, "timesteps"),
+        ("num_train_timesteps", 1000.5),
         ("trained_betas", [0.1]),
         ("rescale_betas_zero_snr", True),
     ],
@@ -279,6 +352,50 @@ def test_what_our_networks_are_not_is_refused_by_name(copy, case):
     part, key, value, *named = case
     change(copy, part, **{key: value})
     assert (named or [key])[0] in refusal_of(import_diffusers, copy)
+
+
+SD = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "layers_per_block": 2}
+SD |= {"block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": 8, "cross_attention_dim": 768}
+SD |= {"down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "sample_size": 64}
+SD |= {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
+SD2 = SD | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
+XL = SD2 | {"block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10]}
+XL |= {"down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2, "addition_embed_type": "text_time"}
+SIMPLE = ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3
+PUBLIC = {  # what published UNets have that ours never has, and the setting that their refusal names
+    "Stable Diffusion 1": (SD, "attention_head_dim"),
+    "with ours as its heads": (SD | {"attention_head_dim": [8, 16, 32, 32]}, "cross_attention_dim"),
+    "inpainting": (SD | {"in_channels": 9}, "in_channels"),
+    "Stable Diffusion 2": (SD2, "use_linear_projection"),
+    "upscaler": (SD | {"num_class_embeds": 1000, "only_cross_attention": [True] * 3 + [False]}, "only_cross"),
+    "unCLIP": (SD | {"class_embed_type": "projection"}, "class_embed_type"),
+    "XL": (XL, "transformer_layers_per_block"),
+    "distilled XL": (XL | {"transformer_layers_per_block": 1}, "use_linear_projection"),
+    "tiny": (SD | {"mid_block_type": None}, "mid_block_type"),
+    "consistency": (SD | {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+    "gated": (SD | {"attention_type": "gated"}, "attention_type"),
+    "image prompts": (SD | {"encoder_hid_dim": 1280}, "encoder_hid_dim"),
+    "heads by number": (SD | {"num_attention_heads": 8}, "num_attention_heads"),
+    "DeepFloyd": (SD | {"act_fn": "gelu", "down_block_types": SIMPLE}, "act_fn"),
+    "Kandinsky": (SD | {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+    "audio": (SD | {"cross_attention_dim": [128, 256, 384, 640]}, "attention_head_dim"),
+    "another program's": ({"in_channels": 4, "base_filters": 32, "epochs": 300}, "block_out_channels"),
+} | {
+    name: (SD | {"_class_name": name}, "_class_name")
+    for name in ("UNet2DModel", "UNet3DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel")
+    + ("ControlNetModel", "PriorTransformer")
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_unet_is_refused_by_the_setting_that_ours_never_has(copy, name):
+    values, named = PUBLIC[name]
+    path = copy / CONFIG_FILES["unet"]
+    path.unlink()
+    path.write_text(json.dumps(values))
+    assert re.match(
+        f"expected {named}.* in {re.escape(str(path))}, got .*; only a", refusal_of(model_config, copy)
+    )
 
 
 @pytest.mark.parametrize("part", CONFIG_FILES)
@@ -296,13 +413,14 @@ FAULTS = {
     "missing": ({NAME: None}, f"{NAME} is missing"),
     "too many": ({"class_embedding.weight": torch.zeros(2)}, "class_embedding.weight is too much"),
     "other shape": ({NAME: torch.zeros(3)}, "got (3,)"),
-    "gone": (None, "could not read the weights"),
+    "integers": ({NAME: torch.zeros(32, 128, dtype=torch.int32)}, "plain floating-point numbers in"),
+    "gone": (None, "found none"),
     "damaged": (b"not a file of tensors", "could not read the weights"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_weights_that_do_not_fit_are_refused_by_name(copy, fault):
+def test_weights_that_do_not_fit_are_refused_by_name(copy, model, fault):
     content, expected = FAULTS[fault]
     path = copy / UNET_WEIGHTS
     tensors = load_file(path)
@@ -312,8 +430,8 @@ def test_weights_that_do_not_fit_are_refused_by_name(copy, fault):
     elif content is not None:
         tensors |= content
         save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    refusal = refusal_of(import_diffusers, copy)
-    assert str(path) in refusal and expected in refusal
+    refusal = refusal_of(diffusers_folder.read_weights, copy / "unet", model.unet, diffusers_folder.RENAMES)
+    assert str(path.parent) in refusal and expected in refusal
 
 
 def test_something_that_is_there_is_not_overwritten(model, tmp_path):

@@ -8,6 +8,8 @@ activation function.
 import copy
 import json
 import math
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import new_folder
 from ddpm.tools.strict_json import read_json
-from ddpm.tools.weights import read_tensors, save_weights
+from ddpm.tools.weights import Shapes, match, read_tensors, save_weights
 from ddpm.unet import UNet
 
 RENAMES = {  # UNet and VAE: our name -> diffusers'
@@ -52,7 +54,10 @@ UNET_ALWAYS = (
     | {"mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1}
     | {"transformer_layers_per_block": 1, "use_linear_projection": False, "only_cross_attention": False}
     | {"dual_cross_attention": False, "cross_attention_norm": None, "class_embed_type": None}
-    | {"addition_embed_type": None, "encoder_hid_dim_type": None}
+    | {"addition_embed_type": None, "encoder_hid_dim_type": None, "encoder_hid_dim": None}
+    | {"num_class_embeds": None, "num_attention_heads": None, "attention_type": "default"}
+    | {"mid_block_only_cross_attention": None, "reverse_transformer_layers_per_block": None}
+    | {"time_embedding_dim": None, "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3}
 )
 VAE_ALWAYS = (
     {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_num_groups": 32}
@@ -78,6 +83,7 @@ SETTINGS = (
     "scheduler/scheduler_config.json",
     "tokenizer/tokenizer_config.json",
 )
+ADVICE = "only a model of the kind that python -m ddpm.export writes comes back"
 VERSION = "0.42.1"  # of diffusers, which tests/compat ran with; below 0.9.0 sample_size is overwritten
 CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -93,6 +99,14 @@ VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
 PREFIX = "text_model."  # of the text tower's tensors; transformers 5 reads them with and without
 POSITIONS = "embeddings.position_ids"  # 0..76, which transformers kept before 4.31
+# how a VAE's attention was called before diffusers 0.17
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+# model.safetensors, model.fp16.bin, model.safetensors.index.fp16.json, but no single shard
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(?P<variant>\.\w+)?\.(safetensors|(?P<bin>bin))"
+    r"(?P<index>\.index(?P<index_variant>\.\w+)?\.json)?"
+)
+SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
 
 
 def unet_config(c: ModelConfig) -> dict:
@@ -153,11 +167,13 @@ class Settings(dict):
             raise UserError(f"expected settings by name in {path}, got something else")
         super().__init__(values)
 
-    def number(self, key: str) -> int | float:
-        r"""A number above 0."""
+    def number(self, key: str, kind: type = int) -> int | float:
+        r"""A number above 0, given once or for every level alike."""
         value = self.get(key)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.refusal(f"{key} as a number above 0", value)
+        if isinstance(value, list) and value and value == value[:1] * len(value):
+            value = value[0]
+        if type(value) not in (int, kind) or not 0 < value < math.inf:
+            raise self.refusal(f"{key} as one {'whole ' if kind is int else ''}number above 0", self.get(key))
         return value
 
     def widths(self, key: str) -> tuple[int, ...]:
@@ -168,10 +184,10 @@ class Settings(dict):
             raise self.refusal(f"{key} as one to six whole numbers above 0", value)
         return tuple(widths)
 
-    def word(self, key: str, words: dict[str, str]) -> str:
+    def word(self, key: str, words: dict[str, str], default: str | None = None) -> str:
         r"""Our word for a setting, where `words` has diffusers' word for each of ours."""
         for ours, word in words.items():
-            if self.get(key) == word:
+            if self.get(key, default) == word:
                 return ours
         raise self.refusal(f"{key} out of {', '.join(words.values())}", self.get(key))
 
@@ -179,22 +195,26 @@ class Settings(dict):
         r"""Raise UserError at the first setting that is not as expected; one that is left out has its default."""
         for key, wanted in expected.items():
             value = self.get(key, defaults.get(key))
-            if isinstance(wanted, float) and type(value) in (int, float):
-                same = math.isclose(value, wanted, rel_tol=1e-6)
-            elif isinstance(wanted, list) and not isinstance(value, list):
-                same = [value] * len(wanted) == wanted  # one value for all levels
-            else:
-                same = value == wanted
-            if not same:
+            here, there = wanted, value
+            if isinstance(wanted, list) and not isinstance(value, list):  # one value for all levels
+                there = [value] * len(wanted)
+            elif isinstance(value, list) and not isinstance(wanted, list):
+                here = [wanted] * max(1, len(value))
+            is_close = isinstance(wanted, float) and type(value) in (int, float)
+            same = math.isclose(value, wanted, rel_tol=1e-6) if is_close else here == there
+            if not same and (value or wanted):
                 raise self.refusal(f"{key} {wanted!r}, as our networks have it,", value)
 
     def refusal(self, expected: str, value) -> UserError:
-        return UserError(f"expected {expected} in {self.path}, got {value!r}")
+        return UserError(f"expected {expected} in {self.path}, got {value!r}; {ADVICE}")
 
 
 def model_config(folder: Path) -> ModelConfig:
     r"""The configuration that a diffusers folder describes; raises UserError naming the setting that ours never has."""
     unet, vae, text, scheduler, tokenizer = (Settings(folder / file) for file in SETTINGS)
+    for part, settings, always in (("unet", unet, UNET_ALWAYS), ("vae", vae, VAE_ALWAYS)):
+        kind = {"_class_name": CLASSES[part][1]}
+        settings.check(kind | always, kind | always)
     channels = unet.widths("block_out_channels")
     vae_channels = vae.widths("block_out_channels")
     kinds = unet.get("down_block_types")
@@ -203,7 +223,7 @@ def model_config(folder: Path) -> ModelConfig:
         image_size=unet.number("sample_size") * 2 ** (len(vae_channels) - 1),
         schedule=scheduler.word("beta_schedule", SCHEDULES),
         timesteps=scheduler.number("num_train_timesteps"),
-        prediction=scheduler.word("prediction_type", PREDICTIONS),
+        prediction=scheduler.word("prediction_type", PREDICTIONS, default="epsilon"),
         vae_channels=vae_channels,
         vae_layers=vae.number("layers_per_block"),
         latent_channels=vae.number("latent_channels"),
@@ -214,10 +234,14 @@ def model_config(folder: Path) -> ModelConfig:
         text_weights=TEXT_FILE,
         text_quick_gelu=text.get("hidden_act", "quick_gelu") == "quick_gelu",  # transformers' default
     )
-    Config(c, TrainConfig()).checked()
     unet.check(unet_config(c), UNET_ALWAYS)
     vae.check(vae_config(c), VAE_ALWAYS)
     text.check(text_config(c.text_quick_gelu), text_config(quick_gelu=True))
+    try:
+        Config(c, TrainConfig()).checked()
+    except UserError as error:
+        named = "sample_size, block_out_channels, layers_per_block and num_train_timesteps"
+        raise UserError(f"{error}, out of {named} in {folder}; {ADVICE}") from None
     scheduler.check(schedule_config(c), SCHEDULE_ALWAYS)
     pad = tokenizer.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
@@ -252,17 +276,63 @@ def write_weights(path: Path, module: nn.Module, renames: dict[str, str], prefix
     save_weights(path, {prefix + name: part.clone() for name, part in parts.items()})
 
 
-def read_weights(path: Path, module: nn.Module, renames: dict[str, str]) -> dict[str, Tensor]:
-    r"""The state of `module`, which may be on `meta`, out of a file with diffusers' names; raises UserError."""
+def read_weights(folder: Path, module: nn.Module, renames: dict[str, str]) -> dict[str, Tensor]:
+    r"""The state of `module`, which may be on `meta`, out of a folder with diffusers' names; raises UserError."""
     state = module.state_dict()
     shapes = {name: tuple(part.shape) for name, part in split(state, renames).items()}
-
-    def known_as(name: str) -> str | None:
-        name = name.removeprefix(PREFIX)
-        return None if name == POSITIONS else name
-
-    parts, _ = read_tensors(path, shapes, known_as)
+    path = weights_file(folder)
+    parts = {}
+    for file, names in shards(path, shapes).items():
+        parts |= read_tensors(file, {name: shapes[name] for name in names}, known_as)[0]
     return {name: torch.cat([parts[n] for n in diffusers_names(name, renames)]) for name in state}
+
+
+def weights_file(folder: Path) -> Path:
+    r"""The weights in a folder of diffusers, or the index of their shards.
+
+    As diffusers looks for them: those without a variant such as fp16 go first, and safetensors before .bin.
+    """
+    found = []
+    for path in folder.glob("*"):
+        if name := WEIGHTS.fullmatch(path.name):
+            variant = name["variant"] or name["index_variant"] or ""
+            found.append((variant, bool(name["bin"]), bool(name["index"]), path))
+    if not found:
+        names = (
+            "model.safetensors or diffusion_pytorch_model.safetensors, a variant of it, its index, or .bin"
+        )
+        raise UserError(f"expected weights in {folder} ({names}), found none; fetch them, or save them anew")
+    variant, _, _, path = min(found)
+    if variant:
+        warnings.warn(
+            f"{folder} has weights of the variant {variant[1:]} alone; {path} is read", stacklevel=2
+        )
+    return path
+
+
+def shards(path: Path, shapes: Shapes) -> dict[Path, list[str]]:
+    r"""The files of an index, or the one that is no index, each with the tensors of `shapes` in it."""
+    if path.suffix != ".json":
+        return {path: list(shapes)}
+    file_of = Settings(path).get("weight_map")
+    names = file_of.values() if isinstance(file_of, dict) else [None]
+    if not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
+        raise UserError(
+            f"expected a weight_map from tensors to files beside it in {path}, got something else"
+        )
+    stored = {place: shapes.get(known_as(place), ()) for place in file_of}
+    files = {}
+    for name, place in match(path, stored, shapes, known_as).items():
+        files.setdefault(path.parent / file_of[place], []).append(name)
+    return files
+
+
+def known_as(name: str) -> str | None:
+    r"""A stored name as diffusers and transformers write it today; None for what is no weight."""
+    name = name.removeprefix(PREFIX)
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return None if name == POSITIONS else name
 
 
 def without_variance(unet: UNet) -> UNet:
@@ -308,13 +378,13 @@ def import_diffusers(folder: str | Path) -> TextToImage:
     """
     folder = Path(folder)
     c = model_config(folder)
-    latent_scale = float(Settings(folder / "vae/config.json").number("scaling_factor"))
+    latent_scale = float(Settings(folder / "vae/config.json").number("scaling_factor", float))
     with torch.device("meta"):  # a file that does not fit is refused before memory is taken
         vae, unet = networks(c)
-    unet_weights = read_weights(folder / UNET_WEIGHTS, unet, RENAMES)
-    vae_weights = read_weights(folder / VAE_WEIGHTS, vae, RENAMES)
+    unet_weights = read_weights(folder / "unet", unet, RENAMES)
+    vae_weights = read_weights(folder / "vae", vae, RENAMES)
     text = TextTower(c.text_quick_gelu)
-    text.tower.load_state_dict(read_weights(folder / TEXT_WEIGHTS, text.tower, TEXT_RENAMES))
+    text.tower.load_state_dict(read_weights(folder / "text_encoder", text.tower, TEXT_RENAMES))
     model = TextToImage(c, text)
     model.unet.load_state_dict(unet_weights)
     model.vae.load_state_dict(vae_weights)

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import socket
-import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -17,21 +16,12 @@ import open_clip
 import torch
 from huggingface_hub import constants
 from open_clip.pretrained import download_pretrained
-from torch import Tensor
 
 from ddpm.text import ARCHITECTURE, WIDTH, TextTower
 from ddpm.tools.errors import UserError, is_name
-from ddpm.tools.files import check_not_packed, digest_of
+from ddpm.tools.files import digest_of
 from ddpm.tools.seeding import generator
-from ddpm.tools.weights import (
-    Shapes,
-    check_kinds,
-    match,
-    read_metadata,
-    read_tensors,
-    save_weights,
-    shapes_of,
-)
+from ddpm.tools.weights import read_metadata, read_tensors, save_weights, shapes_of
 
 
 def named_tower(weights: str, quick_gelu: bool = False) -> TextTower:
@@ -103,8 +93,7 @@ def tower_from_file(path: Path, quick_gelu: bool = False) -> TextTower:
 
     A .safetensors file, or a pickle of tensors alone (.bin, .pt), from which nothing is executed.
     """
-    tensors_alone = path.suffix == ".safetensors"
-    if tensors_alone:
+    if path.suffix == ".safetensors":
         quick_gelu = read_metadata(path).get("quick_gelu", str(quick_gelu)) == "True"
     text = TextTower(quick_gelu)
     shapes = shapes_of(text.tower.state_dict())
@@ -114,13 +103,8 @@ def tower_from_file(path: Path, quick_gelu: bool = False) -> TextTower:
         name = name.removeprefix("module.").removeprefix("text.")
         return name if name in shapes else None
 
-    read = read_tensors if tensors_alone else _read_pickle
-    state, _ = read(path, shapes, known_as, f"OpenCLIP's {ARCHITECTURE} text tower")
-    check_kinds(path, state, text.tower)
-    try:
-        text.tower.load_state_dict(state)
-    except RuntimeError as error:  # sparse, quantized or without content, which weights_only lets pass
-        raise UserError(f"expected plain tensors in {path}, got others: {str(error)[:300]}") from None
+    state, _ = read_tensors(path, shapes, known_as, f"OpenCLIP's {ARCHITECTURE} text tower")
+    text.tower.load_state_dict(state)
     return text
 
 
@@ -156,35 +140,3 @@ def impatient_hub():
     finally:
         level, constants.HF_HUB_OFFLINE = before
         logger.setLevel(level)
-
-
-def is_torchscript(path: Path) -> bool:
-    r"""Whether a file is a zip that torch.jit.save wrote."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        return any(name.endswith("/constants.pkl") for name in file.namelist())
-
-
-def _read_pickle(path: Path, shapes: Shapes, known_as, what: str) -> tuple[dict[str, Tensor], dict]:
-    r"""As `read_tensors`, out of what torch.save wrote."""
-    try:
-        check_not_packed(path)
-        if is_torchscript(path):
-            raise ValueError(
-                "it is a TorchScript archive, as OpenAI publishes CLIP; convert it once with "
-                "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'clip.pt')"
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"could not read the weights in {path}: {reason}; expected a file of tensors (.safetensors, .bin or .pt)"
-        ) from None
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"expected a dictionary of tensors in {path}, got something else")
-    state = {str(name): tensor for name, tensor in state.items()}
-    places = match(path, shapes_of(state), shapes, known_as, what)
-    return {name: state[place] for name, place in places.items()}, {}

@@ -1,17 +1,24 @@
 r"""Weights in safetensors files: written whole, read strictly, by one reader."""
 
 import contextlib
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ddpm.tools.errors import UserError
-from ddpm.tools.files import digest_of, write_atomically
+from ddpm.tools.files import check_not_packed, digest_of, write_atomically
 
 Shapes = dict[str, tuple[int, ...]]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+TORCHSCRIPT = (
+    "write its tensors to a file once, torch.save(torch.jit.load('FILE', 'cpu').state_dict(), 'clip.pt'), "
+    "and pass --text-weights ./clip.pt --text-quick-gelu"
+)
 
 
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None):
@@ -24,7 +31,6 @@ def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] 
 def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
     r"""Read safetensors into `module`, as `read_tensors` does; returns the file's metadata."""
     tensors, metadata = read_tensors(path, shapes_of(module.state_dict()))
-    check_kinds(path, tensors, module)
     module.load_state_dict(tensors)
     return metadata
 
@@ -44,17 +50,25 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_tensors(
     path: Path, shapes: Shapes, known_as: Callable[[str], str | None] = str, what: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    r"""The tensors named in `shapes`, each of its shape, and the metadata of safetensors.
+    r"""The tensors named in `shapes`, each of its shape and of floating-point numbers, and the metadata of safetensors.
 
-    Memory is taken last: the header is held against the length of the file when it is opened, and then against
-    `shapes`. The checksum is held against the content where there is one; other programs' files have none.
+    Of .safetensors memory is taken last: the header is held against the length of the file when it is opened, and then
+    against `shapes`. The checksum is held against the content where there is one; other programs' files have none.
+    Any other file is read as what torch.save wrote, from which nothing is executed.
 
     Args: known_as, what: as for `match`.
     """
+    if path.suffix != ".safetensors":
+        stored = _read_pickle(path)
+        places = match(path, shapes_of(stored), shapes, known_as, what)
+        tensors = {name: stored[place] for name, place in places.items()}
+        _check_plain(path, tensors)
+        return tensors, {}
     with _reading(path) as file:
         places = match(path, _shapes_in(file), shapes, known_as, what)
         tensors = {name: file.get_tensor(place) for name, place in places.items()}
         metadata = file.metadata() or {}
+    _check_plain(path, tensors)
     checksum = metadata.pop("sha256", None)
     stored = {places[name]: tensor for name, tensor in tensors.items()}
     if checksum is not None and checksum != digest_of([stored, metadata]):
@@ -88,14 +102,6 @@ def match(
     return places
 
 
-def check_kinds(path: Path, tensors: dict[str, Tensor], module: nn.Module):
-    r"""UserError where integers, booleans or complex numbers are stored for weights of `module`."""
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not tensors[name].is_floating_point():
-            expected = f"expected weights of floating-point numbers in {path}"
-            raise UserError(f"{expected}, got {name} of {tensors[name].dtype}")
-
-
 def shapes_of(tensors: dict[str, Tensor]) -> Shapes:
     r"""Name -> shape."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -115,3 +121,39 @@ def _reading(path: Path) -> Iterator[safe_open]:
         raise UserError(
             f"could not read the weights in {path}: {error}; if it is damaged, train again or fetch it again"
         ) from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    r"""The dictionary of tensors that torch.save wrote, by torch's reader of plain weights."""
+    try:
+        if is_torchscript(path):
+            raise ValueError(f"it is a TorchScript archive, as OpenAI publishes CLIP; {TORCHSCRIPT}")
+        check_not_packed(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own kinds
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"could not read the weights in {path}: {reason}; expected a file of tensors (.safetensors, .bin or .pt)"
+        ) from None
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"expected a dictionary of tensors in {path}, got something else")
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+def is_torchscript(path: Path) -> bool:
+    r"""Whether torch.jit.save wrote the file: a zip with compiled code."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return any(name.endswith("/constants.pkl") for name in file.namelist())
+
+
+def _check_plain(path: Path, tensors: dict[str, Tensor]):
+    r"""UserError for whole numbers, booleans and complex numbers, and for what is sparse, nested or without content."""
+    for name, tensor in tensors.items():
+        is_whole = tensor.layout is torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+        if tensor.dtype not in FLOATS or not is_whole:
+            got = f"{name} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
+            raise UserError(f"expected weights as plain floating-point numbers in {path}, got {got}")
