@@ -363,8 +363,8 @@ XL = SD2 | {"block_out_channels": [320, 640, 1280], "transformer_layers_per_bloc
 XL |= {"down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2, "addition_embed_type": "text_time"}
 SIMPLE = ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3
 PUBLIC = {  # what published UNets have that ours never has, and the setting that their refusal names
-    "Stable Diffusion 1": (SD, "attention_head_dim"),
-    "with ours as its heads": (SD | {"attention_head_dim": [8, 16, 32, 32]}, "cross_attention_dim"),
+    "Stable Diffusion 1": (SD, "cross_attention_dim"),
+    "ours with 8 heads on all levels": (SD | {"cross_attention_dim": 512}, "attention_head_dim"),
     "inpainting": (SD | {"in_channels": 9}, "in_channels"),
     "Stable Diffusion 2": (SD2, "use_linear_projection"),
     "upscaler": (SD | {"num_class_embeds": 1000, "only_cross_attention": [True] * 3 + [False]}, "only_cross"),
@@ -378,7 +378,7 @@ PUBLIC = {  # what published UNets have that ours never has, and the setting tha
     "heads by number": (SD | {"num_attention_heads": 8}, "num_attention_heads"),
     "DeepFloyd": (SD | {"act_fn": "gelu", "down_block_types": SIMPLE}, "act_fn"),
     "Kandinsky": (SD | {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
-    "audio": (SD | {"cross_attention_dim": [128, 256, 384, 640]}, "attention_head_dim"),
+    "audio": (SD | {"cross_attention_dim": [128, 256, 384, 640]}, "cross_attention_dim"),
     "another program's": ({"in_channels": 4, "base_filters": 32, "epochs": 300}, "block_out_channels"),
 } | {
     name: (SD | {"_class_name": name}, "_class_name")
@@ -413,7 +413,7 @@ FAULTS = {
     "missing": ({NAME: None}, f"{NAME} is missing"),
     "too many": ({"class_embedding.weight": torch.zeros(2)}, "class_embedding.weight is too much"),
     "other shape": ({NAME: torch.zeros(3)}, "got (3,)"),
-    "integers": ({NAME: torch.zeros(32, 128, dtype=torch.int32)}, "plain floating-point numbers in"),
+    "integers": ({NAME: torch.zeros(64, 256, dtype=torch.int32)}, "plain floating-point numbers in"),
     "gone": (None, "found none"),
     "damaged": (b"not a file of tensors", "could not read the weights"),
 }

@@ -223,7 +223,7 @@ def model_config(folder: Path) -> ModelConfig:
         image_size=unet.number("sample_size") * 2 ** (len(vae_channels) - 1),
         schedule=scheduler.word("beta_schedule", SCHEDULES),
         timesteps=scheduler.number("num_train_timesteps"),
-        prediction=scheduler.word("prediction_type", PREDICTIONS, default="epsilon"),
+        prediction=scheduler.word("prediction_type", PREDICTIONS, "epsilon"),
         vae_channels=vae_channels,
         vae_layers=vae.number("layers_per_block"),
         latent_channels=vae.number("latent_channels"),
@@ -242,7 +242,7 @@ def model_config(folder: Path) -> ModelConfig:
     except UserError as error:
         named = "sample_size, block_out_channels, layers_per_block and num_train_timesteps"
         raise UserError(f"{error}, out of {named} in {folder}; {ADVICE}") from None
-    scheduler.check(schedule_config(c), SCHEDULE_ALWAYS)
+    scheduler.check(schedule_config(c), SCHEDULE_ALWAYS | {"prediction_type": "epsilon"})
     pad = tokenizer.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
     if pad not in (PAD, "!"):

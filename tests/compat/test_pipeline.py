@@ -112,9 +112,15 @@ def test_without_a_size_the_picture_has_the_models_size(pipe):
     assert pipe("a face", num_inference_steps=1, generator=g).images[0].size == (16, 16)
 
 
-def test_a_folder_that_diffusers_saved_comes_back_bit_for_bit(pipe, tiny_model, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*variant fp16 alone")
+@pytest.mark.parametrize(
+    "how", [{}, {"variant": "fp16", "max_shard_size": "1MB"}, {"safe_serialization": False}], ids=str
+)
+def test_a_folder_that_diffusers_saved_comes_back_bit_for_bit(pipe, tiny_model, tmp_path, how):
     r"""Its own save_pretrained leaves out some settings, adds others, and names the text tower's weights otherwise."""
-    pipe.save_pretrained(tmp_path / "saved")
+    pipe.save_pretrained(tmp_path / "saved", **how)
+    files = " ".join(path.name for path in tmp_path.rglob("*"))
+    assert ("safetensors.index.fp16.json" in files, ".bin" in files) == ("variant" in how, len(how) == 1)
     back = import_diffusers(tmp_path / "saved")
     expected, came = tiny_model.state_dict(), back.state_dict()
     assert came.keys() == expected.keys()

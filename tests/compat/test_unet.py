@@ -108,3 +108,11 @@ def test_the_specs_unet_has_the_published_size_and_what_ours_always_is_is_diffus
     assert sum(p.numel() for p in theirs.parameters()) == 18_773_444
     defaults = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
     assert {key: defaults[key].default for key in UNET_ALWAYS} == UNET_ALWAYS
+    changes_nothing = {"dropout", "upcast_attention"}
+    only_with_another = {
+        "addition_embed_type_num_heads",
+        "addition_time_embed_dim",
+        "class_embeddings_concat",
+    }
+    only_with_another |= {"projection_class_embeddings_input_dim"}
+    assert defaults.keys() - unet_config(ModelConfig()) == {"self"} | changes_nothing | only_with_another

@@ -87,3 +87,5 @@ def test_the_specs_vae_has_the_published_size_and_what_ours_always_is_is_diffuse
     assert sum(p.numel() for p in theirs.parameters()) == 3_346_471
     defaults = inspect.signature(diffusers.AutoencoderKL.__init__).parameters
     assert {key: defaults[key].default for key in VAE_ALWAYS} == VAE_ALWAYS
+    read_elsewhere = {"sample_size", "scaling_factor"}
+    assert defaults.keys() - vae_config(ModelConfig()) == {"self", "force_upcast"} | read_elsewhere
