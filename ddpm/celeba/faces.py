@@ -210,17 +210,13 @@ def draw_clothes(pen: Pen, look: Look):
     pen.polygon(mirrored(8j, neck + 8j, neck + 21j, 3.4 + (depth - 1) * 1j, depth * 1j), look.skin)
     pen.blob(mirrored(8j, neck + 10j, neck + 17j, 3 + 21.6j, 22.2j), look.shade)
     if tie:
-        draw_necktie(pen, look, neck)
-
-
-def draw_necktie(pen: Pen, look: Look, neck: float):
-    colour = look.paint["tie"]
-    both = pen.both_sides()
-    both.polygon([neck + 0.5 + 20j, neck + 4 + 22j, 5 + 40j], mix(look.paint["suit"], WHITE, 0.16))
-    both.polygon([neck + 19j, neck + 2 + 21.5j, 4.5 + 27j, 23.4j], WHITE)
-    pen.polygon([-2.2 + 23.4j, 2.2 + 23.4j, 3.6 + 36j, -3.6 + 36j], colour)
-    pen.polygon([-2.7 + 22.6j, 2.7 + 22.6j, 1.7 + 26.2j, -1.7 + 26.2j], mix(colour, INK, 0.3))
-    pen.polygon([-1.6 + 28.5j, 2.4 + 26.6j, 2.6 + 28.2j, -1.9 + 30.4j], mix(colour, WHITE, 0.5))
+        colour = look.paint["tie"]
+        both = pen.both_sides()
+        both.polygon([neck + 0.5 + 20j, neck + 4 + 22j, 5 + 40j], mix(cloth, WHITE, 0.16))
+        both.polygon([neck + 19j, neck + 2 + 21.5j, 4.5 + 27j, 23.4j], WHITE)
+        pen.polygon([-2.2 + 23.4j, 2.2 + 23.4j, 3.6 + 36j, -3.6 + 36j], colour)
+        pen.polygon([-2.7 + 22.6j, 2.7 + 22.6j, 1.7 + 26.2j, -1.7 + 26.2j], mix(colour, INK, 0.3))
+        pen.polygon([-1.6 + 28.5j, 2.4 + 26.6j, 2.6 + 28.2j, -1.9 + 30.4j], mix(colour, WHITE, 0.5))
 
 
 def draw_necklace(pen: Pen, look: Look):
@@ -469,7 +465,7 @@ def draw_face(attributes: ArrayLike | Mapping[str, bool], seed: Seed, size: int 
 
 
 def draw_person(body: Pen, look: Look):
-    r"""From back to front; the body stands straight, the head is tilted, the features look a little aside."""
+    r"""From back to front: the body stands straight, the head is tilted, the features look a little aside."""
     has = look.has
     head = replace(body, turn=body.turn * look.turn)
     features = head.moved(look.gaze)

@@ -59,9 +59,7 @@ def crop_and_resize(image: Image.Image, size: int = 64, crop: int = 0) -> Image.
 
 def _upright(image: Image.Image) -> Image.Image:
     image = image.copy()
-    with contextlib.suppress(
-        Exception
-    ):  # Pillow raises all sorts for a broken EXIF: no picture is bad for it
+    with contextlib.suppress(Exception):  # Pillow raises all sorts for a broken EXIF
         ImageOps.exif_transpose(image, in_place=True)  # it turns first, and then writes the EXIF anew
     return image
 

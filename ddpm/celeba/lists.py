@@ -23,6 +23,7 @@ from ddpm.celeba.sheets import (
     PLAIN_ATTRIBUTES,
     Sheet,
     is_image_name,
+    plain_name,
     read_sheet,
 )
 from ddpm.tools.errors import printable
@@ -115,7 +116,8 @@ def _open_own(folder: Path) -> ImageTable:
     caption = next((sheet.header.index(name) for name in CAPTION_COLUMNS if name in sheet.header), None)
     if caption is None and not columns:
         expected = "a column caption or text, or attributes (Male, Smiling, ...)"
-        raise DataError(sheet.file, expected, _header(sheet), "name the columns in line 1")
+        got = first_few(sheet.header if sheet.is_list else []) or "none"
+        raise DataError(sheet.file, expected, got, "name the columns in line 1")
     if caption is not None and columns:
         unused = first_few(list(columns))
         warnings.warn(f"{sheet.file.name}: captions are used, and not {unused}", stacklevel=3)
@@ -129,14 +131,12 @@ def _open_own(folder: Path) -> ImageTable:
 
 def _existing_folder(path) -> Path:
     folder = Path(path).expanduser()
-    if not folder.exists():
-        raise DataError(folder, "a folder of pictures", "nothing of that name", "check the path")
     if folder.is_dir():
         return folder
-    kind = ""
-    if folder.is_file():
-        with open(folder, "rb") as file:
-            kind = kind_of(file.read(512))
+    if not folder.is_file():
+        raise DataError(folder, "a folder of pictures", "nothing of that name", "check the path")
+    with open(folder, "rb") as file:
+        kind = kind_of(file.read(512))
     advice = "unpack it and give the folder" if "archive" in kind else f"give its folder, {folder.parent}"
     raise DataError(folder, "a folder of pictures", kind or "a file", advice)
 
@@ -188,12 +188,11 @@ def _with_pictures(
         raise _no_pictures(table, [home / folder for folder in folders], file)
     used = {path.rsplit("/", name.count("/") + 1)[0] for name, path in paths.items()}
     root = used.pop() if len(used) == 1 else ""
-    rows = [i for i, name in enumerate(table.files) if name in paths]
-    names = [table.files[i] for i in rows]
-    found = [paths[name].removeprefix(root).removeprefix("/") for name in names]
+    kept = table.take([i for i, name in enumerate(table.files) if name in paths])
+    found = tuple(paths[name].removeprefix(root).removeprefix("/") for name in kept.files)
     _warn_of_the_rest(home / root, found, [name for name in table.files if name not in paths], file)
-    split_by = [_stem(name) + os.path.splitext(path)[1] for name, path in zip(names, found, strict=True)]
-    return replace(table.take(rows), root=home / root, files=tuple(found)), split_by
+    split_by = [_stem(name) + os.path.splitext(path)[1] for name, path in zip(kept.files, found, strict=True)]
+    return replace(kept, root=home / root, files=found), split_by
 
 
 def _paths_alike(names: list[str], home: Path, folders: Sequence[str], taken: set[str]) -> dict[str, str]:
@@ -227,7 +226,7 @@ def _stem(path: str) -> str:
     return os.path.splitext(path)[0] if is_image_name(path) else path
 
 
-def _warn_of_the_rest(root: Path, files: list[str], missing: list[str], file: Path):
+def _warn_of_the_rest(root: Path, files: Sequence[str], missing: list[str], file: Path):
     r"""Warn of rows without a picture, and of pictures without a row in the folders of the others."""
     there = _listing(root, {path.rpartition("/")[0] for path in files}) - set(files)
     unlisted = sorted(path for path in there if is_image_name(path) and "/." not in f"/{path}")
@@ -241,7 +240,7 @@ def _warn_of_the_rest(root: Path, files: list[str], missing: list[str], file: Pa
 
 
 def _no_pictures(table: ImageTable, folders: list[Path], file: Path) -> DataError:
-    looked = [folder for folder in folders if folder.is_dir()]
+    looked = list(filter(Path.is_dir, folders))
     packed = [name for folder in looked for name in _listing(folder, {""}) if name.lower().endswith(ARCHIVES)]
     expected = f"its {len(table):,} pictures, such as {table.files[0]}"
     advice = f"unpack {packed[0]}" if packed else "put the pictures into one of these"
@@ -265,15 +264,15 @@ def _listing(folder: Path, subfolders: set[str]) -> set[str]:
 def _every_row(sheet: Sheet, columns: dict[str, int], caption: int | None = None) -> ImageTable:
     r"""The table of all rows: captions if there is a column of them, else attributes; all of it in train."""
     files = _picture_names(sheet)
-    captions = attributes = None
+    table = ImageTable(sheet.file.parent, files, None, None, np.zeros(len(files), np.uint8))
     if caption is not None:
         captions = tuple(_wordings(sheet, line, cells[caption]) for line, cells in sheet.rows)
-    else:
-        attributes = np.zeros((len(files), len(ATTRIBUTES)), np.uint8)
-        expected = "values -1 and 1 (or 0 and 1, or False and True)"
-        for name, column in columns.items():
-            attributes[:, ATTRIBUTES.index(name)] = _numbers(sheet, column, VALUES, expected)
-    return ImageTable(sheet.file.parent, files, attributes, captions, np.zeros(len(files), np.uint8))
+        return replace(table, captions=captions)
+    attributes = np.zeros((len(files), len(ATTRIBUTES)), np.uint8)
+    expected = "values -1 and 1 (or 0 and 1, or False and True)"
+    for name, column in columns.items():
+        attributes[:, ATTRIBUTES.index(name)] = _numbers(sheet, column, VALUES, expected)
+    return replace(table, attributes=attributes)
 
 
 def _wordings(sheet: Sheet, line: int, value) -> tuple[str, ...]:
@@ -288,19 +287,11 @@ def _wordings(sheet: Sheet, line: int, value) -> tuple[str, ...]:
 
 def _attribute_columns(sheet: Sheet) -> dict[str, int]:
     r"""Attribute -> column, matched by name, whatever the order, the case and the underscores."""
-    columns = {}
-    for column, name in enumerate(sheet.header):
-        attribute = PLAIN_ATTRIBUTES.get(name)
-        if attribute in columns:
-            raise DataError(sheet.file, f"one column {attribute}", "two", "remove one")
-        if attribute:
-            columns[attribute] = column
+    columns = {PLAIN_ATTRIBUTES[name]: i for i, name in enumerate(sheet.header) if name in PLAIN_ATTRIBUTES}
+    for name in columns:
+        if sheet.header.count(plain_name(name)) > 1:
+            raise DataError(sheet.file, f"one column {name}", "two", "remove one")
     return columns
-
-
-def _header(sheet: Sheet) -> str:
-    r"""The names of the columns, for a message."""
-    return (first_few(sheet.header) if sheet.is_list else "") or "none"
 
 
 def _picture_names(sheet: Sheet) -> tuple[str, ...]:
@@ -310,8 +301,9 @@ def _picture_names(sheet: Sheet) -> tuple[str, ...]:
     by_look = [column for column, cell in enumerate(start) if is_image_name(cell)]  # after pandas' index
     columns = [column for column in named if column in by_look] + named + by_look
     if not columns:
-        expected = "a column of picture files, such as file_name"
-        raise DataError(sheet.file, expected, _header(sheet), "correct the file")
+        raise DataError(
+            sheet.file, "a column of picture files, such as file_name", "none", "correct the file"
+        )
     column = columns[0]
     width = len(sheet.header or start)
     line_of: dict[str, int] = {}
@@ -327,8 +319,9 @@ def _picture_names(sheet: Sheet) -> tuple[str, ...]:
                 raise sheet.refusal(line, "a path inside the folder", quoted(name))
             name = str(path)
         if name in line_of:
-            got = f"{quoted(name)} again, after line {line_of[name]}"
-            raise sheet.refusal(line, "every picture once", got)
+            raise sheet.refusal(
+                line, "every picture once", f"{quoted(name)} again, after line {line_of[name]}"
+            )
         line_of[name] = line
     return tuple(line_of)
 
