@@ -14,6 +14,7 @@ from ddpm.sampling import State, guided, sample_loop
 from ddpm.schedule import Schedule
 from ddpm.text import WIDTH, TextTower, list_of_strings
 from ddpm.tools import text_weights
+from ddpm.tools.command import TRAIN
 from ddpm.tools.devices import autocast
 from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.files import write_atomically
@@ -215,7 +216,7 @@ def check_run(folder: Path, weights: str):
     r"""Raise UserError unless the folder has the files of a trained run; the line says what to do next."""
     if folder == SHIPPED and not folder.is_dir():
         raise UserError(
-            f"expected the weights that ship in {folder}, found none; install anew, or run `python train.py` "
+            f"expected the weights that ship in {folder}, found none; install anew, or run `{TRAIN}` "
             "and pass --model runs/drawn64"
         )
     if not folder.is_dir():
@@ -223,7 +224,7 @@ def check_run(folder: Path, weights: str):
         raise UserError(f"expected the folder of a run, {folder} is {kind}; your runs are in runs/")
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"expected a run with config.json in {folder}, found none; train one with train.py --out {folder}"
+            f"expected a run with config.json in {folder}, found none; train one with {TRAIN} --out {folder}"
         )
     if (
         weights == "unet"
@@ -237,7 +238,7 @@ def check_run(folder: Path, weights: str):
         if not (folder / f"{part}.safetensors").is_file():
             raise UserError(
                 f"{folder} has no {part}.safetensors: its training is not finished; "
-                f"go on with python train.py --resume {folder}"
+                f"go on with {TRAIN} --resume {folder}"
             )
 
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import train
 from ddpm.tools import text_weights
 from ddpm.tools.command import exit_code
+from ddpm.training import __main__ as train
 from ddpm.training import run_folder
 from ddpm.training.run_folder import read_state
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_runs import FP32, QUICK, make_runs_cheap, run_train
 
-import sample
+from ddpm import __main__ as sample
 from ddpm import diffusion, sampling
 from ddpm.config import PRESETS
 from ddpm.evaluation import __main__ as evaluation

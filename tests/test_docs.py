@@ -22,8 +22,7 @@ from benchmarks import __main__ as benchmarks
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
-import sample
-import train
+from ddpm import __main__ as sample
 from ddpm.celeba.faces import write_celeba
 from ddpm.config import Config
 from ddpm.evaluation import __main__ as evaluation
@@ -31,6 +30,7 @@ from ddpm.export import __main__ as export
 from ddpm.model import TextToImage
 from ddpm.tools import text_weights
 from ddpm.tools.command import exit_code
+from ddpm.training import __main__ as train
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
 

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from conftest import normal, without_zeros
 
-import train
 from ddpm.celeba.dataset import drawn_pictures
 from ddpm.config import Config
 from ddpm.model import TextToImage
 from ddpm.tools import devices
 from ddpm.tools.grids import to_uint8
 from ddpm.tools.kernels import attend
+from ddpm.training import __main__ as train
 from ddpm.training.batches import to_device
 from ddpm.training.caches import Latents
 from ddpm.training.loops import train_unet, train_vae

@@ -31,8 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import sample
-import train
+from ddpm import __main__ as sample
 from ddpm.celeba.faces import write_celeba
 from ddpm.celeba.images import BadImage, read_image
 from ddpm.celeba.lists import open_table
@@ -48,6 +47,7 @@ from ddpm.tools.arrays import cached_array
 from ddpm.tools.command import Parser, exit_code, say
 from ddpm.tools.errors import UserError
 from ddpm.tools.grids import save_png
+from ddpm.training import __main__ as train
 from ddpm.training.run_folder import COLUMNS, Damaged, read_metrics, read_state
 
 ROOT = Path(__file__).parents[1]

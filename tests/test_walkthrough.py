@@ -16,8 +16,7 @@ from PIL import Image
 from small_runs import make_runs_cheap
 from test_docs import blocks, commands
 
-import sample
-import train
+from ddpm import __main__ as sample
 from ddpm.celeba.faces import write_celeba
 from ddpm.evaluation import __main__ as evaluation
 from ddpm.evaluation import classifier
@@ -25,6 +24,7 @@ from ddpm.evaluation import parts as evaluation_parts
 from ddpm.export import __main__ as export
 from ddpm.tools import text_weights
 from ddpm.tools.command import exit_code
+from ddpm.training import __main__ as train
 
 MAINS = {
     "train.py": train.main,

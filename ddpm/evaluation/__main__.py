@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from ddpm.evaluation.choices import EXTRACTORS, PARTS, SAMPLERS, SCOPES
-from ddpm.tools.command import DEVICES, Parser, check_drawing, exit_code, path
+from ddpm.tools.command import DEVICES, TRAIN, Parser, check_drawing, exit_code, path
 from ddpm.tools.errors import UserError
 
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None):
     check_drawing(options)
     if not options.run.is_dir():
         run = options.run
-        raise UserError(f"expected the folder of a run, {run} is none; train one with python train.py")
+        raise UserError(f"expected the folder of a run, {run} is none; train one with {TRAIN}")
     from ddpm.evaluation.command import evaluate  # here, because it loads torch
 
     evaluate(options)

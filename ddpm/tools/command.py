@@ -21,9 +21,12 @@ from ddpm.tools.errors import UserError, escaped, printable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+SCRIPTS = Path(__file__).parents[2]  # of a checkout; a wheel has modules alone
+TRAIN = "python train.py" if (SCRIPTS / "train.py").is_file() else "python -m ddpm.training"
+SAMPLE = "python sample.py" if (SCRIPTS / "sample.py").is_file() else "python -m ddpm"
 OUT_OF_MEMORY = (
     "out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
-    "--preset lowvram (train.py --dry-run tells what is needed); to draw, ask for fewer pictures at once"
+    f"--preset lowvram ({TRAIN} --dry-run prints what is needed); to draw, ask for fewer pictures at once"
 )
 _quiet = False  # by `be_quiet`
 

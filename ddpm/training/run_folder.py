@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ddpm.config import MOVABLE, TEXT_FILE, Config
+from ddpm.tools.command import TRAIN
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import (
     CANNOT,
@@ -230,7 +231,7 @@ class Run:
         saved = "{} step {} is saved".format(*self.saved) if self.saved else "no step is saved yet"
         if not self.writes:  # only the main process knows whether it saved
             saved = "what the first process saved stands"
-        return f"{saved}; go on with python train.py --resume {self.quoted}"
+        return f"{saved}; go on with {TRAIN} --resume {self.quoted}"
 
     def log(self, **row) -> dict:
         r"""Note a row of metrics; it reaches the file with the next checkpoint."""

@@ -14,7 +14,7 @@ from ddpm.celeba.lists import TRAIN, VALID, ImageTable
 from ddpm.config import TEXT_FILE, Config
 from ddpm.model import TextToImage
 from ddpm.tools import text_weights
-from ddpm.tools.command import Stopped, be_quiet, progress_bar, say
+from ddpm.tools.command import SAMPLE, Stopped, be_quiet, progress_bar, say
 from ddpm.tools.devices import choose_device, choose_precision
 from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.files import CannotWrite, remove_leftovers
@@ -70,9 +70,7 @@ def train(
             is_vae_done = restore_vae(run, session.model, stage) or VaeStage(session).train()
             if is_vae_done and stage != "vae" and UnetStage(session).train():
                 say(f"done in {run.clock() / 60:.1f} minutes; try:")
-                say(
-                    f'  python sample.py "a smiling woman with blond hair and eyeglasses" --model {run.quoted}'
-                )
+                say(f'  {SAMPLE} "a smiling woman with blond hair and eyeglasses" --model {run.quoted}')
 
 
 @contextlib.contextmanager

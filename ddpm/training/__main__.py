@@ -1,0 +1,114 @@
+r"""Train a text-to-image model: the VAE first, then the UNet on its latents.
+
+python train.py                           drawn faces, no download, minutes on a laptop's CPU
+python train.py --data PATH               CelebA in any layout, or your own images with a csv
+python train.py --resume runs/NAME        go on as if never stopped
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ddpm.config import MOVABLE, PRESETS, Config, add_flags, given_flags
+from ddpm.tools import command
+from ddpm.tools.errors import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    p = command.Parser(__doc__)
+    p.prog = command.TRAIN
+    p.add_argument(
+        "--preset", choices=PRESETS, help="named settings [drawn64; with --data celeba64, the spec]"
+    )
+    p.add_argument("--out", type=command.path, metavar="RUN", help="run folder to make [runs/PRESET]")
+    p.add_argument("--resume", type=command.path, metavar="RUN", help="go on with the run in this folder")
+    p.add_argument(
+        "--stage", choices=("vae", "unet", "all"), default="all", help="which stage to train [all]"
+    )
+    p.add_argument(
+        "--max-steps", type=int, metavar="N", help="bound each stage to N steps; moves a resumed run's bound"
+    )
+    p.add_argument(
+        "--stop-after", type=int, metavar="N", help="end this command after N steps, saved; resume goes on"
+    )
+    p.add_argument("--device", choices=command.DEVICES, default="auto", help="where to compute [auto]")
+    p.add_argument(
+        "--cache",
+        type=command.path,
+        metavar="DIR",
+        help="folder of decoded pictures, latents, captions [cache, beside the run]",
+    )
+    p.add_argument(
+        "--download", action="store_true", help="try to download CelebA into the folder --data first"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="print shapes, parameters, memory, time a step; write nothing"
+    )
+    add_flags(p)
+    return p
+
+
+def configuration(arguments: argparse.Namespace) -> Config:
+    r"""The run's configuration: its preset's, or that of the run to resume, under the flags that were given."""
+    flags = given_flags(arguments)
+    for name in ("max_steps", "stop_after"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {value}")
+    if arguments.max_steps is not None:
+        steps = {"vae_steps": arguments.max_steps, "unet_steps": arguments.max_steps, "epochs": 0}
+        flags = {"max_minutes": 0.0} | flags | steps
+    if arguments.resume is not None:
+        return resumed_configuration(arguments, flags)
+    default = "drawn64" if flags.get("data", "drawn") == "drawn" else "celeba64"
+    return Config.from_preset(arguments.preset or default, **flags)
+
+
+def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
+    r"""The stored configuration with its bounds moved; anything else that differs is refused by name."""
+    folder = arguments.resume
+    if arguments.out is not None or arguments.preset is not None:
+        raise UserError("expected --resume without --out and --preset, got both; a resumed run keeps them")
+    if not folder.is_dir():
+        raise UserError(
+            f"expected the folder of a run after --resume, {folder} is none; start one with --out"
+        )
+    config = Config.read(folder / "config.json")
+    stored = {**vars(config.model), **vars(config.training)}
+    differing = [
+        f"{name} (is {stored[name]}, asked {value})"
+        for name, value in flags.items()
+        if name not in MOVABLE and value != stored[name]
+    ]
+    if differing:
+        raise UserError(
+            f"a resumed run keeps its settings, got others: {', '.join(differing)}; leave them out"
+        )
+    return config.with_training(**{name: value for name, value in flags.items() if name in MOVABLE})
+
+
+def main(argv: list[str] | None = None):
+    started = time.monotonic()  # --max-minutes counts from here
+    arguments = parser().parse_args(argv)
+    config = configuration(arguments)
+    from ddpm.training import session  # late, because --help must not wait for torch
+
+    if arguments.dry_run:
+        session.print_needs(config, arguments.device)
+        return
+    session.train(
+        config,
+        arguments.resume or arguments.out or Path("runs") / config.preset,
+        resume=arguments.resume is not None,
+        stage=arguments.stage,
+        stop_after=arguments.stop_after,
+        device=arguments.device,
+        cache=arguments.cache,
+        download=arguments.download,
+        started=started,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(command.exit_code(main))
