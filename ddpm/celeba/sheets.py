@@ -81,9 +81,11 @@ def read_sheet(file: Path) -> Sheet:
     is_table = not in_words and names & set(FILE_COLUMNS) and names & {*CAPTION_COLUMNS, *PLAIN_ATTRIBUTES}
     is_list = any(map(is_image_name, rows[0][1])) or PLAIN_ATTRIBUTES.keys() <= names or bool(is_table)
     if counted and int(first.strip()) != len(rows):  # strip takes more kinds of space than int does
-        expected = f"{int(first.strip()):,} rows" if is_list else "as many rows as it says"
+        expected = (
+            f"{int(first.strip()):,} rows by its first line" if is_list else "as many rows as line 1 says"
+        )
         advice = f"if the download was cut short, {AGAIN}, else correct the first line"
-        raise DataError(file, f"{expected} by its first line", f"{len(rows):,}", advice)
+        raise DataError(file, expected, f"{len(rows):,}", advice)
     return Sheet(file, header, rows, is_list)
 
 
