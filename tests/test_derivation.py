@@ -4,7 +4,9 @@ The data are normal, or two points, so that densities, scores and conditional me
 """
 
 import math
+from pathlib import Path
 
+import derivation
 import pytest
 import torch
 from conftest import far, normal
@@ -362,3 +364,26 @@ def test_the_kl_weight_of_a_linear_vae_leaves_half_of_it_as_squared_error_until_
     optimizer.step(loss)
     squares = (1 - w * a) ** 2 + w**2 * logvar.exp()
     assert squares.item() == pytest.approx(error, rel=1e-2)
+
+
+# ------------------------------------------------------------------------------------------- the figures
+
+
+@pytest.mark.slow
+def test_the_command_draws_the_figures_of_the_page_and_prints_the_numbers_that_it_quotes(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(derivation, "IMAGES", tmp_path)
+    derivation.figures()
+    page = (Path(derivation.__file__).parent / "derivation.md").read_text(encoding="utf-8")
+    assert all(f"(images/{path.name})" in page for path in tmp_path.iterdir())
+    printed = capsys.readouterr().out
+    for quoted in (
+        "10: '0.079'",
+        "1.5e-09 nats",
+        "0.38 nats",
+        "named N(1.20, 0.32^2), drawn N(1.50, 0.12^2)",
+        "linear, t uniform: 0.35",
+        "uniform: 0.46; logit-normal: 0.68",
+    ):
+        assert quoted in printed
