@@ -21,7 +21,7 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["beside.css"]
+html_css_files = ["beside.css", "plots.css"]
 html_js_files = ["focus.js"]
 html_copy_source = False
 html_show_sourcelink = False

@@ -4,12 +4,14 @@ r"""Executes the notebooks and writes their outputs into them, the same on every
     python notebooks/make.py 05 07      # some
     python notebooks/make.py --check    # write nothing; exit 1 unless all run and all are committed with their outputs
 
+Notebook 00 is also a script, 00_everything.py, and its cells are made from that.
 Needs the extra `notebooks`. The kernel is this Python, with the repository's ddpm and `notebooks/` as its folder.
 Photographs must not land in the repository, so outputs are written without DDPM_CELEBA; `--check` leaves it set.
 """
 
 import argparse
 import base64
+import hashlib
 import io
 import os
 import re
@@ -21,19 +23,18 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
-LARGEST = 400_000  # bytes of a notebook
-SECONDS = 240  # for a cell; a whole notebook is meant to take less than 60 on two cores
+LARGEST = 600_000  # bytes of a notebook
+SECONDS = 900  # for a cell; a whole notebook is meant to take less than 60 on two cores, 00 about 5 minutes
+QUICK = {"EVERYTHING_STEPS": "20"}  # how --check shortens the training of notebook 00
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-KEPT = (
-    "mystnb",
-    "tags",
-)  # of a cell's metadata: what its picture shows, in words, and the equations it is about
+KEPT = ("mystnb", "tags", "source_digest")  # metadata: a picture in words, equations, see `digests`
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -53,7 +54,7 @@ def find(numbers: list[str]) -> list[Path]:
 def execute(notebook: NotebookNode, celeba: bool):
     r"""Run all cells in a fresh kernel, which leaves their outputs in the notebook; `celeba`: with DDPM_CELEBA."""
     environment = {name: value for name, value in os.environ.items() if celeba or name != "DDPM_CELEBA"}
-    environment |= {
+    environment |= (QUICK if celeba else {}) | {
         "PYTHONPATH": str(FOLDER.parent),
         "PYTHONHASHSEED": "0",
         "HF_HUB_OFFLINE": "1",
@@ -85,19 +86,22 @@ def tidy(notebook: NotebookNode, number: str):
     r"""Leave nothing that differs from run to run or tells of the machine; name every cell by its place."""
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    for i, cell in enumerate(notebook.cells, 1):
+    for i, (cell, digest) in enumerate(zip(notebook.cells, digests(notebook), strict=True), 1):
         cell.id = f"{number}-{i:02}"
+        if cell.cell_type == "code":
+            cell.metadata["source_digest"] = digest
         cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in KEPT if key in cell.metadata})
         cell.pop("attachments", None)
+        if "plt." in cell.source and not re.search("imshow|labelled_grid|strip", cell.source):
+            image = cell.metadata.get("mystnb", {}).get("image", {})
+            image |= {"classes": "plot"} if image else {}  # the site inverts plots in the dark
         for output in cell.get("outputs", ()):
             _tidy_output(output, i)
 
 
 def _tidy_output(output: NotebookNode, cell: int):
     if output.output_type == "stream" and output.name == "stderr":
-        told = re.sub(r"^\S+:\d+: ", "", output.text.strip()).splitlines()[
-            0
-        ]  # of a warning without its place
+        told = re.sub(r"^\S+:\d+: ", "", output.text.strip()).splitlines()[0]  # a warning without its place
         raise Fault(f"cell {cell}: expected nothing on stderr, got {told!r}")
     if output.output_type == "stream":
         output.text = _plain(output.text, cell)
@@ -127,11 +131,39 @@ def _small(png: str) -> str:
     return base64.b64encode(file.getvalue()).decode() + "\n"
 
 
+def digests(notebook: NotebookNode) -> list[str]:
+    r"""For each cell, a digest of all code up to it: another one than its outputs carry means that they are stale."""
+    code = hashlib.sha256()
+    found = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            code.update(cell.source.encode() + b"\0")
+        found.append(code.hexdigest()[:12])
+    return found
+
+
+def from_script(path: Path) -> NotebookNode:
+    r"""The notebook of a script: cells begin with `# %%`, then `[markdown]` or what the cell's picture shows."""
+    cells = []
+    for part in re.split(r"^# %%", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        head, _, body = part.partition("\n")
+        if head.strip() == "[markdown]":
+            lines = [line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines()]
+            cells.append(new_markdown_cell("\n".join(lines)))
+        else:
+            metadata = {"mystnb": {"image": {"alt": head.strip()}}} if head.strip() else {}
+            cells.append(new_code_cell(body.strip(), metadata=metadata))
+    return new_notebook(cells=cells)
+
+
 def check_committed(notebook: NotebookNode):
-    r"""Fault unless every code cell says that it was run, in order."""
+    r"""Fault unless every code cell was run, in order, with the code that stands there now."""
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     if counts != list(range(1, len(counts) + 1)) or not any(cell.get("outputs") for cell in notebook.cells):
         raise Fault("is not committed with its outputs; run python notebooks/make.py on it")
+    for i, (cell, digest) in enumerate(zip(notebook.cells, digests(notebook), strict=True), 1):
+        if cell.cell_type == "code" and cell.metadata.get("source_digest") != digest:
+            raise Fault(f"cell {i}: its outputs are those of other code; run python notebooks/make.py on it")
 
 
 def content_of(notebook: NotebookNode) -> bytes:
@@ -146,7 +178,9 @@ def content_of(notebook: NotebookNode) -> bytes:
 
 def make(path: Path, check: bool) -> str:
     r"""Execute a notebook and, unless only to `check`, write it; a line that says what it took."""
-    notebook = nbformat.read(path, as_version=4)
+    script = path.with_suffix(".py")
+    from_its_script = script.exists() and not check
+    notebook = from_script(script) if from_its_script else nbformat.read(path, as_version=4)
     if check:
         check_committed(notebook)
         content_of(notebook)
