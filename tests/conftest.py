@@ -92,6 +92,7 @@ class Remembering(nn.Module):
     def __init__(self, tower: TextTower):
         super().__init__()
         self.tower, self.states = tower, {}
+        self.tokenize = tower.tokenize
 
     def forward(self, prompts: list[str]) -> Tensor:
         for prompt in prompts:

@@ -9,7 +9,7 @@ import torch
 from conftest import refusal_of
 from PIL import Image
 
-from ddpm.celeba.dataset import Pictures, drawn_pictures, photographs
+from ddpm.celeba.dataset import Pictures, drawn_pictures, fingerprint, photographs
 from ddpm.celeba.faces import PER_ROW, drawn_rows, drawn_split, write_celeba
 from ddpm.celeba.lists import TEST, TRAIN, VALID, open_table
 from ddpm.tools.arrays import cached_array
@@ -124,6 +124,28 @@ def test_photographs_are_decoded_once_and_again_when_a_file_changes(celeba, tmp_
     assert changed.pixels[0].mean(axis=(0, 1)) == pytest.approx([255, 0, 0], abs=2)
 
 
+@pytest.mark.parametrize(
+    "part, file", [("pictures", "img_align_celeba/000007.jpg"), ("captions", "list_attr_celeba.txt")]
+)
+def test_the_fingerprint_of_data_names_the_part_that_changed_and_follows_it_elsewhere(
+    part, file, celeba, tmp_path
+):
+    def parts():
+        table = open_table(celeba)
+        return fingerprint(table, photographs(tmp_path / "cache", table, size=16))
+
+    before = parts()
+    celeba = celeba.rename(tmp_path / "elsewhere")
+    os.utime(celeba / file, (0, 0))
+    assert parts() == before and before.keys() == {"pictures", "captions", "split"}
+    if part == "pictures":
+        Image.new("RGB", (64, 64)).save(celeba / file)
+    else:
+        (celeba / file).write_text((celeba / file).read_text().replace(" -1", "  1", 1))
+    after = parts()
+    assert [name for name in before if after[name] != before[name]] == [part]
+
+
 @pytest.mark.parametrize("why", ["an HTML page", "a link that leads nowhere"])
 def test_a_few_bad_pictures_are_skipped_and_named(celeba, tmp_path, why):
     picture = celeba / "img_align_celeba" / "000002.jpg"
@@ -137,7 +159,12 @@ def test_a_few_bad_pictures_are_skipped_and_named(celeba, tmp_path, why):
         ((name, reason),) = pictures.bad
         assert name.endswith("000002.jpg") and reason.startswith(why)
         assert 1 not in pictures.rows(TRAIN) and not pictures.good[1]
-    assert json.loads(next((tmp_path / "cache").glob("*.json")).read_text()) == [[name, reason]]
+    listing = next((tmp_path / "cache").glob("*.json"))
+    assert json.loads(listing.read_text()) == [[name, reason]]
+    listing.write_text(json.dumps([["1.jpg", reason]]))
+    assert "'1.jpg', which is no picture of the list; delete the file" in refusal_of(
+        lambda: photographs(tmp_path / "cache", open_table(celeba), size=16, max_bad=0.1)
+    )
 
 
 def test_too_many_bad_pictures_stop_the_run_and_leave_no_cache(celeba, tmp_path):
@@ -182,6 +209,16 @@ def test_captions_may_be_embedded_in_bf16_and_are_kept_apart(tmp_path, tower):
     assert len(list(tmp_path.glob("texts-*.npy"))) == 2
     through = Texts(tmp_path, tower, sentences, "bf16", limit_gb=0.0)(sentences)
     assert (through - rounded).norm() < 0.03 * apart and through.dtype == torch.float32
+
+
+@pytest.mark.parametrize("limit_gb", [8.0, 0.0])
+def test_all_captions_that_are_cut_are_one_warning_with_their_count_and_an_example(tmp_path, tower, limit_gb):
+    long = [f"{'man ' * 75}{i}" for i in range(3)]
+    with pytest.warns(UserWarning) as warned:
+        texts = Texts(tmp_path, tower, [*long, "a man"], limit_gb=limit_gb)
+        texts(long[:2])
+    (warning,) = warned
+    assert str(warning.message) == "3 prompts, the first of 76 tokens is cut to 75; left out: '0'"
 
 
 def test_captions_beyond_the_limit_go_through_the_tower(tmp_path, tower):

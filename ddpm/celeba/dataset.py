@@ -20,7 +20,7 @@ from ddpm.celeba.images import BadImage, read_image
 from ddpm.celeba.lists import TRAIN, ImageTable, open_table
 from ddpm.celeba.refusals import DataError
 from ddpm.config import Config
-from ddpm.tools.arrays import Progress, cached_array, key_of, silent
+from ddpm.tools.arrays import Progress, cached_array, checksum, key_of, silent
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import write_atomically
 from ddpm.tools.strict_json import parse_json
@@ -112,10 +112,9 @@ def fingerprint(table: ImageTable | None, pictures: Pictures) -> dict[str, str]:
     r"""Digests that tell whether a run goes on with the data it began with, wherever the folder is now."""
     if table is None:
         return {"pictures": pictures.key}
-    sizes = [size for _, size, _ in _files(table)]
     labels = table.captions if table.attributes is None else table.attributes.tobytes()
     return {
-        "pictures": key_of(table.files, sizes, _content(table)),
+        "pictures": key_of(table.files, checksum(pictures.pixels)),
         "captions": key_of(labels),
         "split": key_of(table.split.tobytes()),
     }
@@ -175,7 +174,7 @@ def photographs(
     if path.exists() and not listing.exists():  # in this order: the listing is written first
         path.unlink(missing_ok=True)
     pixels = cached_array(path, (len(table), size, size, 3), np.uint8, decode)
-    bad = _read_bad(listing)
+    bad = _read_bad(listing, table)
     _check_bad(table, bad, max_bad)
     skipped = dict(bad)
     good = np.array([name not in skipped for name in table.files])
@@ -238,14 +237,17 @@ def _decode(
     return bad
 
 
-def _read_bad(listing: Path) -> tuple[tuple[str, str], ...]:
+def _read_bad(listing: Path, table: ImageTable) -> tuple[tuple[str, str], ...]:
     try:
-        return tuple(
+        bad = tuple(
             (str(name), str(reason)) for name, reason in parse_json(listing.read_text(encoding="utf-8"))
         )
-    except (ValueError, TypeError) as error:
+        if unknown := {name for name, _ in bad} - set(table.files):
+            raise ValueError(f"{min(unknown)!r}, which is no picture of the list")
+    except (OSError, ValueError, TypeError) as error:
         expected = f"skipped pictures and reasons in {listing}"
         raise UserError(f"expected {expected}, got {error}; delete the file") from None
+    return bad
 
 
 def _check_bad(table: ImageTable, bad: Sequence[tuple[str, str]], max_bad: float):

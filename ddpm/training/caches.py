@@ -1,5 +1,6 @@
 r"""What the second stage computes once: latents of pictures, states of captions."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Texts:
 
     Callable: sentences -> (B, 77, 512) float32. When `limit_gb` is less than the file would take, sentences go through
     the tower at every call instead. In bf16 a CPU with matrix units embeds more than three times as many a second. The
-    rounding is about a hundredth of the difference between two sentences.
+    rounding is about a hundredth of the difference between two sentences. One warning names the long ones that are cut.
     """
 
     def __init__(
@@ -75,11 +76,13 @@ class Texts:
         distinct = sorted({"", *sentences})
         self.cached = len(distinct) * TOKENS * WIDTH * 2 <= limit_gb * 2**30
         if not self.cached:
+            self.warn_of_long(distinct)
             return
         self.row = {sentence: i for i, sentence in enumerate(distinct)}
         key = key_of("texts", text_weights.fingerprint(tower), precision, distinct)
 
         def fill(states: np.ndarray):
+            self.warn_of_long(distinct)
             starts = range(0, len(distinct), AT_ONCE)
             for begin in progress(starts, len(starts), f"embedding captions, {AT_ONCE} at a time"):
                 some = slice(begin, begin + AT_ONCE)
@@ -88,9 +91,15 @@ class Texts:
         shape = (len(distinct), TOKENS, WIDTH)
         self.states = cached_array(folder / f"texts-{key}.npy", shape, np.float16, fill)
 
+    def warn_of_long(self, sentences: Sequence[str]):
+        r"""Let the tokenizer warn once of all that it cuts; a sentence has no more tokens than bytes."""
+        if long := [sentence for sentence in sentences if len(sentence.encode()) > TOKENS - 2]:
+            self.tower.tokenize(long)
+
     def embed(self, sentences: Sequence[str]) -> Tensor:
         r"""Through the tower."""
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is cut to ")  # of them all `warn_of_long` has warned
             return self.tower(list(sentences))
 
     def __call__(self, sentences: Sequence[str]) -> Tensor:

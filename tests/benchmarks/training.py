@@ -36,6 +36,9 @@ class PlainTower(nn.Module):
 
     quick_gelu = False
 
+    def tokenize(self, prompts: list[str]):
+        pass
+
     def forward(self, prompts: list[str]) -> Tensor:
         return torch.ones(len(prompts), 77, 512)
 
