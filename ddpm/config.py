@@ -20,15 +20,8 @@ from ddpm.tools.strict_json import fits_in_64_bits, read_json
 TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
 MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
 # what --resume may change
-MOVABLE = {
-    "data",
-    "max_minutes",
-    "vae_steps",
-    "unet_steps",
-    "epochs",
-    "save_every",
-    "sample_every",
-    "precision",
+MOVABLE = {"data", "max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every"} | {
+    "precision"
 }
 Widths = tuple[int, ...]
 WIDTHS = {"low": 32, "high": 4096}
@@ -217,12 +210,15 @@ class Config:
         values = _read_sections(path)
         sections = {}
         for name, section in SECTIONS.items():
-            differing = {"unknown": set(values[name]) - set(fields_of(section))}
-            differing["missing"] = set(fields_of(section)) - set(values[name])
-            for kind, names in differing.items():
+            given, known = set(values[name]), set(fields_of(section))
+            for kind, names, advice in (
+                ("unknown", given - known, "remove"),
+                ("missing", known - given, "add"),
+            ):
                 if names:
-                    names = ", ".join(sorted(names))
-                    raise UserError(f"{kind} settings in {path}: {names}; another version of ddpm made it")
+                    listed = ", ".join(sorted(names))
+                    made = f"another version of ddpm made it; {advice} them (train.py --help lists all)"
+                    raise UserError(f"{kind} settings in {path}: {listed}; {made}")
             sections[name] = _build(section, values[name])
         preset = values.get("preset", "")
         _require(preset == "" or isinstance(preset, str) and is_name(preset), "preset as a name", preset)
@@ -317,6 +313,8 @@ def _read_sections(path: Path) -> dict:
     if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in SECTIONS):
         raise UserError(f"expected the sections model and training in {path}, got something else")
     _require(values.get("format") == 1, f"{path} of format 1", values.get("format"))
+    unknown = values.keys() - {"format", "preset", *SECTIONS}
+    _require(not unknown, f"format, preset, model and training in {path}", ", ".join(sorted(unknown)))
     return values
 
 

@@ -136,7 +136,10 @@ def test_a_file_that_is_no_configuration_is_refused_in_one_line(content, expecte
     "change, expected",
     [
         (lambda v: v.update(format=2), "format 1"),
-        (lambda v: v["model"].update(colour=1), "colour"),
+        (lambda v: v["model"].update(colour=1), "unknown settings in .*: colour; .* remove them"),
+        (lambda v: v.update(colour=1), "format, preset, model and training in .*, got 'colour'"),
+        (lambda v: v["model"].pop("schedule"), "missing settings in .*: schedule; .* add them"),
+        (lambda v: v["training"].pop("seed"), "missing settings in .*: seed"),
         (lambda v: v["model"].update(channels="64"), "channels"),
         (lambda v: v["training"].update(lr=float("inf")), "Infinity is not finite"),
         (lambda v: v["model"].update(timesteps=True), "timesteps"),

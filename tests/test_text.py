@@ -302,7 +302,17 @@ def test_a_file_that_holds_no_tensors_or_is_cut_short_is_refused(small_tower, tm
 def test_a_torchscript_archive_is_named_with_the_way_to_convert_it(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
     refusal = refusal_of(text_weights.tower_from_file, tmp_path / "ViT-B-32.pt")
-    assert "TorchScript archive" in refusal and "state_dict()" in refusal
+    assert "TorchScript archive" in refusal and "state_dict()" in refusal and "--text-quick-gelu" in refusal
+
+
+@pytest.mark.parametrize("kind", ["int", "bool", "cfloat", "to_sparse", "meta"])
+def test_weights_that_are_no_plain_numbers_are_refused_by_name(small_tower, tmp_path, kind):
+    state = small_tower().tower.state_dict()
+    weight = state["ln_final.weight"]
+    state["ln_final.weight"] = weight.to("meta") if kind == "meta" else getattr(weight, kind)()
+    torch.save(state, tmp_path / "w.pt")
+    refusal = refusal_of(text_weights.named_tower, str(tmp_path / "w.pt"))
+    assert "expected weights as plain floating-point numbers in" in refusal and "ln_final.weight" in refusal
 
 
 @pytest.mark.parametrize("content", [[torch.ones(3)], {"state_dict": [1, 2]}, {"a": 1}, torch.ones(3)])

@@ -126,6 +126,8 @@ def _reading(path: Path) -> Iterator[safe_open]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     r"""The dictionary of tensors that torch.save wrote, by torch's reader of plain weights."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         if is_torchscript(path):
             raise ValueError(f"it is a TorchScript archive, as OpenAI publishes CLIP; {TORCHSCRIPT}")
         check_not_packed(path)
