@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -163,7 +164,7 @@ def photographs(
     Raises:
         UserError: a fraction of more than `max_bad` is unreadable, or nothing is in the train split.
     """
-    key = key_of("photographs", size, crop, _files(table), _content(table))
+    key = key_of("photographs", size, crop, _source(table))
     path = folder / f"pictures-{key}.npy"
     listing = folder / f"pictures-{key}.json"
 
@@ -185,27 +186,19 @@ def photographs(
     return pictures
 
 
-def _files(table: ImageTable) -> list[tuple[str, int, int]]:
-    r"""Name, size and time of each picture; -1 where a file cannot be reached."""
-    files = []
-    for name in table.files:
-        try:
-            stat = os.stat(table.root / name)
-            files.append((name, stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            files.append((name, -1, -1))
-    return files
-
-
-def _content(table: ImageTable) -> str:
-    r"""A digest of up to a megabyte of some 256 pictures, evenly spaced: names, sizes and times can all agree."""
+def _source(table: ImageTable) -> str:
+    r"""A digest of names, sizes and times, which can all agree, and of up to a megabyte of some 256 files."""
     digest = hashlib.sha256()
-    for name in table.files[:: max(1, len(table) // 256)]:
+    every = max(1, len(table) // 256)
+    for i, name in enumerate(table.files):
         path = table.root / name
-        with contextlib.suppress(OSError):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    digest.update(file.read(2**20))
+        status = None
+        with contextlib.suppress(OSError):  # a link that leads nowhere is an unreadable picture
+            status = os.stat(path)
+        digest.update(repr((name, status and (status.st_size, status.st_mtime_ns))).encode())
+        if status and stat.S_ISREG(status.st_mode) and i % every == 0:
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                digest.update(file.read(2**20))
     return digest.hexdigest()
 
 

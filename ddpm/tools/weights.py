@@ -1,6 +1,7 @@
 r"""Weights in safetensors files: written whole, read strictly, by one reader."""
 
 import contextlib
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,7 +132,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         if is_torchscript(path):
             raise ValueError(f"it is a TorchScript archive, as OpenAI publishes CLIP; {TORCHSCRIPT}")
         check_not_packed(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of some files that are refused below
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
