@@ -1,6 +1,5 @@
 r"""Runs that are stopped, damaged, locked, out of disk or not finite: none is lost, and each ends in the same bits."""
 
-import csv
 import errno
 import json
 import os
@@ -107,6 +106,7 @@ def at_step(monkeypatch, number: int, action):
 VARIANTS = {
     "fp32": [*FP32],
     "bf16": ["--precision", "bf16"],
+    "muon": [*FP32, "--muon-lr", 0.01],
     "in parts": [*FP32, "--accumulation", 4],
     "epochs of two steps": [*FP32, "--batch-size", 16, "--vae-batch-size", 16, "--caption-variants", 3],
 }
@@ -372,14 +372,18 @@ def test_a_whole_state_that_does_not_fit_is_refused_in_one_line(key, begun, whol
     assert "expected the state of this configuration" in one_error(capsys)
 
 
-def test_metrics_that_are_damaged_do_not_stop_a_run(begun, whole):
+def test_metrics_that_are_damaged_are_kept_and_do_not_stop_a_run(begun, whole, capsys):
     folder = begun(5)
     path = folder / "metrics.csv"
-    path.write_bytes(path.read_bytes().replace(b"vae,2,", b"vae,two\0,")[:-20] + b"\xff\xfe,,nan\n")
+    damaged = path.read_bytes().replace(b"vae,2,", b"vae,two\0,")[:-20] + b"\xff\xfe,,nan\n"
+    (folder / "metrics.kept.1.csv").write_bytes(b"kept before")
+    path.write_bytes(damaged)
     assert resume(folder, whole, "--stop-after", 1) == 0
-    with open(path, newline="") as file:
-        steps = [(row["stage"], int(row["step"])) for row in csv.DictReader(file)]
-    assert len(set(steps)) == len(steps) and steps[-1] == ("vae", 6)
+    assert f"kept as {folder / 'metrics.kept.2.csv'}" in capsys.readouterr().err
+    assert (folder / "metrics.kept.1.csv").read_bytes() == b"kept before"
+    assert (folder / "metrics.kept.2.csv").read_bytes() == damaged
+    steps = [row[:2] for row in metrics(folder)]
+    assert len(set(steps)) == len(steps) and steps[-1] == ("vae", "6")
 
 
 def test_metrics_that_a_spreadsheet_saved_keep_their_history(begun, whole):
@@ -404,12 +408,29 @@ def test_weights_without_a_checkpoint_are_not_trained_over(begun, whole, capsys)
     assert (folder / "ema.safetensors").read_bytes() == before
 
 
-def test_samples_that_are_removed_meanwhile_stop_the_run_saved(begun, whole, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name, saved",
+    [("samples", "unet step 4"), slow("loss.png", "unet step 2"), slow("metrics.csv", "unet step 1")],
+)
+def test_a_file_in_a_folders_place_or_a_folder_in_a_files_stops_the_run_saved(
+    name, saved, begun, whole, monkeypatch, capsys
+):
     folder = begun(7)
+    path = folder / name
+    aside = folder.parent / name
+
+    def replace():
+        was_folder = path.is_dir()
+        path.rename(aside)
+        path.touch() if was_folder else path.mkdir()
+
     with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: shutil.rmtree(folder / "samples"))
+        at_step(patch, 1, replace)
         assert resume(folder, whole) == 2
-    assert "see that its folder is there" in (error := one_error(capsys)) and "unet step 4 is saved" in error
+    error = one_error(capsys)
+    assert "see that its folder is there" in error and f"{saved} is saved" in error
+    path.unlink() if path.is_file() else path.rmdir()
+    aside.rename(path)
     assert resume(folder, whole) == 0
     assert_same_run(folder, whole)
 
@@ -422,6 +443,7 @@ def test_data_may_move_and_what_changed_in_it_is_named(tmp_path, capsys):
     flags = ["--max-steps", 2, "--stage", "vae", "--out", folder]
     assert run_train(*QUICK, *FP32, "--data", data, *flags, "--stop-after", 1) == 0
     data.rename(tmp_path / "moved")
+    renamed = tmp_path / "moved" / ".." / "moved"
     again = ["--resume", folder, "--device", "cpu", "--stop-after", 1]
     assert run_train(*again) == 2
     assert "with --data" in one_error(capsys)
@@ -429,7 +451,7 @@ def test_data_may_move_and_what_changed_in_it_is_named(tmp_path, capsys):
     assert "changed" not in capsys.readouterr().err
     attributes = tmp_path / "moved" / "list_attr_celeba.txt"
     attributes.write_text(attributes.read_text().replace(" -1", "  1", 1))
-    assert run_train(*again) == 0
+    assert run_train(*again, "--data", renamed) == 0
     assert "warning: the captions of" in capsys.readouterr().err
     write_celeba(tmp_path / "other", 60, seed=2)
     assert run_train(*again, "--data", tmp_path / "other") == 2
@@ -451,26 +473,26 @@ def test_a_second_training_in_the_folder_is_refused_in_one_line(begun, whole, ca
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="no locks here")
-@pytest.mark.parametrize("is_taken", [True, False])
+@pytest.mark.parametrize("another", ["none", "is training in", "has trained in"])
 def test_a_lock_that_is_removed_is_taken_again_unless_another_has_it(
-    is_taken, begun, whole, monkeypatch, capsys
+    another, begun, whole, monkeypatch, capsys
 ):
     folder = begun(5)
     before = bytes_of_states(folder)
-    others = []
+    with open(folder.parent / "lock", "a+b") as held:
+        assert files.flock(held)
 
-    def remove():
-        (folder / ".lock").unlink()
-        if is_taken:
-            others.append(open(folder / ".lock", "a+b"))  # noqa: SIM115 (held until the end)
-            assert files.flock(others[0])
+        def remove():
+            (folder / ".lock").unlink()
+            if another == "is training in":
+                (folder.parent / "lock").rename(folder / ".lock")
+            if another == "has trained in":
+                files.write_atomically(folder / "state.pt", before["state.pt"])
 
-    at_step(monkeypatch, 1, remove)
-    assert resume(folder, whole, "--stop-after", 2) == (2 if is_taken else 0)
-    assert not is_taken or "is training in" in one_error(capsys)
-    assert (bytes_of_states(folder) == before) == is_taken
-    for other in others:
-        other.close()
+        at_step(monkeypatch, 1, remove)
+        assert resume(folder, whole, "--stop-after", 2) == (0 if another == "none" else 2)
+    assert another == "none" or another in one_error(capsys)
+    assert (bytes_of_states(folder) == before) == (another != "none")
 
 
 def test_of_two_that_make_one_folder_the_second_is_refused(tmp_path):

@@ -25,12 +25,11 @@ LEFTOVER = re.compile(
     r"\..+\.\d+\.[0-9a-f]{8}\.tmp"
 )  # name, process, chance: several may write one file at once
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CANNOT = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 NOTHING = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave in an empty folder
 
 
 class CannotWrite(UserError):
-    r"""A file could not be written, for want of room, permission or its folder; what was there before still is."""
+    r"""A file could not be written, as the system says; what was there before still is."""
 
 
 def write_atomically(
@@ -43,7 +42,7 @@ def write_atomically(
         size: bytes that such a function will write, as far as known, for the message where there is no room for them.
         keep: where the file that was there is renamed to first.
 
-    Raises: CannotWrite where the disk is full, a limit is met, or the folder is not there or may not be written to.
+    Raises: CannotWrite where the system refuses: a full disk, a limit, a folder that is gone, a lost network disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -59,7 +58,7 @@ def write_atomically(
             os.replace(temporary, path)
     except Exception as error:
         number = _error_number(error)
-        if number not in CANNOT:
+        if number is None:
             raise
         needed = max(size, _size(temporary)) if callable(content) else len(content)
         with contextlib.suppress(OSError):

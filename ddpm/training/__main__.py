@@ -77,7 +77,7 @@ def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
     config = Config.read(folder / "config.json")
     stored = {**vars(config.model), **vars(config.training)}
     differing = [
-        f"{name} (is {stored[name]}, asked {value})"
+        f"--{name.replace('_', '-')} (is {stored[name]}, asked {value})"
         for name, value in flags.items()
         if name not in MOVABLE and value != stored[name]
     ]

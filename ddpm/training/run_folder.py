@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import os
 import pickle
 import platform
@@ -27,7 +28,6 @@ from ddpm.config import MOVABLE, TEXT_FILE, Config
 from ddpm.tools.command import TRAIN
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import (
-    CANNOT,
     CannotWrite,
     check_new_folder,
     check_not_packed,
@@ -72,6 +72,7 @@ class Run:
         self.lock = None
         self.data: dict[str, str] = {}
         self.newest_is_whole = False
+        self.newest: int | None = None  # when the state was written that this process wrote or read last
         try:
             if resume:
                 if writes:
@@ -119,14 +120,19 @@ class Run:
         for folder in (self.folder, self.folder / "samples"):
             remove_leftovers(folder)
 
-    def _keep_lock(self):
-        r"""Take the lock again where its file was removed; refused where another process has begun meanwhile."""
+    def keep_lock(self):
+        r"""Take the lock again where its file was removed; refused where another process has trained meanwhile."""
         path = self.folder / LOCK
-        if not self.folder.is_dir():
-            return  # the first file that is written says so
-        if not (path.exists() and os.path.samestat(path.stat(), os.fstat(self.lock.fileno()))):
-            self.lock.close()
-            self._take_lock()
+        is_held = path.exists() and os.path.samestat(path.stat(), os.fstat(self.lock.fileno()))
+        if is_held or not self.folder.is_dir():  # where it is gone, the first file that is written says so
+            return
+        self.lock.close()
+        self._take_lock()
+        if written_at(self.folder / STATE) not in (None, self.newest):
+            raise UserError(
+                f"expected {self.folder / STATE} as this process left it, another has trained in {self.folder}; "
+                f"go on from there with {TRAIN} --resume {self.quoted}"
+            )
 
     def _reopen(self):
         damaged = []
@@ -135,6 +141,7 @@ class Run:
                 try:
                     self.state = read_state(self.folder / name)
                     self.newest_is_whole = name == STATE
+                    self.newest = written_at(self.folder / STATE)
                 except Damaged as error:
                     damaged.append(f"{self.folder / name} is damaged ({error})")
         if self.state is None:
@@ -149,8 +156,9 @@ class Run:
         if damaged:
             advice = f"going on from the checkpoint before, {stage} step {step}"
             warnings.warn(f"{damaged[0]}; {advice}", stacklevel=3)
-        rows = read_metrics(self.folder / "metrics.csv")
-        self.rows = [row for row in rows if position(row) <= position(self.state)]
+        if self.writes:
+            rows = read_metrics(self.folder / "metrics.csv")
+            self.rows = [row for row in rows if position(row) <= position(self.state)]
 
     def _check_no_weights(self):
         r"""Refuse a run without a checkpoint whose weights a training would overwrite."""
@@ -182,17 +190,16 @@ class Run:
         self.data = data
         before = self.state.get("data", {}) if self.state else {}
         changed = [part for part, digest in before.items() if data.get(part) != digest]
-        settings = self.config.training
-        if "pictures" in changed and settings.data != self.state["config"]["data"]:
+        folder = self.config.training.data
+        has_moved = changed and Path(folder).resolve() != Path(self.state["config"]["data"]).resolve()
+        if has_moved and "pictures" in changed:
             raise UserError(
-                f"expected the pictures of the run in --data {settings.data}, got others; "
+                f"expected the pictures of the run in --data {folder}, got others; "
                 "give the folder they are in now, or train anew with --out"
             )
         if changed:
             names = " and ".join(changed)
-            warnings.warn(
-                f"the {names} of {settings.data} changed since {self.folder} was saved", stacklevel=3
-            )
+            warnings.warn(f"the {names} of {folder} changed since {self.folder} was saved", stacklevel=3)
 
     def create(self, text: Callable[[Path], None] | None = None):
         r"""Make the folder, once everything that can be refused has been looked at; config.json last.
@@ -249,7 +256,7 @@ class Run:
         if not self.writes:
             self.saved = (stage, optimization.step)
             return
-        self._keep_lock()
+        self.keep_lock()
         state = {
             "format": FORMAT,
             "stage": stage,
@@ -266,6 +273,7 @@ class Run:
         keep = self.folder / PREVIOUS if self.newest_is_whole else None
         write_atomically(self.folder / STATE, partial(save_state, state=state), size_of(state), keep)
         self.newest_is_whole = True
+        self.newest = written_at(self.folder / STATE)
         self.saved = (stage, optimization.step)
         write_atomically(self.folder / "loss.png", partial(plot_losses, rows=self.rows))
 
@@ -291,6 +299,11 @@ class Run:
 def all_settings(config: Config) -> dict:
     r"""Every setting by its name."""
     return dataclasses.asdict(config.model) | dataclasses.asdict(config.training)
+
+
+def written_at(path: Path) -> int | None:
+    r"""When a file was written, in nanoseconds; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def position(row: dict) -> tuple[int, int]:
@@ -325,7 +338,7 @@ def read_state(path: Path) -> dict:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a cut or foreign file fails in many ways
-        if isinstance(error, OSError) and error.errno in CANNOT:  # it may be whole
+        if isinstance(error, PermissionError):  # it may be whole
             raise
         is_foreign = isinstance(error, pickle.UnpicklingError)  # whose text advises to load it without care
         reason = "it cannot be read" if is_foreign else " ".join(str(error).split())[:100]
@@ -350,6 +363,7 @@ def csv_of(rows: list[dict]) -> bytes:
 def read_metrics(path: Path) -> list[dict]:
     r"""The rows of metrics.csv, also as a spreadsheet saves it; a file with other lines is kept beside, and named."""
     if not path.is_file():
+        warnings.warn(f"{path} is not there; its history begins anew", stacklevel=3)
         return []
     text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")
     lines = [line for line in text.splitlines() if line.strip()]
@@ -363,7 +377,8 @@ def read_metrics(path: Path) -> list[dict]:
                 if position(row)[1] > 0:
                     whole.append(row)
     if len(whole) < len(lines) - 1:
-        kept = path.with_name("metrics.kept.csv")
+        names = (path.with_name(f"metrics.kept.{n}.csv") for n in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
         write_atomically(kept, path.read_bytes())
         warnings.warn(
             f"{path} has {len(lines) - 1 - len(whole)} lines that are no metrics; kept as {kept}",

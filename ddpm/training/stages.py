@@ -168,6 +168,7 @@ class Stage:
         r"""Validate this step, unless it has been; the figures join its row of the metrics."""
         row = self.run.row(self.name, self.opt.step)
         if self.run.writes and not (row["psnr"] or row["val_loss"]):
+            self.run.keep_lock()
             try:
                 row.update(self.validate())
             except CannotWrite:  # of a grid or of weights; the checkpoint may have room
