@@ -6,9 +6,13 @@ Needs the extra `notebooks`: `pip install -e '.[notebooks]'`.
 import ast
 import json
 import re
+import runpy
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra notebooks")
 for package in ("nbclient", "ipykernel"):
@@ -17,9 +21,15 @@ for package in ("nbclient", "ipykernel"):
 import make  # noqa: E402
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook  # noqa: E402
 
+from ddpm import diffusion, sampling  # noqa: E402
+from ddpm.attention import Attention  # noqa: E402
+from ddpm.layers import timestep_embedding  # noqa: E402
+from ddpm.schedule import Schedule  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LINES = 20  # of a code cell
+EVERYTHING = ROOT / "notebooks" / "00_everything.py"
+LINES = 20  # of a code cell; those of 00, which defines classes, may have more
 NETWORK = ("http", "requests", "socket", "urllib", "urlopen", "download", "hf_hub", "from_pretrained", "pip ")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -52,7 +62,7 @@ def notebook(path):
 
 
 def test_they_are_numbered_without_a_gap_and_listed_in_the_docs():
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"{i:02}_" for i in range(1, len(NOTEBOOKS) + 1)]
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{i:02}_" for i in range(len(NOTEBOOKS))]
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = re.findall(r"^- \[(.+)\]\(\.\./notebooks/(.+?)\)", index, re.MULTILINE)
     assert [name for _, name in listed] == [path.name for path in NOTEBOOKS]
@@ -71,16 +81,18 @@ def test_it_is_what_make_writes_outputs_and_all(path, notebook, monkeypatch):
     assert make.content_of(notebook) == path.read_bytes()
 
 
-def test_it_imports_from_ddpm_and_defines_nothing_that_is_there(notebook):
+def test_it_imports_from_ddpm_and_defines_nothing_that_is_there(path, notebook):
+    if path.stem == EVERYTHING.stem:
+        pytest.skip("it is the whole thing in one file")
     trees = [ast.parse(source) for source in code_of(notebook)]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     assert any(isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ddpm") for node in nodes)
     assert {node.name for node in nodes if isinstance(node, DEFINITIONS)} & names_of_the_house() == set()
 
 
-def test_its_cells_are_short_and_need_no_network(notebook):
+def test_its_cells_are_short_and_need_no_network(path, notebook):
     for source in code_of(notebook):
-        assert len(source.splitlines()) <= LINES, source
+        assert len(source.splitlines()) <= (40 if path.stem == EVERYTHING.stem else LINES), source
         assert [word for word in NETWORK if word in source] == [], source
 
 
@@ -108,6 +120,46 @@ def test_it_ends_with_exercises_and_their_hidden_solutions(notebook):
     for solution in solutions:
         for source in re.findall(r"```python\n(.+?)```", solution, re.DOTALL):
             ast.parse(source)
+
+
+# ------------------------------------------------------------------------------------------- 00
+
+
+def test_notebook_00_has_the_cells_of_its_script():
+    cells = nbformat.read(EVERYTHING.with_suffix(".ipynb"), as_version=4).cells
+    expected = make.from_script(EVERYTHING).cells
+    assert [(c.cell_type, c.source) for c in cells] == [(c.cell_type, c.source) for c in expected]
+
+
+@pytest.mark.slow
+def test_the_equations_of_notebook_00_are_those_of_the_package(monkeypatch, tmp_path):
+    monkeypatch.setenv("EVERYTHING_STEPS", "3")
+    monkeypatch.chdir(tmp_path)
+    own = SimpleNamespace(**runpy.run_path(str(EVERYTHING)))
+    assert (tmp_path / "everything.png").exists()
+    cosine = Schedule.named("cosine")
+    t, s = torch.tensor([0, 300, 700]), torch.tensor([-1, 200, 500])
+    x_0, eps, x_t = torch.randn(3, 3, 3, 8, 8)
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(own.alpha_bar[:-1].double(), cosine.alpha_bar)
+    close(own.q_sample(x_0, t, eps), diffusion.q_sample(cosine, x_0, t, eps))
+    v = diffusion.v_from(cosine, x_0, t, eps)
+    close(own.velocity(x_0, t, eps), v)
+    close(own.x_0_and_eps(x_t, t, v), diffusion.x_0_and_eps(cosine, x_t, t, v, "v"))
+    x_0_hat, eps_hat = diffusion.x_0_and_eps(cosine, x_t, t, v, "v")
+    close(
+        own.ddim_step(x_t, t, s, v), sampling.ddim_step(cosine, x_t, t, s, x_0_hat, eps_hat, torch.zeros(1))
+    )
+    close(own.time_embedding(t, 64), timestep_embedding(t, 64))
+    q, k, v = torch.randn(3, 2, 5, 8)
+    close(own.attention(q, k, v), Attention.attend(q, k, v))
+
+    def network(x, t, tokens):
+        return x * (1 + tokens.sum(dim=1)[:, None, None, None])
+
+    tokens = torch.tensor([[1, 2], [3, 0], [0, 4]])
+    guided = sampling.guided(network, tokens, torch.zeros_like(tokens), 3.0)
+    close(own.guided(network, x_t, t, tokens, 3.0), guided(x_t, t))
 
 
 # ------------------------------------------------------------------------------------------- executed
