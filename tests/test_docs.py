@@ -162,9 +162,9 @@ def check_command(words: list[str]):
             a = get_args_parser().parse_args(arguments)
             assert a.training_script == "train.py"
             check_training(a.training_script_args, int(a.nnodes.split(":")[-1]) * int(a.nproc_per_node))
-        case ["python", "train.py", *arguments]:
+        case ["python", "train.py", *arguments] | ["python", "-m", "ddpm.training", *arguments]:
             check_training(arguments, 1)
-        case ["python", "sample.py", *arguments]:
+        case ["python", "sample.py", *arguments] | ["python", "-m", "ddpm", *arguments]:
             sample.check(sample.parser().parse_args(arguments))
         case ["python", "-m", "ddpm.export", *arguments]:
             export.parser().parse_args(arguments)

@@ -35,6 +35,7 @@ MAINS = {
     "tests/trials.py": trials.main,
 }
 BY_CI = ("python3 -m venv", "pip install", "python -m pytest", "python -m sphinx")
+BY_A_TEST = ("python docs/derivation.py",)  # tests/test_derivation.py
 SMALL_MODEL = (
     "--image-size 16 --vae-channels 32,32 --vae-layers 1 --latent-channels 4 --channels 32,32 --attention-levels 1 "
     "--res-blocks 1 --head-width 32 --text-weights random --drawn-images 400"
@@ -63,7 +64,7 @@ def shown() -> list:
             words = [word.removeprefix(".venv/bin/") for word in words]
             if words[0] == "torchrun":
                 words = ["python", *words[words.index("train.py") :]]
-            if words[0] == "error:" or " ".join(words).startswith(BY_CI):
+            if words[0] == "error:" or " ".join(words).startswith((*BY_CI, *BY_A_TEST)):
                 continue
             program = words[1:] if words[1] != "-m" else words[2:]
             found.setdefault(tuple(program), page)

@@ -159,6 +159,7 @@ def _check_plain(path: Path, tensors: dict[str, Tensor]):
     r"""UserError for whole numbers, booleans and complex numbers, and for what is sparse, nested or without content."""
     for name, tensor in tensors.items():
         is_whole = tensor.layout is torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
-        if tensor.dtype not in FLOATS or not is_whole:
+        is_counter = tensor.dtype is torch.int64 and not tensor.ndim  # of a BatchNorm's batches
+        if not (tensor.dtype in FLOATS or is_counter) or not is_whole:
             got = f"{name} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
             raise UserError(f"expected weights as plain floating-point numbers in {path}, got {got}")
