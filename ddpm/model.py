@@ -1,6 +1,7 @@
 r"""TextToImage: the VAE, the text tower, the UNet and the schedule together; prompts in, pictures out."""
 
 import math
+import shlex
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -224,7 +225,7 @@ def check_run(folder: Path, weights: str):
         raise UserError(f"expected the folder of a run, {folder} is {kind}; your runs are in runs/")
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"expected a run with config.json in {folder}, found none; train one with {TRAIN} --out {folder}"
+            f"expected a run with config.json in {folder}, found none; train one with {TRAIN} --out {shlex.quote(str(folder))}"
         )
     if (
         weights == "unet"
@@ -238,7 +239,7 @@ def check_run(folder: Path, weights: str):
         if not (folder / f"{part}.safetensors").is_file():
             raise UserError(
                 f"{folder} has no {part}.safetensors: its training is not finished; "
-                f"go on with {TRAIN} --resume {folder}"
+                f"go on with {TRAIN} --resume {shlex.quote(str(folder))}"
             )
 
 

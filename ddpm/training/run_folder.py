@@ -95,7 +95,7 @@ class Run:
     def _check_new(self):
         was_killed_in_create = (self.folder / LOCK).exists() and not (self.folder / "config.json").exists()
         if not was_killed_in_create:
-            check_new_folder(self.folder, f"choose another --out, or go on with --resume {self.folder}")
+            check_new_folder(self.folder, f"choose another --out, or go on with --resume {self.quoted}")
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise UserError(f"expected a folder that can be written to, {there} cannot; choose another --out")
