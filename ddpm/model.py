@@ -225,7 +225,8 @@ def check_run(folder: Path, weights: str):
         raise UserError(f"expected the folder of a run, {folder} is {kind}; your runs are in runs/")
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"expected a run with config.json in {folder}, found none; train one with {TRAIN} --out {shlex.quote(str(folder))}"
+            f"expected a run with config.json in {folder}, found none; "
+            f"train one with {TRAIN} --out {shlex.quote(str(folder))}"
         )
     if (
         weights == "unet"

@@ -186,7 +186,7 @@ def python(code: str) -> nodes.literal_block:
 def write_pages(app: Sphinx):
     r"""A page for each file of the house, below docs/code, and README's table over them."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    house = readme.partition("## The house\n")[2].partition("\n```")[0]
+    house = readme.partition("## The house\n")[2].partition("\n## ")[0]
     house = house.replace("](", "](../").replace("](../docs/", "](../")
     order = "\n".join(f"/{page_of(file)}" for file in files())
     pages = {"code/index": f"# The code\n{house}\n\n```{{toctree}}\n:hidden:\n\n{order}\n```\n"}
