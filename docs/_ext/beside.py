@@ -21,6 +21,10 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_id
 
 SECTION = re.compile(r"(Args|Attributes|Callable|Letters|Raises|Returns|Shapes):(?: (?=\S)|$)", re.MULTILINE)
+GREEK = {"alpha_bar": r"\bar\alpha", "eps": r"\epsilon"} | {
+    name: f"\\{name}" for name in ("alpha", "beta", "sigma")
+}
+SYMBOL = re.compile(r"\b(alpha_bar|alpha|beta|sigma|eps|x|z)_(\{[^}]*\}|[0tsT]\b)")
 QUAD = re.compile(r"\\q?quad\b\s*")  # between equations that share one pair of $$
 ITEM = re.compile(r"([\w`*, ]+): (.*)", re.DOTALL)
 
@@ -158,7 +162,7 @@ class Beside(SphinxDirective):
         for i, part in enumerate(text.split("`")):
             if i % 2 == 0:
                 for j, piece in enumerate(part.split("$")):
-                    yield nodes.math("", piece) if j % 2 else nodes.Text(piece)
+                    yield from [nodes.math("", piece)] if j % 2 else typeset(piece)
             elif (target := self.lookup(part)) is None:
                 yield nodes.literal(part, part)
             else:
@@ -172,6 +176,16 @@ class Beside(SphinxDirective):
             full for full in found if full in self.outermost or "." in name
         ]  # no stranger's bare method
         return found[0] if len(found) == 1 else None
+
+
+def typeset(text: str) -> Iterator[nodes.Node]:
+    r"""Text whose symbols with an index, such as x_0 and alpha_{t|s}, are set as mathematics."""
+    end = 0
+    for match in SYMBOL.finditer(text):
+        yield nodes.Text(text[end : match.start()])
+        yield nodes.math("", f"{GREEK.get(match[1], match[1])}_{{{match[2].strip('{}')}}}")
+        end = match.end()
+    yield nodes.Text(text[end:])
 
 
 def names_of(thing: Thing) -> list[str]:
