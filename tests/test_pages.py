@@ -27,7 +27,7 @@ def test_every_test_that_a_page_names_is_in_the_file_that_it_links(page):
 def test_the_flags_and_parts_of_the_evaluation_are_all_told():
     page, parser = PAGES["evaluate.md"], evaluation.parser()
     flags = {s for action in parser._actions for s in action.option_strings if s not in ("-h", "--help")}
-    assert flags == set(re.findall(r"`(--[a-z-]+)`", page.partition("## What it says")[0]))
+    assert flags == set(re.findall(r"`(--[a-z-]+)`", page.partition("## What it prints")[0]))
     assert f"`{','.join(evaluation.PARTS)}`" in page
     assert all(f"`{name}`" in page for name in evaluation.EXTRACTORS)
 
