@@ -15,7 +15,7 @@ from ddpm.tools.errors import UserError, printable
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 VARIANCES = ("posterior", "beta", "learned")
-MOST_PIXELS = 80_000_000  # Pillow warns of more when it opens a file
+MOST_PIXELS = 60_000_000  # Pillow warns of more when it opens a file, and a GIF has at most 65,535 rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,8 +61,10 @@ def check(a: argparse.Namespace):
         raise UserError(f"expected --out to end in .png, or a folder, got {a.out}")
     if a.film and a.film.suffix.lower() not in (".gif", ".png"):
         raise UserError(f"expected --film to end in .gif or .png, got {a.film}")
-    if a.film and a.film.resolve() == a.out.resolve():
-        raise UserError(f"expected two files for --out and --film, got {a.out} for both")
+    if a.film and a.out.resolve() in (a.film.resolve(), a.film.resolve().parent):
+        raise UserError(
+            f"expected --film apart from --out, got {a.film} and {a.out}; name another file or folder"
+        )
     for path in filter(None, (a.out if is_grid(a.out) else None, a.film)):
         if not path.resolve().parent.is_dir():
             raise UserError(f"expected the folder of {path} to exist; make it first")
@@ -76,16 +78,19 @@ def is_grid(out: Path) -> bool:
 def check_model(a: argparse.Namespace, model: ModelConfig):
     r"""Refuse what this model cannot draw, and sheets that no program opens."""
     count = len(a.prompts) * a.num
-    side = max(128, model.image_size)
+    columns = min(a.columns or 8, count)
+    side = model.image_size * max(1, 128 // model.image_size)  # in a grid
+    frame = model.image_size * max(1, 64 // model.image_size)  # in a strip
     sheets = {
-        "--out": is_grid(a.out) * count * (side + 8) * (side + 92),
-        "--film": bool(a.film) * a.steps * count * 4096,
+        "--out": is_grid(a.out) * -(-count // columns) * columns * (side + 8) * (side + 92),
+        "--film": bool(a.film) * a.steps * count * frame**2,
     }
     for flag, pixels in sheets.items():
         if pixels > MOST_PIXELS:
+            advice = "give --out a folder" if flag == "--out" else "take fewer --steps"
             raise UserError(
-                f"expected a sheet of at most {MOST_PIXELS:,} pixels for {flag}, {count} pictures need {pixels:,}; "
-                "draw fewer, or give --out a folder"
+                f"expected a sheet of at most {MOST_PIXELS:,} pixels for {flag}, "
+                f"{count} pictures need {pixels:,}; draw fewer, or {advice}"
             )
     if a.steps > model.timesteps:
         raise UserError(f"expected --steps from 1 to {model.timesteps}, the model's chain, got {a.steps}")

@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ddpm.tools.command import TRAIN
 from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.strict_json import fits_in_64_bits, read_json
 
@@ -178,7 +179,7 @@ class Config:
         _require(preset in PRESETS, f"a preset out of {', '.join(PRESETS)}", preset)
         values = PRESETS[preset] | changes
         unknown = set(values) - {name for section in SECTIONS.values() for name in fields_of(section)}
-        _require(not unknown, "names of settings, as train.py --help lists them", ", ".join(sorted(unknown)))
+        _require(not unknown, f"names of settings, as {TRAIN} --help lists them", ", ".join(sorted(unknown)))
         return cls(_build(ModelConfig, values), _build(TrainConfig, values), preset).checked()
 
     def checked(self) -> "Config":
@@ -217,7 +218,7 @@ class Config:
             ):
                 if names:
                     listed = ", ".join(sorted(names))
-                    made = f"another version of ddpm made it; {advice} them (train.py --help lists all)"
+                    made = f"another version of ddpm made it; {advice} them ({TRAIN} --help lists all)"
                     raise UserError(f"{kind} settings in {path}: {listed}; {made}")
             sections[name] = _build(section, values[name])
         preset = values.get("preset", "")

@@ -101,8 +101,15 @@ class TextToImage(nn.Module):
         negative = list_of_strings(negative, "negative")
         if len(negative) != len(prompts):
             raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
-        if self.unet.conv_in.weight.dtype != torch.float32:
-            dtype = self.unet.conv_in.weight.dtype
+        if eta and sampler == "ddpm" or variance and sampler != "ddpm":
+            raise ValueError(
+                f"expected eta with ddim or dpm++ and variance with ddpm, got {sampler}; leave it out"
+            )
+        dtypes = {
+            parameter.dtype for part in (self.vae, self.text, self.unet) for parameter in part.parameters()
+        }
+        if dtypes - {torch.float32}:
+            dtype = (dtypes - {torch.float32}).pop()
             raise ValueError(
                 f"expected weights in float32, got {dtype}; call float(), and give precision fp16 or bf16"
             )

@@ -206,10 +206,15 @@ def test_a_model_without_caption_drop_warns_that_guidance_has_nothing_to_lead_fr
         ({"sampler": "euler"}, "got 'euler'"),
         ({"steps": 1001}, "1 to 1000 sampling steps, got 1001"),
         ({"eta": 2.0}, r"eta in \[0, 1\], got 2.0"),
+        ({"eta": 0.5, "sampler": "ddpm"}, "eta with ddim or dpm"),
+        ({"variance": "beta"}, "variance with ddpm, got dpm"),
         ({"guidance_scale": float("nan")}, "finite guidance scale, got nan"),
         ({"precision": "fp8"}, "fp32, bf16, fp16, got 'fp8'"),
         ({"batch_size": -1}, "batch_size of at least 1, got -1"),
-        ({"variance": "learned"}, "variance posterior or beta, got learned: this model learned none"),
+        (
+            {"variance": "learned", "sampler": "ddpm"},
+            "variance posterior or beta, got learned: this model learned none",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tiny, settings, told):
