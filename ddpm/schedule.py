@@ -70,7 +70,7 @@ class Schedule:
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
-        self._with_clean = torch.cat([self.alpha_bar, torch.ones(1)])  # the index -1 finds the clean picture
+        self._from_clean = torch.cat([torch.ones(1), self.alpha_bar])  # the clean picture is at t = -1
 
     @classmethod
     def named(cls, name: str, timesteps: int = 1000) -> "Schedule":
@@ -106,4 +106,4 @@ class Schedule:
         Returns: (B, 1, ..., 1) float64, so an equation with it is computed in double precision. The functions of
         `diffusion` round once, at their end.
         """
-        return self._with_clean[t].reshape(-1, *[1] * (x.ndim - 1))
+        return self._from_clean[t + 1].reshape(-1, *[1] * (x.ndim - 1))

@@ -77,6 +77,8 @@ def test_lookups_have_the_shape_of_the_batch_and_minus_one_is_clean():
     beta = schedule.beta_at(torch.tensor([0, 999]), torch.zeros(2, 5))
     assert beta.shape == (2, 1)
     assert beta.flatten().tolist() == [schedule.beta[0].item(), schedule.beta[999].item()]
+    with pytest.raises(IndexError):
+        schedule.alpha_bar_at(torch.tensor([1000]), torch.zeros(1, 4))  # the times end at T - 1
 
 
 def test_the_tables_move_to_a_device_in_double_precision_and_to_mps_in_single():
