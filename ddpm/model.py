@@ -138,7 +138,7 @@ class TextToImage(nn.Module):
                 x = self.decode(state.x)
             pictures.append(x.float())
         x = torch.cat(pictures)
-        if not torch.isfinite(x).all():
+        if not x.sum().isfinite():
             message = (
                 "some pictures are not finite numbers; lower guidance_scale, or look for NaN in the weights"
             )

@@ -195,10 +195,11 @@ def test_a_step_asks_the_unet_about_scaled_latents_with_noise_and_about_their_ca
     latents.moments[:, :, 1] = -30
     inputs = []
     model.unet.register_forward_pre_hook(lambda unet, arguments: inputs.append(arguments))
-    run_unet(config, model, pictures, latents, texts, 5)
+    reports = run_unet(config, model, pictures, latents, texts, 5)
     noise, dropped = [], 0
     for step, (z_t, t, context) in enumerate(inputs):
         chosen, _ = batches.batch_rows(pictures.rows(TRAIN), len(t), step, 0, "unet")
+        assert np.array_equal(reports[step].rows, chosen) and torch.equal(reports[step].t, t)
         alpha_bar_t = model.schedule.alpha_bar_at(t, z_t)
         z_0 = 0.5 * torch.from_numpy(sign[chosen])[:, None, None, None]
         noise.append((z_t - alpha_bar_t.sqrt() * z_0) / (1 - alpha_bar_t).sqrt() * z_0.sign())
