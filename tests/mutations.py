@@ -53,6 +53,7 @@ EQUIVALENT = {
     ("sampling.ddim_step", "", "clamp"): "guards devices without float64 against rounding",
     ("muon.Muon.__init__", "another number", "0.0"): "a default",
     ("TextToImage.sample", "another number", ""): "where a warning is from",
+    ("TextToImage.sample", "mean for sum", "x.sum()"): "one is finite where the other is",
     ("TextToImage.sample", "Sub for Add", "first + i"): "which of several calls; a promise of its own",
     ("sampling._log_snr", "another number", "0.5"): "only ratios of its differences are used",
     ("Schedule.__init__", "another number", "1"): "a second clean time that nobody reads",
