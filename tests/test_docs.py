@@ -27,6 +27,7 @@ from ddpm.celeba.faces import write_celeba
 from ddpm.config import Config
 from ddpm.evaluation import __main__ as evaluation
 from ddpm.export import __main__ as export
+from ddpm.layers import Downsample, Upsample
 from ddpm.model import TextToImage
 from ddpm.tools import text_weights
 from ddpm.tools.command import exit_code
@@ -112,6 +113,23 @@ def test_every_docstring_is_raw():
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
                 line = node.body[0].lineno
                 assert text.splitlines()[line - 1].lstrip().startswith('r"""'), (file, line)
+
+
+def test_the_diagram_of_the_unet_has_the_shapes_that_pass_through_it():
+    shapes = Counter({"32 × 32 × 4": 2})  # what goes in and what comes out
+
+    def note(block, args, output):
+        shapes[" × ".join(map(str, (*output.shape[2:], output.shape[1])))] += 1
+
+    with torch.device("meta"):
+        unet = UNet()
+        ends = [level.resnets[-1] for level in (*unet.down_blocks, *unet.up_blocks)]
+        sizes = [part for part in unet.modules() if isinstance(part, Downsample | Upsample)]
+        for block in (unet.conv_in, unet.mid_block, unet.conv_out, *ends, *sizes):
+            block.register_forward_hook(note)
+        unet(torch.zeros(1, 4, 32, 32), torch.zeros(1, dtype=torch.long), torch.zeros(1, 77, 512))
+    drawn = (ROOT / "docs/images/diagram-unet.svg").read_text(encoding="utf-8")
+    assert Counter(re.findall(r"\d+ × \d+ × \d+", drawn)) == shapes
 
 
 # -------------------------------------------------------------------------------------------------- commands

@@ -9,8 +9,10 @@ lists, doctests, sections such as `Args:`, and names in backticks, which become 
 without being asked.
 """
 
+import html
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from textwrap import dedent
 
 from docutils import nodes
@@ -243,6 +245,8 @@ def link_pages(app: Sphinx, docname: str, source: list[str]):
         return f"[{match[1]}](../../{file})" if docname.startswith("notebooks/") else match[0]
 
     source[0] = LINK.sub(link, source[0])
+    if docname.startswith("notebooks/"):
+        source[0] = source[0].replace("](../docs/images/", "](../images/")
 
 
 def cell_label(cell: str) -> str:
@@ -259,6 +263,19 @@ def label_cells(app: Sphinx, doctree: nodes.document):
             app.env.domains.standard_domain.anonlabels[label] = docname, label
 
 
+def inline_diagrams(app: Sphinx, doctree: nodes.document, docname: str):
+    r"""Set diagrams into the page, so that their boxes link to the code and their ink is the theme's."""
+    root = "../" * docname.count("/")
+    for image in list(doctree.findall(nodes.image)):
+        if "/diagram-" not in image["uri"]:
+            continue
+        svg = (Path(app.srcdir) / image["uri"]).read_text(encoding="utf-8")
+        svg = re.sub("<style>.*</style>", "", svg).replace('href="code/', f'href="{root}code/')
+        label = html.escape(image["alt"])
+        svg = svg.replace("<svg", f'<svg role="group" aria-label="{label}"', 1)
+        image.replace_self(nodes.raw("", svg, format="html"))
+
+
 def level_captions(app: Sphinx, page: str, template: str, context: dict, doctree):
     r"""Sphinx gives the captions of the sidebar the role of headings, but not the level that the role demands."""
     tree = context.get("furo_navigation_tree", "")
@@ -270,5 +287,6 @@ def setup(app: Sphinx):
     app.connect("builder-inited", write_pages)
     app.connect("source-read", link_pages)
     app.connect("doctree-read", label_cells)
+    app.connect("doctree-resolved", inline_diagrams)
     app.connect("html-page-context", level_captions, priority=900)  # after furo's
     return {"parallel_read_safe": False}

@@ -27,7 +27,7 @@ LOOK = r"""() => {
     errors: [...document.querySelectorAll(".katex-error")].map(e => e.title),
     formulas: [document.querySelectorAll(".math").length, document.querySelectorAll(".math .katex").length],
     ids: [...document.querySelectorAll("[id]")].map(e => e.id),
-    links: [...document.querySelectorAll("a[href]")].map(a => a.href),
+    links: [...document.querySelectorAll("a[href]")].map(a => new URL(a.getAttribute("href"), document.baseURI).href),
     broken: [...document.images].filter(i => !i.naturalWidth || !i.alt).map(i => i.src),
     headings: [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")].map(h => Number(h.tagName[1])),
     overflow: Math.max(...["html", ".content"].map(
