@@ -86,6 +86,10 @@ class TrainConfig:
     crop: int = option(
         0, "side of the centre crop in pixels; 0: 148 for aligned CelebA, else the largest square", low=0
     )
+    flip: bool = option(True, "mirror half of the pictures; not, where left and right matter")
+    init: str = option(
+        "", "run folder whose VAE and UNet, where their shapes fit, this run begins with, or `shipped`"
+    )
     seed: int = option(0, "names every random number of the run", low=0)
     batch_size: int = option(16, "pictures a step of the UNet", low=1, high=2**16)
     vae_batch_size: int = option(16, "pictures a step of the VAE", low=1, high=2**16)

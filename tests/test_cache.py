@@ -1,7 +1,9 @@
 r"""What is computed once: pictures, latents and captions in memory-mapped files that follow what they depend on."""
 
+import errno
 import json
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,9 +14,9 @@ from PIL import Image
 from ddpm.celeba.dataset import Pictures, drawn_pictures, fingerprint, photographs
 from ddpm.celeba.faces import PER_ROW, drawn_rows, drawn_split, write_celeba
 from ddpm.celeba.lists import TEST, TRAIN, VALID, open_table
-from ddpm.tools.arrays import cached_array
+from ddpm.tools.arrays import Records, cached_array
 from ddpm.tools.errors import UserError
-from ddpm.training.caches import Latents, Texts, encode_latents
+from ddpm.training.caches import Encoded, Latents, Texts, encode_latents
 from ddpm.vae import KLVAE
 
 
@@ -179,7 +181,7 @@ def test_latents_hold_both_ways_round_and_follow_the_weights(tmp_path):
     torch.manual_seed(0)
     pictures = drawn_pictures(tmp_path, 8, seed=0, size=16)
     vae = KLVAE((32, 32), 1, 4)
-    latents = encode_latents(tmp_path, vae, pictures, batch=3)
+    latents = encode_latents(tmp_path, vae, pictures)
     rows = np.arange(8)
     for flip in (torch.zeros(8, dtype=torch.bool), torch.ones(8, dtype=torch.bool)):
         with torch.no_grad():
@@ -188,15 +190,39 @@ def test_latents_hold_both_ways_round_and_follow_the_weights(tmp_path):
         assert (q.mu - expected.mu).abs().max() < 5e-3  # kept as float16, numbers of size 1
         assert (q.logvar - expected.logvar).abs().max() < 5e-3
     torch.nn.init.normal_(vae.quant_conv.weight)
-    assert not np.array_equal(encode_latents(tmp_path, vae, pictures).moments, latents.moments)
-    assert isinstance(latents, Latents) and len(list(tmp_path.glob("latents-*.npy"))) == 2
+    assert not torch.equal(encode_latents(tmp_path, vae, pictures).gaussian(rows, flip).mu, q.mu)
+    assert isinstance(latents, Latents) and len(list(tmp_path.glob("latents-*.bin"))) == 2
+
+
+def test_latents_are_encoded_when_first_asked_for_and_do_not_depend_on_the_company(tmp_path):
+    torch.manual_seed(0)
+    pictures = drawn_pictures(tmp_path, 24, seed=0, size=16)
+    vae = KLVAE((32, 32), 1, 4)
+    some, other = np.array([3, 20]), np.arange(24)
+    g = torch.Generator().manual_seed(0)
+    mirrored = torch.rand(24, generator=g) < 0.5
+    alone = Latents(Encoded(tmp_path / "a", vae, pictures)).gaussian(some, mirrored[some])
+    with mock.patch.object(KLVAE, "encode", autospec=True, side_effect=KLVAE.encode) as encode:
+        latents = Latents(Encoded(tmp_path / "b", vae, pictures))
+        assert not encode.called
+        among = latents.gaussian(other, mirrored)
+        assert encode.call_count == 3  # eight at a time
+        again = Latents(Encoded(tmp_path / "b", vae, pictures)).gaussian(other, mirrored)
+        assert encode.call_count == 3
+    assert torch.equal(again.mu, among.mu) and torch.equal(again.logvar, among.logvar)
+    assert torch.equal(alone.mu, among.mu[some]) and torch.equal(alone.logvar, among.logvar[some])
 
 
 def test_captions_are_embedded_once_and_come_back_as_the_tower_gives_them(tmp_path, tower):
     texts = Texts(tmp_path, tower, ["a man", "a woman", "a man"])
-    assert texts.states.shape == (3, 77, 512)  # two sentences and the empty one
-    assert (texts(["a woman", ""]) - tower(["a woman", ""])).abs().max() < 5e-3  # kept as float16
-    assert (texts(["never seen"]) - tower(["never seen"])).abs().max() == 0
+    with mock.patch.object(texts, "embed", side_effect=texts.embed) as embed:
+        assert (
+            texts(["a woman", "a man"]) - tower(["a woman", "a man"])
+        ).abs().max() < 5e-3  # kept as float16
+        assert not embed.called
+        for _ in range(2):
+            assert (texts(["never seen", ""]) - tower(["never seen", ""])).abs().max() < 5e-3
+        assert embed.call_count == 1
 
 
 @pytest.mark.slow
@@ -206,22 +232,88 @@ def test_captions_may_be_embedded_in_bf16_and_are_kept_apart(tmp_path, tower):
     rounded = Texts(tmp_path, tower, sentences, "bf16")(sentences)
     apart = (exact - exact.mean(0)).norm()
     assert 1e-4 * apart < (rounded - exact).norm() < 0.03 * apart
-    assert len(list(tmp_path.glob("texts-*.npy"))) == 2
+    assert len(list(tmp_path.glob("texts-*.bin"))) == 2
     through = Texts(tmp_path, tower, sentences, "bf16", limit_gb=0.0)(sentences)
     assert (through - rounded).norm() < 0.03 * apart and through.dtype == torch.float32
 
 
 @pytest.mark.parametrize("limit_gb", [8.0, 0.0])
-def test_all_captions_that_are_cut_are_one_warning_with_their_count_and_an_example(tmp_path, tower, limit_gb):
+def test_captions_that_are_cut_are_one_warning_with_an_example(tmp_path, tower, limit_gb):
     long = [f"{'man ' * 75}{i}" for i in range(3)]
     with pytest.warns(UserWarning) as warned:
-        texts = Texts(tmp_path, tower, [*long, "a man"], limit_gb=limit_gb)
-        texts(long[:2])
+        texts = Texts(tmp_path, tower, limit_gb=limit_gb)
+        texts(["a man", *long[:2]])
+        texts(long)
     (warning,) = warned
-    assert str(warning.message) == "3 prompts, the first of 76 tokens is cut to 75; left out: '0'"
+    assert str(warning.message).startswith(
+        "a prompt of 76 tokens is cut to 75; left out: '0'; other long ones"
+    )
 
 
-def test_captions_beyond_the_limit_go_through_the_tower(tmp_path, tower):
+def test_captions_without_a_file_go_through_the_tower(tmp_path, tower):
     texts = Texts(tmp_path, tower, ["a man", "a woman"], limit_gb=0.0)
-    assert not texts.cached and not list(tmp_path.iterdir())
+    assert texts.records is None and not list(tmp_path.iterdir())
     assert torch.equal(texts(["a man"]), tower(["a man"]))
+
+
+# -------------------------------------------------------------------- files that fill themselves
+
+
+def counted(path, shape=(5,), places=lambda key: [key]):
+    r"""Records of ten times the key, and the keys that were computed."""
+    made = []
+
+    def make(keys):
+        made.extend(dict.fromkeys(keys))
+        return np.stack([np.full(shape, 10 * key) for key in keys])
+
+    return Records(path, shape, np.float16, places, make), made
+
+
+def test_records_are_made_when_asked_for_and_found_by_the_next_process(tmp_path):
+    path = tmp_path / "new" / "a.bin"
+    records, made = counted(path)
+    assert records([7, 3, 7])[:, 0].tolist() == [70, 30, 70] and made == [7, 3]
+    other, made_there = counted(path)
+    assert other([3, 4])[:, 0].tolist() == [30, 40] and made_there == [4]
+    assert records([4])[0, 0] == 40 and made == [7, 3]
+    assert path.stat().st_size == 8 * records.length  # up to the last that was written, with holes
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "swap"])
+def test_a_record_that_is_cut_damaged_or_of_another_key_is_made_again(tmp_path, harm):
+    path = tmp_path / "a.bin"
+    records, made = counted(path)
+    records([0, 1])
+    data = bytearray(path.read_bytes())
+    length = records.length
+    if harm == "cut":
+        data = data[:-1]
+    elif harm == "flip":
+        data[length + 7] ^= 1
+    else:
+        data[length:] = data[:length]
+    path.write_bytes(data)
+    assert records([0, 1])[:, 0].tolist() == [0, 10] and made == [0, 1, 1]
+    assert counted(path)[0]([1])[0, 0] == 10
+
+
+def test_keys_that_share_their_places_take_turns_and_are_never_confused(tmp_path):
+    records, made = counted(tmp_path / "a.bin", places=lambda key: [0, 1])
+    for _ in range(2):
+        assert records([1, 2, 3])[:, 0].tolist() == [10, 20, 30]
+    assert made[:3] == [1, 2, 3] and 2 not in made[3:]  # the third took the place of the first
+
+
+def test_a_file_that_cannot_be_written_is_one_warning_and_no_more(tmp_path, monkeypatch):
+    records, made = counted(tmp_path / "a.bin")
+
+    def full(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(records, "file", mock.Mock(read=lambda n: b"", write=full))
+    with pytest.warns(UserWarning, match="could not write .*a.bin: No space left.*computed again") as warned:
+        assert records([1, 2])[:, 0].tolist() == records([1, 2])[:, 0].tolist() == [10, 20]
+    assert len(warned) == 1 and made == [1, 2, 1, 2]
+    (tmp_path / "b.bin").mkdir()
+    assert "could not open" in refusal_of(counted, tmp_path / "b.bin")

@@ -100,6 +100,7 @@ def test_a_number_without_a_range_is_one_of_the_levels():
         "attention_levels",  # held against the widths
         "text_quick_gelu",
         "gradient_checkpointing",
+        "flip",
     }
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from ddpm.celeba.dataset import drawn_pictures
 from ddpm.config import Config
 from ddpm.model import TextToImage
-from ddpm.training.caches import AT_ONCE, Latents
+from ddpm.tools.arrays import TOGETHER
+from ddpm.training.caches import Latents
 from ddpm.training.dry_run import (
     ATTENTION_ON_CPU,
     MIB,
@@ -94,10 +95,10 @@ def test_the_specs_model_stays_below_what_a_card_of_4_gb_has(stage, tower):
 def test_what_is_made_between_the_stages_is_counted_and_small(tower):
     config = Config.from_preset("celeba64", text_weights="random")
     model = TextToImage(config.model, tower)
-    latents, captions = measure_caches(model, "fp32")
-    one_map = AT_ONCE * 64**2 * config.model.vae_channels[0] * 4
+    (latents, captions), *_ = measure_caches(model, "fp32")
+    one_map = TOGETHER * 64**2 * config.model.vae_channels[0] * 4
     assert 2 * one_map <= latents < 6 * one_map  # what goes into a layer and what comes out, at the least
-    states = AT_ONCE * 77 * 512 * 4
+    states = TOGETHER * 77 * 512 * 4
     assert 5 * states <= captions < 20 * states  # the feed-forward is four times as wide
     lowvram = measure("unet", model, Config.from_preset("lowvram", text_weights="random"), "fp32", 3)
     assert lowvram["weights"] + max(latents, captions) < 1.1 * lowvram["peak"]

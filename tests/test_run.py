@@ -177,7 +177,7 @@ def test_a_signal_within_a_validation_gives_it_up_and_the_resumed_run_does_it(wh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module, name", [(dataset, "drawn_pictures"), (stages, "encode_latents")])
+@pytest.mark.parametrize("module, name", [(dataset, "drawn_pictures"), (stages, "measure_latent_scale")])
 def test_a_signal_between_the_trainings_ends_at_once_in_one_line(module, name, whole, tmp_path, capsys):
     folder, work = tmp_path / "run", getattr(module, name)
     begin = [*QUICK, *FP32, "--out", folder, "--cache", tmp_path / "cache"]
@@ -188,14 +188,14 @@ def test_a_signal_between_the_trainings_ends_at_once_in_one_line(module, name, w
                 os.kill(os.getpid(), signal.SIGINT)
                 yield thing
 
-        return work(*arguments[:4], progress)
+        return work(*arguments[:-1], progress)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, interrupted)
         assert run_train(*begin) == 130
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
     assert line.startswith("stopped; ") and leftovers(tmp_path) == []
-    assert folder.exists() == (name == "encode_latents")
+    assert folder.exists() == (name == "measure_latent_scale")
     again = ["--resume", folder, "--device", "cpu", "--cache", tmp_path / "cache"]
     assert run_train(*(again if folder.exists() else begin)) == 0
     assert_same_run(folder, whole)

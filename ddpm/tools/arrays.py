@@ -1,19 +1,22 @@
-r"""Arrays that are computed once and kept in a folder of memory-mapped files."""
+r"""Arrays that are computed once and kept in files: all of them first, or each when it is asked for."""
 
 import hashlib
 import math
 import os
+import warnings
+import weakref
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ddpm.tools.errors import UserError
-from ddpm.tools.files import reserve, write_atomically
+from ddpm.tools.files import CannotWrite, reserve, write_atomically
 
 VERSION = 3  # of the files' layout, of the crop and of the drawing
-CHECKSUM = 4  # bytes behind the array
+CHECKSUM = 4  # bytes behind an array
+TOGETHER = 8  # arrays that `Records` makes in one go
 Progress = Callable[[Iterable, int, str], Iterable]
 
 
@@ -60,6 +63,85 @@ def cached_array(path: Path, shape: tuple[int, ...], dtype, fill: Callable[[np.n
     if stored != checksum(array):
         raise UserError(f"the cache {path} is damaged: its checksum does not fit; delete the file")
     return array
+
+
+class Records:
+    r"""Arrays of one shape, by key, in a file that fills itself: each is made when it is first asked for.
+
+    Each lies behind its bytes' CRC-32, which begins with the key. Where that does not fit, the array is not there: it
+    was never written (the file has holes), a kill cut it, the disk damaged it, or another key has its place. So a file
+    needs no repair, and several processes may fill it.
+
+    Args:
+        places: key -> the places in the file, counted in arrays, where its array may lie; all may be taken by others.
+        make: TOGETHER keys -> their arrays. The last key is repeated where there are fewer, so that an array does not
+            depend on how many others were asked for.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype,
+        places: Callable[[Hashable], Sequence[int]],
+        make: Callable[[list], np.ndarray],
+    ):
+        self.path = path
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self.places = places
+        self.make = make
+        self.length = CHECKSUM + math.prod(shape) * self.dtype.itemsize
+        self.writes = True
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        except OSError as error:
+            advice = "see that its folder is there and can be written to"
+            raise CannotWrite(f"could not open {path}: {error.strerror}; {advice}") from None
+        weakref.finalize(self, self.file.close)
+
+    def __call__(self, keys: Sequence[Hashable]) -> np.ndarray:
+        r"""The arrays of these keys, (len(keys), *shape)."""
+        arrays = {key: self.read(key) for key in keys}
+        missing = [key for key, array in arrays.items() if array is None]
+        for start in range(0, len(missing), TOGETHER):
+            some = missing[start : start + TOGETHER]
+            padded = [*some, *some[-1:] * (TOGETHER - len(some))]
+            for key, array in zip(some, self.make(padded), strict=False):
+                arrays[key] = array.astype(self.dtype)
+                self.write(key, arrays[key])
+        return np.stack([arrays[key] for key in keys])
+
+    def read(self, key: Hashable) -> np.ndarray | None:
+        r"""The array of this key, or None where it is not there."""
+        for place in self.places(key):
+            record = self.bytes_at(place, self.length)
+            if len(record) == self.length and record[:CHECKSUM] == self.checksum(key, record[CHECKSUM:]):
+                return np.frombuffer(record, self.dtype, offset=CHECKSUM).reshape(self.shape)
+        return None
+
+    def write(self, key: Hashable, array: np.ndarray):
+        r"""Keep an array in the first of its places that is empty, or else in the first."""
+        if not self.writes:
+            return
+        places = self.places(key)
+        content = array.tobytes()
+        empty = [place for place in places if not any(self.bytes_at(place, CHECKSUM))]
+        try:
+            self.file.seek((empty or places)[0] * self.length)
+            self.file.write(self.checksum(key, content) + content)
+        except OSError as error:
+            self.writes = False
+            advice = "what it lacks is computed again whenever it is needed"
+            warnings.warn(f"could not write {self.path}: {error.strerror}; {advice}", stacklevel=2)
+
+    def bytes_at(self, place: int, count: int) -> bytes:
+        self.file.seek(place * self.length)
+        return self.file.read(count)
+
+    def checksum(self, key: Hashable, content: bytes) -> bytes:
+        return zlib.crc32(content, zlib.crc32(repr(key).encode())).to_bytes(CHECKSUM, "big")
 
 
 def checksum(array: np.ndarray) -> bytes:

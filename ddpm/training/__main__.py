@@ -21,6 +21,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--preset", choices=PRESETS, help="named settings [drawn64; with --data celeba64, the spec]"
     )
+    p.add_argument(
+        "--config", type=command.path, metavar="FILE", help="settings of a run's config.json for a preset's"
+    )
     p.add_argument("--out", type=command.path, metavar="RUN", help="run folder to make [runs/PRESET]")
     p.add_argument("--resume", type=command.path, metavar="RUN", help="go on with the run in this folder")
     p.add_argument(
@@ -61,6 +64,12 @@ def configuration(arguments: argparse.Namespace) -> Config:
         flags = {"max_minutes": 0.0} | flags | steps
     if arguments.resume is not None:
         return resumed_configuration(arguments, flags)
+    if arguments.config is not None:
+        if arguments.preset is not None:
+            raise UserError("expected --preset or --config, got both")
+        given = Config.read(arguments.config)
+        preset = given.preset if given.preset in PRESETS else "celeba64"
+        return Config.from_preset(preset, **{**vars(given.model), **vars(given.training), "init": ""} | flags)
     default = "drawn64" if flags.get("data", "drawn") == "drawn" else "celeba64"
     return Config.from_preset(arguments.preset or default, **flags)
 
@@ -68,8 +77,8 @@ def configuration(arguments: argparse.Namespace) -> Config:
 def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
     r"""The stored configuration with its bounds moved; anything else that differs is refused by name."""
     folder = arguments.resume
-    if arguments.out is not None or arguments.preset is not None:
-        raise UserError("expected --resume without --out and --preset, got both; a resumed run keeps them")
+    if arguments.out or arguments.preset or arguments.config:
+        raise UserError("expected --resume without --out, --preset, --config; a resumed run keeps its own")
     if not folder.is_dir():
         raise UserError(
             f"expected the folder of a run after --resume, {folder} is none; start one with --out"

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.celeba.dataset import Pictures
-from ddpm.celeba.lists import TRAIN
 from ddpm.config import Config
 from ddpm.tools.seeding import seed_of
 
@@ -32,14 +30,13 @@ def permutation(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(n)
 
 
-def stage_steps(config: Config, stage: str, pictures: Pictures) -> int:
-    r"""The bound of a stage, vae or unet, in steps; epochs count where the configuration sets them."""
+def stage_steps(config: Config, stage: str, count: int) -> int:
+    r"""The bound of a stage, vae or unet, in steps, with `count` pictures; epochs count where the settings say so."""
     settings = config.training
     if not settings.epochs:
         return settings.vae_steps if stage == "vae" else settings.unet_steps
     batch_size = settings.vae_batch_size if stage == "vae" else settings.batch_size
-    whole_epoch = max(1, len(pictures.rows(TRAIN)) // batch_size)
-    return settings.epochs * (settings.steps_per_epoch or whole_epoch)
+    return settings.epochs * (settings.steps_per_epoch or max(1, count // batch_size))
 
 
 def timestep_batch(batch: int, T: int, g: torch.Generator) -> Tensor:

@@ -1,20 +1,28 @@
 r"""What training would need: parameters, FLOPs, memory, time a step; on made-up pictures, and nothing is written."""
 
+import contextlib
+import math
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ddpm.celeba.faces import draw_many, drawn_rows, drawn_split
+from ddpm.celeba.images import BadImage, read_image
+from ddpm.celeba.lists import TRAIN, ImageTable
 from ddpm.config import Config
 from ddpm.model import TextToImage
 from ddpm.text import TOKENS, WIDTH, TextTower
+from ddpm.tools.arrays import TOGETHER
 from ddpm.tools.devices import autocast, wait_for
-from ddpm.training.caches import AT_ONCE
+from ddpm.training.batches import stage_steps
 from ddpm.training.optimization import Bound, Optimization
 
 MIB = 2**20
@@ -74,8 +82,8 @@ def bytes_kept(loss: Callable[[], Tensor], network: nn.Module) -> int:
     return sum(kept.values())
 
 
-def report(config: Config, device: torch.device, precision: str) -> Iterator[str]:
-    r"""Lines of text: the model, what `measure` finds for each stage, what `measure_caches` finds between them."""
+def report(config: Config, table: ImageTable | None, device: torch.device, precision: str) -> Iterator[str]:
+    r"""Lines of text: the model, what `measure` finds for each stage, `measure_caches` beside them, and `minutes`."""
     settings = config.training
     side = config.model.image_size
     latent_side = config.model.latent_size
@@ -85,8 +93,10 @@ def report(config: Config, device: torch.device, precision: str) -> Iterator[str
         f"preset {config.preset}: pictures {side} x {side} x 3, latents {latent_side} x {latent_side} x "
         f"{config.model.latent_channels}, text {TOKENS} x {WIDTH}, {precision} on {device}"
     )
+    seconds = {}
     for stage, batch_size in (("vae", settings.vae_batch_size), ("unet", settings.batch_size)):
         need = measure(stage, model, config, precision)
+        seconds[stage] = need["seconds"]
         mib = {name: f"{need[name] / MIB:.0f}" for name in need}
         yield (
             f"{stage}: {need['parameters']:,} parameters; {need['flops'] / 1e9:,.0f} GFLOP and {need['seconds']:.2f} s "
@@ -98,11 +108,69 @@ def report(config: Config, device: torch.device, precision: str) -> Iterator[str
             f"optimizer {mib['optimizer']}, {average}kept for the backward pass {mib['kept']}; "
             f"predicted peak {mib['peak']}"
         )
-    latents, captions = measure_caches(model, precision)
+    memory, seconds["latent"], seconds["caption"] = measure_caches(model, precision)
     yield (
-        f"between the stages, MiB beside the weights: {latents / MIB:.0f} for the latents of {AT_ONCE} pictures, "
-        f"{captions / MIB:.0f} for {AT_ONCE} captions"
+        f"beside a step, MiB: {memory[0] / MIB:.0f} to encode {TOGETHER} pictures, {memory[1] / MIB:.0f} to embed "
+        f"{TOGETHER} captions, each once"
     )
+    yield minutes(config, table, seconds)
+
+
+def minutes(config: Config, table: ImageTable | None, seconds: dict[str, float]) -> str:
+    r"""How long each part of the run will take on the data that is there, in one line.
+
+    Args: seconds: of a step of `vae` and `unet`, and of one `latent` and one `caption`.
+    """
+    settings = config.training
+    split = drawn_split(settings.drawn_images) if table is None else table.split
+    count = int((split == TRAIN).sum())
+    reading = len(split) * seconds_of_a_picture(config, table)
+    scale = min(count, 2048) * seconds["latent"]
+
+    def new(steps: float) -> tuple[float, float]:
+        r"""Seconds for the latents and the captions that so many steps of the UNet need first, if all rows differ."""
+        drawn = steps * settings.batch_size
+        captions = count * settings.caption_variants
+        latents = 2 * count * -math.expm1(-drawn / (2 * count)) * seconds["latent"]
+        return latents, captions * -math.expm1(-drawn / captions) * seconds["caption"]
+
+    if settings.max_minutes:
+        whole = 60 * settings.max_minutes
+        vae = max(0.0, whole * settings.vae_share - reading)
+        unet = 0.98 * whole * (1 - settings.vae_share) - scale
+        low, high = 0.0, unet / seconds["unet"]
+        for _ in range(50):  # steps that the time allows, by halving
+            steps = (low + high) / 2
+            low, high = (steps, high) if steps * seconds["unet"] + sum(new(steps)) < unet else (low, steps)
+        steps = {"vae": vae / seconds["vae"], "unet": low}
+    else:
+        steps = {stage: stage_steps(config, stage, count) for stage in ("vae", "unet")}
+        vae = steps["vae"] * seconds["vae"]
+        unet = steps["unet"] * seconds["unet"] + sum(new(steps["unet"]))
+    latents, captions = new(steps["unet"])
+    parts = {
+        f"for {len(split):,} pictures": reading,
+        f"for {steps['vae']:,.0f} steps of the VAE": vae,
+        "for the latents' scale": scale,
+        f"for {steps['unet']:,.0f} steps of the UNet": unet,
+        "of these for new latents": latents,
+        "and at most for new captions": captions,
+    }
+    return "about, in minutes: " + ", ".join(f"{value / 60:,.1f} {name}" for name, value in parts.items())
+
+
+def seconds_of_a_picture(config: Config, table: ImageTable | None, some: int = 32) -> float:
+    r"""To draw one, or to read one with all processors, by a few of them."""
+    size = config.model.image_size
+    begun = time.perf_counter()
+    if table is None:
+        for _ in draw_many(drawn_rows(some, 0), 0, size):
+            pass
+        return (time.perf_counter() - begun) / some
+    for i in np.linspace(0, len(table) - 1, some).astype(int):
+        with contextlib.suppress(BadImage):
+            read_image(table.root / table.files[i], size, config.training.crop)
+    return (time.perf_counter() - begun) / some / os.cpu_count()
 
 
 def measure(stage: str, model: TextToImage, config: Config, precision: str, steps: int = 4) -> dict:
@@ -175,12 +243,23 @@ def made_up_loss(stage: str, model: TextToImage, config: Config) -> Tensor:
 
 
 @torch.no_grad()
-def measure_caches(model: TextToImage, precision: str) -> tuple[int, int]:
-    r"""The most bytes at once, weights not counted, while pictures become latents and captions states (caches.py)."""
+def measure_caches(model: TextToImage, precision: str) -> tuple[tuple[int, int], float, float]:
+    r"""The most bytes at once, weights not counted, while TOGETHER pictures are encoded and captions embedded.
+
+    And the seconds for one picture and one caption.
+    """
     side = model.config.image_size
-    x = torch.zeros(AT_ONCE, 3, side, side, device=model.device).contiguous(memory_format=torch.channels_last)
-    with autocast(model.device, precision), LiveBytes() as latents:
-        model.vae.encode(x)
-    with autocast(model.device, precision), LiveBytes() as captions:
-        model.text(["a man"] * AT_ONCE)
-    return latents.peak, captions.peak
+    x = torch.zeros(TOGETHER, 3, side, side, device=model.device).contiguous(
+        memory_format=torch.channels_last
+    )
+    peaks, seconds = [], []
+    for work in (lambda: model.vae.encode(x), lambda: model.text(["a man"] * TOGETHER)):
+        with autocast(model.device, precision):
+            with LiveBytes() as live:
+                work()
+            begun = time.perf_counter()
+            work()
+            wait_for(model.device)
+        peaks.append(live.peak)
+        seconds.append((time.perf_counter() - begun) / TOGETHER)
+    return tuple(peaks), *seconds

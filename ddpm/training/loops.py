@@ -32,12 +32,13 @@ def train_vae(
     settings = config.training
     shard = opt.group.shard
     train_rows = pictures.rows(TRAIN)
+    mirrored = 0.5 if settings.flip else 0.0
     perceptual = perceptual_loss(model.device) if settings.perceptual_weight else None
     while opt.progress() < 1:
         opt.begin_step()
         g = generator(settings.seed, "vae", opt.step)
         rows, _ = batch_rows(train_rows, settings.vae_batch_size, opt.step, settings.seed, "vae")
-        flip = torch.rand(len(rows), generator=g) < 0.5
+        flip = torch.rand(len(rows), generator=g) < mirrored
         eps = torch.randn(len(rows), *model.latent_shape, generator=g)
         x = pictures.batch(shard(rows), shard(flip))  # (B, 3, H, W)
         for x_k, eps_k in opt.micro_batches(x, shard(eps)):
@@ -64,6 +65,7 @@ def train_unet(
     settings = config.training
     shard = opt.group.shard
     train_rows = pictures.rows(TRAIN)
+    mirrored = 0.5 if settings.flip else 0.0
 
     def denoise(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         with autocast(model.device, precision):
@@ -73,7 +75,7 @@ def train_unet(
         opt.begin_step()
         g = generator(settings.seed, "unet", opt.step)
         rows, epoch = batch_rows(train_rows, settings.batch_size, opt.step, settings.seed, "unet")
-        flip = torch.rand(len(rows), generator=g) < 0.5
+        flip = torch.rand(len(rows), generator=g) < mirrored
         eps_vae, eps = torch.randn(2, len(rows), *model.latent_shape, generator=g)
         t = timestep_batch(len(rows), model.schedule.timesteps, g)
         dropped = torch.rand(len(rows), generator=g) < model.config.caption_drop

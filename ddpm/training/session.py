@@ -12,12 +12,13 @@ from ddpm.celeba.dataset import Pictures, fingerprint, load_pictures, open_data,
 from ddpm.celeba.download import download_celeba
 from ddpm.celeba.lists import TRAIN, VALID, ImageTable
 from ddpm.config import TEXT_FILE, Config
-from ddpm.model import TextToImage
+from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools import text_weights
 from ddpm.tools.command import SAMPLE, Stopped, be_quiet, progress_bar, say
 from ddpm.tools.devices import choose_device, choose_precision
 from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.files import CannotWrite, remove_leftovers
+from ddpm.tools.weights import load_weights
 from ddpm.training import dry_run, perceptual
 from ddpm.training.optimization import NotFinite, check_batches
 from ddpm.training.parallel import Group, LostGroup, is_lost
@@ -28,7 +29,8 @@ from ddpm.training.stages import Session, UnetStage, VaeStage, restore_vae
 def print_needs(config: Config, device: str = "auto"):
     r"""Print what a training of this configuration would need; write nothing."""
     device = choose_device(device)
-    for line in dry_run.report(config, device, choose_precision(config.training.precision, device)):
+    table = open_data(config)
+    for line in dry_run.report(config, table, device, choose_precision(config.training.precision, device)):
         print(line)
 
 
@@ -106,6 +108,8 @@ def prepared(run: Run, group: Group, precision: str, stage: str, resume, cache: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = TextToImage(config.model, text_weights.tower_from_file(text_file) if text_file else None)
+    if settings.init and not resume:
+        begin_from(model, settings.init)
     model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
     with group.main_process_first():
         remove_leftovers(cache)
@@ -122,6 +126,22 @@ def prepared(run: Run, group: Group, precision: str, stage: str, resume, cache: 
     model.to(group.device)
     files = None if table is None else table.files
     return Session(run, model, pictures, files, cache, precision, group)
+
+
+def begin_from(model: TextToImage, source: str):
+    r"""Give the networks the weights of another run, or those that ship, where their shapes fit; say which."""
+    folder = SHIPPED if source == "shipped" else Path(source)
+    taken, refused = [], []
+    files = {"VAE": (model.vae, "vae.safetensors"), "UNet": (model.unet, "ema.safetensors")}
+    for name, (network, file) in files.items():
+        try:
+            load_weights(folder / file, network)
+            taken.append(f"the {name} of {folder}")
+        except UserError as error:
+            refused.append(f"no {name}: {error}")
+    if not taken:
+        raise UserError(f"--init {source} has nothing that fits; {'; '.join(refused)}")
+    say(f"begins with {', '.join([*taken, *refused])}")
 
 
 def check_stage(run: Run, stage: str):

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from ddpm.celeba.dataset import Pictures
@@ -20,7 +19,7 @@ from ddpm.tools.files import CannotWrite, digest_of
 from ddpm.tools.grids import labelled_grid, save_png
 from ddpm.tools.weights import save_weights
 from ddpm.training.batches import stage_steps
-from ddpm.training.caches import Latents, Texts, encode_latents
+from ddpm.training.caches import Encoded, Latents, Texts
 from ddpm.training.loops import train_unet, train_vae
 from ddpm.training.optimization import Bound, NotFinite, Optimization, Report
 from ddpm.training.parallel import Group, LostGroup, is_lost
@@ -49,23 +48,11 @@ class Session:
     steps_left: int | None = None
 
     def latents(self) -> Latents:
-        r"""Of all pictures."""
-        vae = self.model.vae.eval()
-        with self.group.main_process_first():
-            return encode_latents(self.cache, vae, self.pictures, self.precision, progress_bar)
+        return Latents(Encoded(self.cache, self.model.vae.eval(), self.pictures, self.precision))
 
-    def texts(self, full_captions: set[str]) -> Texts:
-        r"""The states of all training captions and of these."""
-        settings = self.run.config.training
-        variants = range(settings.caption_variants)
-        rows = self.pictures.rows(TRAIN)
-        captions = {self.pictures.caption(i, settings.seed, v) for i in rows for v in variants}
-        given = (self.cache, self.model.text, captions | full_captions, self.precision)
-        with self.group.main_process_first():
-            texts = Texts(*given, settings.text_cache_gb, progress_bar)
-        if not texts.cached:
-            say("the captions need more than --text-cache-gb: they go through the text tower at every step")
-        return texts
+    def texts(self) -> Texts:
+        limit_gb = self.run.config.training.text_cache_gb
+        return Texts(self.cache, self.model.text, (), self.precision, limit_gb)
 
 
 class Stage:
@@ -101,7 +88,8 @@ class Stage:
         def clock() -> float:
             return self.group.broadcast(self.run.clock())
 
-        return Bound(stage_steps(self.config, self.name, self.pictures), clock, clock(), until)
+        steps = stage_steps(self.config, self.name, len(self.pictures.rows(TRAIN)))
+        return Bound(steps, clock, clock(), until)
 
     def validate(self) -> dict:
         r"""Figures of the held-out pictures, by column of the metrics."""
@@ -223,34 +211,31 @@ class VaeStage(Stage):
     def __init__(self, session: Session):
         settings = session.run.config.training
         super().__init__(session, "vae", session.model.vae, settings.vae_lr, settings.vae_batch_size, False)
-        self.held_out = session.pictures.rows(VALID)
+        self.held_out = session.pictures.rows(VALID)[:256]
 
     def train(self) -> bool:
         r"""Train, encode and write vae.safetensors; False when it was stopped before its end."""
         model = self.model
         if not self.take(train_vae(model, self.pictures, self.config, self.opt, self.precision)):
             return False
-        if self.run.writes and self.quality(self.held_out)[0] < ENOUGH_PSNR:
+        if self.run.writes and float(self.run.row("vae", self.opt.step)["psnr"]) < ENOUGH_PSNR:
             advice = "the VAE blurs what the UNet draws; give the first stage more time"
             say(f"warning: below {ENOUGH_PSNR} dB {advice}")
-        model.latent_scale = measure_latent_scale(self.session.latents(), self.pictures.rows(TRAIN))
+        with self.group.main_process_first():  # which encodes them
+            rows = self.pictures.rows(TRAIN)
+            model.latent_scale = measure_latent_scale(self.session.latents(), rows, progress_bar)
         if self.run.writes:
             model.save_vae(self.run.folder)
         say(f"latents {model.latent_shape}, scale {model.latent_scale:.4f}")
         return True
 
     def validate(self) -> dict:
-        psnr, ssim = self.quality(self.held_out[:256])
-        return {"psnr": f"{psnr:.3f}", "ssim": f"{ssim:.4f}"}
-
-    def quality(self, rows: np.ndarray) -> tuple[float, float]:
-        r"""Print PSNR and SSIM of these pictures, and return them."""
         self.model.vae.eval()
         how = (self.precision, self.inference_batch)
-        psnr, ssim = reconstruction_quality(self.model, self.pictures, rows, *how)
-        figures = f"held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f} on {len(rows)} pictures"
+        psnr, ssim = reconstruction_quality(self.model, self.pictures, self.held_out, *how)
+        figures = f"held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f} on {len(self.held_out)} pictures"
         say(f"vae step {self.opt.step}: {figures}")
-        return psnr, ssim
+        return {"psnr": f"{psnr:.3f}", "ssim": f"{ssim:.4f}"}
 
 
 class UnetStage(Stage):
@@ -261,9 +246,9 @@ class UnetStage(Stage):
         settings = session.run.config.training
         self.latents = session.latents()
         self.held_out = session.pictures.rows(VALID)[:64]
-        full_captions = {session.pictures.full_caption(i) for i in self.held_out}
-        self.texts = session.texts(full_captions)
-        self.prompts = sorted(full_captions)[:: max(1, len(full_captions) // 16)][:16]
+        self.texts = session.texts()
+        captions = sorted({session.pictures.full_caption(i) for i in self.held_out})
+        self.prompts = captions[:: max(1, len(captions) // 16)][:16]
         super().__init__(session, "unet", model.unet, settings.lr, settings.batch_size, True)
         self.more = {"trained_vae": {"weights": model.vae.state_dict(), "latent_scale": model.latent_scale}}
         self.data = (self.model, self.latents, self.texts, self.pictures)
@@ -291,11 +276,13 @@ class UnetStage(Stage):
         r"""A grid of the averaged weights' pictures, always from the same noise and prompts."""
 
         def leave(_):
+            shown.update()
             if self.stop.signum and self.group.size == 1:  # several processes stop together, after a step
                 self.check_stop()
 
         how = {"seed": self.settings.seed, "precision": self.precision, "batch_size": batch}
-        x = self.model.sample(self.prompts, callback=leave, **how)
+        with bar(total=20 * -(-len(self.prompts) // batch), desc="drawing samples", leave=False) as shown:
+            x = self.model.sample(self.prompts, callback=leave, **how)
         text = {"prompt": json.dumps(self.prompts), "settings": "dpm++, 20 steps, guidance 3, EMA"}
         text["step"] = str(self.opt.step)
         path = self.run.folder / "samples" / f"step_{self.opt.step:06d}.png"
