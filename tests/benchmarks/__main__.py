@@ -4,6 +4,7 @@ python tests/benchmarks                              all parts, within 15 minute
 python tests/benchmarks --quick                      fewer rounds, within 5 minutes
 python tests/benchmarks --only train,sample --out FILE.json
 python tests/benchmarks --only compile               torch.compile, which takes minutes to begin
+python tests/benchmarks --only large                 as many pictures as CelebA has, which takes minutes to decode
 
 Run it from the repository's folder, on a machine that does nothing else; parts that need diffusers need the extra
 `compat`. Photographs are decoded where the environment variable DDPM_CELEBA names a folder of CelebA.
@@ -29,10 +30,11 @@ PARTS = {  # name: the module and the function
     "checkpointing": ("training", "checkpointing"),
     "data-size": ("training", "data_size"),
     "decode": ("commands", "decode"),
+    "large": ("large", "large"),
     "start": ("commands", "start"),
     "compile": ("networks", "compiled"),
 }
-BY_DEFAULT = [name for name in PARTS if name != "compile"]  # which takes minutes for one figure
+BY_DEFAULT = [name for name in PARTS if name not in ("large", "compile")]  # which take minutes for a figure
 
 
 def parser() -> cli.Parser:
@@ -42,7 +44,7 @@ def parser() -> cli.Parser:
         "--only",
         metavar="PART,...",
         default=",".join(BY_DEFAULT),
-        help=f"out of {', '.join(PARTS)} [all but the last]",
+        help=f"out of {', '.join(PARTS)} [all but large and compile]",
     )
     p.add_argument("--quick", action="store_true", help="fewer rounds: wider ranges")
     p.add_argument("--out", metavar="FILE", help="write the figures as JSON too")
