@@ -16,6 +16,7 @@ from small_runs import FP32, QUICK, make_runs_cheap, run_train
 
 from ddpm import __main__ as sample
 from ddpm import diffusion, sampling
+from ddpm.celeba.dataset import Pictures
 from ddpm.config import PRESETS
 from ddpm.evaluation import __main__ as evaluation
 from ddpm.tools.command import Output, exit_code
@@ -140,9 +141,54 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_train(*SMALL, "--dry-run") == 0
     printed = capsys.readouterr().out
-    for figure in ("parameters", "GFLOP", "predicted peak", "a step"):
+    for figure in (
+        "parameters",
+        "GFLOP",
+        "predicted peak",
+        "a step",
+        "for 40 pictures",
+        "for 6 steps of the UNet",
+    ):
         assert figure in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_begins_with_what_fits_of_another_and_with_its_settings(trained, tmp_path, capsys):
+    begin = [
+        "--config",
+        trained / "config.json",
+        "--max-steps",
+        1,
+        "--device",
+        "cpu",
+        "--lr",
+        0,
+        "--vae-lr",
+        0,
+    ]
+    assert run_train(*begin, "--init", trained, "--out", tmp_path / "same") == 0
+    assert f"begins with the VAE of {trained}, the UNet of {trained}" in capsys.readouterr().out
+    for name in ("vae", "ema"):
+        old, new = (load_file(folder / f"{name}.safetensors") for folder in (trained, tmp_path / "same"))
+        assert all((old[key] - new[key]).abs().max() < 1e-6 for key in old)
+    config = json.loads((tmp_path / "same" / "config.json").read_text())
+    assert (config["training"]["init"], config["model"]["channels"]) == (str(trained), [32, 32])
+    wider = [*begin, "--channels", "64,64", "--out", tmp_path / "wider"]
+    assert run_train(*wider, "--init", trained) == 0
+    assert "begins with the VAE of" in (said := capsys.readouterr().out) and "no UNet: expected" in said
+    assert run_train("--resume", tmp_path / "wider", "--max-steps", 2, "--device", "cpu") == 0
+    assert "begins with" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data, mirrored", [("--flip", True), ("--no-flip", False)])
+def test_pictures_are_mirrored_unless_left_and_right_matter(data, mirrored, tmp_path, monkeypatch):
+    seen = []
+    batch = Pictures.batch
+    monkeypatch.setattr(
+        Pictures, "batch", lambda self, rows, flip=None: seen.append(flip) or batch(self, rows, flip)
+    )
+    assert run_train(*SMALL, data, "--out", tmp_path / "run") == 0
+    assert any(flip is not None and flip.any() for flip in seen) == mirrored
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -168,6 +214,9 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
         ("--download", "--data"),
         ("--text-weights no_such_tag", "no_such_tag"),
         ("--device tpu", "tpu"),
+        ("--init /no/such/run", "nothing that fits"),
+        ("--config /no/such/run", "/no/such/run"),
+        ("--config x --preset tiny", "or --config, got both"),
         ("--drawn-images 1", "to train on and others to validate, got 0 and 1"),
     ],
 )
@@ -176,7 +225,7 @@ def test_a_wrong_train_command_is_told_in_one_line_and_makes_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     arguments = arguments.split()
-    begin = [] if {"--preset", "--resume"} & set(arguments) else SMALL
+    begin = [] if {"--preset", "--resume", "--config"} & set(arguments) else SMALL
     assert named in refused(capsys, run_train, *begin, "--cache", "cache", *arguments)
     left = {path.name for path in tmp_path.iterdir()} - {"cache"}
     assert left <= {"runs"} and not list(tmp_path.glob("runs/*/*.safetensors"))

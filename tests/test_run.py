@@ -18,6 +18,7 @@ from conftest import refusal_of
 from small_runs import FP32, QUICK, assert_same_run, leftovers, make_runs_cheap, metrics, run_train
 
 from ddpm.celeba import dataset
+from ddpm.celeba.dataset import pictures_in_memory
 from ddpm.celeba.faces import write_celeba
 from ddpm.config import Config
 from ddpm.model import TextToImage
@@ -26,6 +27,7 @@ from ddpm.tools.files import digest_of
 from ddpm.training import loops, run_folder, stages
 from ddpm.training.optimization import BAD_STEPS, Optimization
 from ddpm.training.run_folder import Damaged, Run, read_state, save_state
+from ddpm.training.session import train
 from ddpm.training.stages import UnetStage
 
 STATES = ("state.pt", "state.previous.pt")
@@ -199,6 +201,40 @@ def test_a_signal_between_the_trainings_ends_at_once_in_one_line(module, name, w
     again = ["--resume", folder, "--device", "cpu", "--cache", tmp_path / "cache"]
     assert run_train(*(again if folder.exists() else begin)) == 0
     assert_same_run(folder, whole)
+
+
+def test_a_loop_in_python_that_ends_early_leaves_a_run_that_goes_on(whole, tmp_path):
+    config = Config.read(whole / "config.json")
+    given = {"folder": tmp_path / "run", "cache": whole.parent / "cache", "device": "cpu"}
+    taken = []
+    for stage, report in train(config, **given):
+        taken.append((stage, report.step))
+        if taken[-1] == ("unet", 3):
+            break
+    assert taken == [("vae", step) for step in range(1, 7)] + [("unet", step) for step in range(1, 4)]
+    assert [report.step for _, report in train(config, **given, resume=True)] == [4, 5, 6]
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_pictures_may_come_from_memory(whole, tmp_path):
+    config = Config.read(whole / "config.json").with_training(vae_steps=1, unet_steps=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    captions = [f"number {i}" for i in range(20)]
+    pictures = pictures_in_memory(pixels, captions)
+    assert len(list(train(config, tmp_path / "run", device="cpu", pictures=pictures))) == 2
+    assert TextToImage.load(tmp_path / "run").sample(["number 3"], steps=1).shape == (1, 3, 16, 16)
+    assert "got (32, 32, 3)" in refusal_of(
+        lambda: next(
+            train(
+                config,
+                tmp_path / "other",
+                device="cpu",
+                pictures=pictures_in_memory(np.zeros((20, 32, 32, 3), np.uint8), captions),
+            )
+        )
+    )
+    assert "one a picture, got 19" in refusal_of(pictures_in_memory, pixels, captions[1:])
+    assert "of float64" in refusal_of(pictures_in_memory, pixels / 255, captions)
 
 
 # --------------------------------------------------------------------------------------------- damaged states

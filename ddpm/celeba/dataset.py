@@ -18,7 +18,7 @@ from torch import Tensor
 from ddpm.celeba.captions import describe
 from ddpm.celeba.faces import draw_many, drawn_rows, drawn_split
 from ddpm.celeba.images import BadImage, read_image
-from ddpm.celeba.lists import TRAIN, ImageTable, open_table
+from ddpm.celeba.lists import TRAIN, VALID, ImageTable, open_table
 from ddpm.celeba.refusals import DataError
 from ddpm.config import Config
 from ddpm.tools.arrays import Progress, cached_array, checksum, key_of, silent
@@ -147,6 +147,21 @@ def drawn_pictures(
 
     pixels = cached_array(folder / f"pictures-{key}.npy", (count, size, size, 3), np.uint8, draw)
     return Pictures(pixels, np.ones(count, bool), drawn_split(count), attributes, None, (), key)
+
+
+def pictures_in_memory(pixels: np.ndarray, captions: Sequence[str]) -> Pictures:
+    r"""(N, S, S, 3) uint8 pictures with a caption each as a data set; every tenth is held out to validate.
+
+    Raises: UserError for another shape or type, or another number of captions.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (pixels.shape[1],) * 2 + (3,):
+        raise UserError(f"expected pictures as (N, S, S, 3) of uint8, got {pixels.shape} of {pixels.dtype}")
+    if len(captions) != len(pixels):
+        raise UserError(f"expected {len(pixels)} captions, one a picture, got {len(captions)}")
+    split = np.where(np.arange(len(pixels)) % 10 == 9, VALID, TRAIN).astype(np.uint8)
+    wordings = tuple((caption,) for caption in captions)
+    good = np.ones(len(pixels), bool)
+    return Pictures(pixels, good, split, None, wordings, (), key_of("in memory", wordings, checksum(pixels)))
 
 
 def photographs(

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None):
     if arguments.dry_run:
         session.print_needs(config, arguments.device)
         return
-    session.train(
+    steps = session.train(
         config,
         arguments.resume or arguments.out or Path("runs") / config.preset,
         resume=arguments.resume is not None,
@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None):
         download=arguments.download,
         started=started,
     )
+    for _ in steps:
+        pass
 
 
 if __name__ == "__main__":

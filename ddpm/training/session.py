@@ -10,7 +10,7 @@ import torch
 
 from ddpm.celeba.dataset import Pictures, fingerprint, load_pictures, open_data, reopen_data
 from ddpm.celeba.download import download_celeba
-from ddpm.celeba.lists import TRAIN, VALID, ImageTable
+from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.config import TEXT_FILE, Config
 from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools import text_weights
@@ -23,7 +23,7 @@ from ddpm.training import dry_run, perceptual
 from ddpm.training.optimization import NotFinite, check_batches
 from ddpm.training.parallel import Group, LostGroup, is_lost
 from ddpm.training.run_folder import Run
-from ddpm.training.stages import Session, UnetStage, VaeStage, restore_vae
+from ddpm.training.stages import Session, Step, UnetStage, VaeStage, restore_vae
 
 
 def print_needs(config: Config, device: str = "auto"):
@@ -44,8 +44,12 @@ def train(
     cache: Path | None = None,
     download: bool = False,
     started: float | None = None,
-):
-    r"""Train in `folder`, which is new, or resumed with the stored `config`.
+    pictures: Pictures | None = None,
+) -> Iterator[Step]:
+    r"""Train in `folder`, which is new, or resumed with the stored `config`: a step whenever the caller asks for one.
+
+    Yields the stage's name, vae or unet, and the step's report. A caller that asks for no more leaves a run that is
+    saved at that step, and that goes on by `resume`.
 
     Args:
         stage: vae, unet or all.
@@ -53,6 +57,7 @@ def train(
         cache: folder of decoded pictures, latents and captions; None: `cache` beside the run.
         download: try to download CelebA into the data folder first.
         started: when the command began, by `time.monotonic`; --max-minutes counts from there.
+        pictures: the data, in place of what config.training.data names.
 
     Raises: UserError, or Stopped after a signal; both say what is saved and how to go on.
     """
@@ -67,10 +72,10 @@ def train(
             run = Run(folder, config, resume, started, writes=group.rank == 0)
         with run, advising(run):
             check_batches(config, group)
-            session = prepared(run, group, precision, stage, resume, cache, download)
+            session = prepared(run, group, precision, stage, resume, cache, download, pictures)
             session.steps_left = stop_after
-            is_vae_done = restore_vae(run, session.model, stage) or VaeStage(session).train()
-            if is_vae_done and stage != "vae" and UnetStage(session).train():
+            is_vae_done = restore_vae(run, session.model, stage) or (yield from VaeStage(session).train())
+            if is_vae_done and stage != "vae" and (yield from UnetStage(session).train()):
                 say(f"done in {run.clock() / 60:.1f} minutes; try:")
                 say(f'  {SAMPLE} "a smiling woman with blond hair and eyeglasses" --model {run.quoted}')
 
@@ -90,7 +95,9 @@ def advising(run: Run) -> Iterator[None]:
         raise Stopped(stop.signum, f"{stop}; {run.advice()}") from None
 
 
-def prepared(run: Run, group: Group, precision: str, stage: str, resume, cache: Path, download) -> Session:
+def prepared(
+    run: Run, group: Group, precision: str, stage: str, resume, cache: Path, download, given: Pictures | None
+) -> Session:
     r"""The data and the model of a run, and its folder once all that can be refused has been looked at."""
     config = run.config
     settings = config.training
@@ -99,7 +106,8 @@ def prepared(run: Run, group: Group, precision: str, stage: str, resume, cache: 
             raise UserError("expected --data FOLDER to download CelebA into, got none")
         if download:
             download_celeba(settings.data)
-        table = reopen_data(config) if resume else open_data(config)
+        open_table = reopen_data if resume else open_data
+        table = open_table(config) if given is None else None
     check_stage(run, stage)
     if group.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
@@ -113,7 +121,8 @@ def prepared(run: Run, group: Group, precision: str, stage: str, resume, cache: 
     model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
     with group.main_process_first():
         remove_leftovers(cache)
-        pictures = checked_pictures(config, table, cache)
+        pictures = load_pictures(config, table, cache, progress_bar) if given is None else given
+        check_pictures(config, pictures)
         if settings.perceptual_weight and stage != "unet" and not run.in_second_stage:
             perceptual.perceptual_loss(group.device)  # downloads, or refuses, while there is no folder yet
     run.check_data(fingerprint(table, pictures))
@@ -157,9 +166,11 @@ def check_stage(run: Run, stage: str):
         )
 
 
-def checked_pictures(config: Config, table: ImageTable | None, cache: Path) -> Pictures:
-    r"""The decoded data set, which has pictures to train on and to validate; says which ones were skipped."""
-    pictures = load_pictures(config, table, cache, progress_bar)
+def check_pictures(config: Config, pictures: Pictures):
+    r"""UserError unless there are pictures of this size to train on and to validate; say which ones were skipped."""
+    size = config.model.image_size
+    if pictures.pixels.shape[1:] != (size, size, 3):
+        raise UserError(f"expected pictures of {size} x {size} x 3, got {pictures.pixels.shape[1:]}")
     train_count, valid_count = len(pictures.rows(TRAIN)), len(pictures.rows(VALID))
     if not train_count or not valid_count:
         raise UserError(
@@ -169,4 +180,3 @@ def checked_pictures(config: Config, table: ImageTable | None, cache: Path) -> P
     if pictures.bad:
         few = ", ".join(f"{name} ({reason})" for name, reason in pictures.bad[:3])
         say(f"skipped {len(pictures.bad)} unreadable pictures: {few}")
-    return pictures

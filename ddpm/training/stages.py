@@ -4,7 +4,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ddpm.training.parallel import Group, LostGroup, is_lost
 from ddpm.training.run_folder import Run
 from ddpm.training.validation import loss_by_timestep, measure_latent_scale, reconstruction_quality
 
+Step = tuple[str, Report]  # of the stage vae or unet
 ENOUGH_PSNR = 20  # decibels on held-out pictures; below, the second stage learns to draw blur
 
 
@@ -95,15 +96,16 @@ class Stage:
         r"""Figures of the held-out pictures, by column of the metrics."""
         raise NotImplementedError
 
-    def take(self, reports: Iterator[Report]) -> bool:
+    def take(self, reports: Iterator[Report]) -> Generator[Step, None, bool]:
         r"""Take steps until the stage's bound, and save; False when --stop-after came first.
 
-        Raises: Stopped after a signal, NotFinite after too many skipped steps; both when the last step is saved.
+        Raises: Stopped after a signal, NotFinite after too many skipped steps; both when the last step is saved, as it
+        is when the caller asks for no more steps.
         """
         with on_signals(self.stop):
             try:
-                is_over = self.take_steps(reports)
-            except (Stopped, NotFinite):
+                is_over = yield from self.take_steps(reports)
+            except (Stopped, NotFinite, GeneratorExit):
                 self.save()
                 raise
             except RuntimeError as error:
@@ -117,7 +119,7 @@ class Stage:
             say(f"stopped at {self.name} step {self.opt.step}; {self.run.advice()}")
         return is_over
 
-    def take_steps(self, reports: Iterator[Report]) -> bool:
+    def take_steps(self, reports: Iterator[Report]) -> Generator[Step, None, bool]:
         r"""The loop of `take`; it ends after a whole step or within a validation, which the resumed run repeats."""
         if self.opt.step and self.opt.step % self.settings.sample_every == 0:
             self.validate_once()
@@ -136,9 +138,11 @@ class Stage:
                 if self.session.steps_left is not None:
                     self.session.steps_left -= 1
                     if self.session.steps_left == 0:
+                        yield self.name, report
                         return False
                 if report.step % self.settings.save_every == 0:
                     self.save()
+                yield self.name, report
                 began = time.monotonic()
         self.validate_once()
         return True
@@ -213,10 +217,11 @@ class VaeStage(Stage):
         super().__init__(session, "vae", session.model.vae, settings.vae_lr, settings.vae_batch_size, False)
         self.held_out = session.pictures.rows(VALID)[:256]
 
-    def train(self) -> bool:
+    def train(self) -> Generator[Step, None, bool]:
         r"""Train, encode and write vae.safetensors; False when it was stopped before its end."""
         model = self.model
-        if not self.take(train_vae(model, self.pictures, self.config, self.opt, self.precision)):
+        reports = train_vae(model, self.pictures, self.config, self.opt, self.precision)
+        if not (yield from self.take(reports)):
             return False
         if self.run.writes and float(self.run.row("vae", self.opt.step)["psnr"]) < ENOUGH_PSNR:
             advice = "the VAE blurs what the UNet draws; give the first stage more time"
@@ -253,7 +258,7 @@ class UnetStage(Stage):
         self.more = {"trained_vae": {"weights": model.vae.state_dict(), "latent_scale": model.latent_scale}}
         self.data = (self.model, self.latents, self.texts, self.pictures)
 
-    def train(self) -> bool:
+    def train(self) -> Generator[Step, None, bool]:
         r"""Train; False when it was stopped before its end."""
         return self.take(train_unet(*self.data, self.config, self.opt, self.precision))
 

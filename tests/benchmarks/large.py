@@ -21,7 +21,7 @@ ANOTHER = 0.03  # share of attributes that differ from the sample's, so that row
 
 
 def enlarge(table: ImageTable, folder: Path):
-    r"""A folder of CelebA's layout and size: links to the sample's photographs, rows of attributes near the sample's."""
+    r"""A folder of CelebA's layout and size: links to the sample's photographs, attributes near the sample's."""
     rng = np.random.default_rng(0)
     count = sum(SPLITS)
     pictures = folder / "img_align_celeba"

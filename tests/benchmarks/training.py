@@ -83,7 +83,8 @@ class Training:
     def steps(self, count: int):
         r"""Take and log that many steps."""
         self.session.steps_left = count
-        self.stage.take_steps(self.reports)
+        for _ in self.stage.take_steps(self.reports):
+            pass
 
 
 @contextmanager
