@@ -147,7 +147,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
         "predicted peak",
         "a step",
         "for 40 pictures",
-        "for 6 steps of the UNet",
+        "for 6 steps of the UNet, ",
     ):
         assert figure in printed
     assert list(tmp_path.iterdir()) == []

@@ -216,6 +216,16 @@ def test_a_loop_in_python_that_ends_early_leaves_a_run_that_goes_on(whole, tmp_p
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("losses, warned", [([0.5, 0.4, 0.407], False), ([0.5, 0.4, 0.409], True)])
+def test_a_validation_loss_that_rises_is_told_as_overfitting(
+    losses, warned, whole, tmp_path, monkeypatch, capsys
+):
+    told = iter(losses)
+    monkeypatch.setattr(stages, "loss_by_timestep", lambda *_, **__: [next(told)])
+    assert start(tmp_path / "run", whole, "--sample-every", 2) == 0
+    assert ("was 0.4000 at step 4; the UNet begins to learn" in capsys.readouterr().out) == warned
+
+
 def test_pictures_may_come_from_memory(whole, tmp_path):
     config = Config.read(whole / "config.json").with_training(vae_steps=1, unet_steps=1)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)

@@ -152,7 +152,7 @@ def minutes(config: Config, table: ImageTable | None, seconds: dict[str, float])
         f"for {len(split):,} pictures": reading,
         f"for {steps['vae']:,.0f} steps of the VAE": vae,
         "for the latents' scale": scale,
-        f"for {steps['unet']:,.0f} steps of the UNet": unet,
+        f"for {steps['unet']:,.0f} steps of the UNet, {steps['unet'] * settings.batch_size / count:,.1f} epochs": unet,
         "of these for new latents": latents,
         "and at most for new captions": captions,
     }

@@ -27,6 +27,7 @@ from ddpm.training.run_folder import Run
 from ddpm.training.validation import loss_by_timestep, measure_latent_scale, reconstruction_quality
 
 Step = tuple[str, Report]  # of the stage vae or unet
+RISEN = 1.02  # times the least validation loss; above, the UNet overfits
 ENOUGH_PSNR = 20  # decibels on held-out pictures; below, the second stage learns to draw blur
 
 
@@ -275,6 +276,13 @@ class UnetStage(Stage):
         mean = sum(losses) / len(losses)
         tenths = " ".join(f"{loss:.3f}" for loss in losses)
         say(f"unet step {self.opt.step}: validation loss {mean:.4f}; by tenths of t {tenths}")
+        before = [(float(row["val_loss"]), row["step"]) for row in self.run.rows if row["val_loss"]]
+        if before and mean > RISEN * min(before)[0]:
+            least, step = min(before)
+            advice = (
+                "the UNet begins to learn these pictures by heart; train for fewer steps, or on more pictures"
+            )
+            say(f"warning: the validation loss was {least:.4f} at step {step}; {advice}")
         return {"val_loss": f"{mean:.5f}"}
 
     def draw_samples(self, batch: int):
