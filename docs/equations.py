@@ -637,13 +637,14 @@ def _line(number: int, row: Row, tests: list[str], cells: list[str]) -> str:
     node = definition(names[0])
     equations = [row.tex] if row.tex else docstring_tex(node)
     parts = [part for tex in equations for part in re.split(r",?\s*\\q?quad\s*", tex.strip())]
+    links = "<br>".join(f"[{_sentence(test)}](../{test.split('::')[0]})" for test in tests)
     columns = (
         str(number),
         "<br>".join([f"{row.title} (`{row.id}`)", *(f"${_plain(part)}$" for part in parts)]),
         ", ".join(f"`{symbol}`" for symbol in row.symbols.split()),
         "<br>".join(f"[{name}](../{file_of(name)[0].relative_to(ROOT).as_posix()})" for name in names),
         "<br>".join(f"[{_place(cell)}](../{cell})" for cell in cells) or "-",
-        "<br>".join(f"[{_sentence(test)}](../{test.split('::')[0]})" for test in tests),
+        f"<details><summary>{len(tests)} {'test' if len(tests) == 1 else 'tests'}</summary>{links}</details>",
     )
     return f"| {' | '.join(columns)} |\n"
 
