@@ -352,32 +352,8 @@ plt.savefig("everything.png") if "__file__" in globals() else plt.show()
 #
 # ## Exercises
 #
+# Their solutions have a [file of their own](solutions.md#00-everything-at-once).
+#
 # **1.** Draw the first prompt with s = 0, 1, 3 and 10. What does each value give?
 #
-# <details><summary>Solution</summary>
-#
-# ```python
-# drawn = [sample(unet, PROMPTS[:1] * 2, scale=scale)[0] for scale in (0, 1, 3, 10)]
-# show(torch.cat(drawn), [f"s = {scale}" for scale in (0, 1, 3, 10) for _ in range(2)])
-# ```
-#
-# At s = 0 the prompt has no part in the result. At s = 10 the colours saturate, because every step overshoots.
-#
-# </details>
-#
 # **2.** Write DDPM's step: after the DDIM step to s, a part of the noise is new. How many steps does it need?
-#
-# <details><summary>Solution</summary>
-#
-# ```python
-# def ddpm_step(x_t, t, s, v):
-#     x_0, eps = x_0_and_eps(x_t, t, v)
-#     variance = (1 - at(s)) / (1 - at(t)) * (1 - at(t) / at(s))
-#     mean = at(s).sqrt() * x_0 + (1 - at(s) - variance).sqrt() * eps
-#     return mean + variance.sqrt() * torch.randn_like(x_t)
-# ```
-#
-# The old noise and the new add up to the variance 1 - alpha_bar at s. In few steps the pictures are too smooth, so it
-# needs about a hundred. [07](07_sampling_and_guidance.ipynb) compares the samplers.
-#
-# </details>

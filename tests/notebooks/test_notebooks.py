@@ -29,6 +29,7 @@ from ddpm.schedule import Schedule  # noqa: E402
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EVERYTHING = ROOT / "notebooks" / "00_everything.py"
+SOLUTIONS = ROOT / "notebooks" / "solutions.md"
 LINES = 20  # of a code cell; those of 00, which defines classes, may have more
 NETWORK = ("http", "requests", "socket", "urllib", "urlopen", "download", "hf_hub", "from_pretrained", "pip ")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -109,17 +110,14 @@ def test_its_links_lead_to_files(path, notebook):
     assert [link for link in inside if not (path.parent / link).is_file()] == []
 
 
-def test_it_ends_with_exercises_and_their_hidden_solutions(notebook):
-    prose = prose_of(notebook)
-    assert prose.count("\n## Exercises") == 1
-    exercises = prose.partition("\n## Exercises")[2]
-    solutions = re.findall(
-        r"<details><summary>Solution</summary>\n\n(.+?)\n\n</details>", exercises.strip(), re.DOTALL
-    )
-    assert 2 <= len(solutions) == prose.count("<details>") <= 3
-    for solution in solutions:
-        for source in re.findall(r"```python\n(.+?)```", solution, re.DOTALL):
-            ast.parse(source)
+def test_it_ends_with_exercises_whose_solutions_have_a_file_of_their_own(notebook):
+    title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+    exercises = notebook.cells[-1].source.partition("## Exercises\n")[2]
+    solutions = SOLUTIONS.read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    numbers, solved = (re.findall(r"^\*\*(\d)\.\*\*", text, re.MULTILINE) for text in (exercises, solutions))
+    assert 2 <= len(numbers) <= 3 and solved == numbers
+    for source in re.findall(r"```python\n(.+?)```", solutions, re.DOTALL):
+        ast.parse(source)
 
 
 # ------------------------------------------------------------------------------------------- 00
