@@ -379,7 +379,7 @@ BROKEN = {  # file -> its content -> what the message holds; ... stands for anyt
         "file,caption\nx\\..\\..\\a.png,x\n": "line 2: expected a path inside the folder",
         "file,caption\n/etc/a.png,x\n": "line 2: expected a path inside the folder, got '/etc/a.png'",
         "file,caption\nC:\\a.png,x\n": "line 2: expected a path inside the folder",
-        "file,caption\na.png,x\n./a.png,y\n": "line 3: expected every picture once ... after line 2",
+        "file,Male\na.png,1\n./a.png,0\n": "line 3: expected every picture once ... after line 2",
         "file,caption,split\na.png,x,dev\n": "line 2: expected train, valid or test ... got 'dev'",
         "file,caption\nA1.png,x\nA2.png,x\n": "its 2 pictures, such as A1.png, got none of them",
         "file,caption\na.png,käse\n".encode("latin-1"): "expected text in UTF-8",
@@ -426,7 +426,7 @@ FOLDERS = {  # what is in the folder `data` -> the folder that is opened -> what
         "data/img.zip": "got an HTML page",
         "data": "unpack the archive",
     },
-    ("data/a.png", "data/b.png"): {"data": "captions.csv ... got 2 pictures without annotations"},
+    ("data/a.png", f"data/{PART}"): {"data": f"list_attr_celeba.txt ... got a.png, {PART}"},
     ("data/notes.md",): {"data": "list_attr_celeba.txt ... got notes.md"},
     ("data/a.csv", "data/b.csv"): {"data": "expected one csv, got 2: a.csv, b.csv"},
     (f"data/{ATTR}", "data/img_align_celeba/one.jpg"): {

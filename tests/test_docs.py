@@ -252,10 +252,9 @@ def sandbox(tmp_path, tower, monkeypatch):
         picture = tmp_path / f"torn/img_align_celeba/{i:06}.jpg"
         picture.write_bytes(picture.read_bytes()[:600])
     (tmp_path / "celeba.zip").write_bytes(b"PK\x03\x04")
-    for folder in ("plain", "wrong"):
-        (tmp_path / folder).mkdir()
-        for name in ("a.png", "b.png"):
-            Image.new("RGB", (64, 64)).save(tmp_path / folder / name)
+    (tmp_path / "wrong").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / "wrong" / name)
     (tmp_path / "wrong/captions.csv").write_text("picture,words\na.png,a cat\nb.png,a dog\n")
     (tmp_path / "runs/half").mkdir(parents=True)
     (tmp_path / "runs/half/config.json").write_text(Config.from_preset("tiny").to_json())

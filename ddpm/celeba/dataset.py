@@ -6,7 +6,8 @@ import json
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,7 @@ def _source(table: ImageTable) -> str:
     digest = hashlib.sha256()
     every = max(1, len(table) // 256)
     for i, name in enumerate(table.files):
-        path = table.root / name
+        path = table.file(i)
         status = None
         with contextlib.suppress(OSError):  # a link that leads nowhere is an unreadable picture
             status = os.stat(path)
@@ -222,27 +223,38 @@ def _decode(
 ) -> list[tuple[str, str]]:
     r"""Fill `pixels` in threads, because Pillow leaves Python's lock while it decodes; returns what is bad."""
 
-    def decode(rows: range) -> list[tuple[str, str]]:
-        bad = []
-        for i in rows:
+    def decode(batch: list[tuple[int, Path | bytes]]) -> list[tuple[str, str] | None]:
+        reasons = []
+        for i, source in batch:
             try:
-                pixels[i] = read_image(table.root / table.files[i], size, crop)
+                pixels[i] = read_image(source, size, crop)
+                reasons.append(None)
             except BadImage as error:
-                bad.append((table.files[i], str(error)))
-        return bad
+                reasons.append((table.files[i], str(error)))
+        return reasons
 
-    everything = range(len(table))
-    parts = [everything[start : start + AT_A_TIME] for start in everything[::AT_A_TIME]]
-    label = f"decoding pictures, {AT_A_TIME} at a time"
     bad = []
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        for found in progress(pool.map(decode, parts), len(parts), label):
-            bad += found
+    reasons = _in_threads(decode, table.batches(AT_A_TIME))
+    for reason in progress(reasons, len(table), "decoding pictures"):
+        if reason:
+            bad.append(reason)
             _check_bad(table, bad, max_bad)
+    return bad
+
+
+def _in_threads(action: Callable, batches: Iterable) -> Iterator:
+    r"""What `action` returns for the things of all batches; not many batches wait, because they may be large."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    waiting = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(action, batch))
+            if len(waiting) > 2 * os.cpu_count():
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-    return bad
 
 
 def _read_bad(listing: Path, table: ImageTable) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ from ddpm.tools.files import check_new_folder, new_folder
 
 ELSEWHERE = (
     "get it from Kaggle (jessicali9530/celeba-dataset), the project page of MMLAB CUHK or a copy on Hugging "
-    "Face, and put img_align_celeba/ and list_attr_celeba.txt (or .csv) into this folder"
+    "Face, and put img_align_celeba/ and list_attr_celeba.txt (or .csv), or its parquet files, into this folder"
 )
 
 

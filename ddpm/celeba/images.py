@@ -1,6 +1,7 @@
-r"""One picture file to a square of pixels; the one crop of this project."""
+r"""One picture to a square of pixels; the one crop of this project."""
 
 import contextlib
+import io
 import os
 import stat
 from typing import BinaryIO
@@ -78,13 +79,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_image(path, size: int = 64, crop: int = 0) -> np.ndarray:
-    r"""One picture file by `crop_and_resize`.
+def read_image(source, size: int = 64, crop: int = 0) -> np.ndarray:
+    r"""One picture by `crop_and_resize`.
 
     The size in the header is checked before anything is decoded, so that no picture fills the memory.
 
     Args:
-        path: the file: JPEG, PNG, WebP, BMP, GIF (its first frame) or TIFF.
+        source: the path of a file, or its content as bytes: JPEG, PNG, WebP, BMP, GIF (its first frame) or TIFF.
         size, crop: as in `crop_and_resize`.
     Returns:
         `(size, size, 3)` uint8, 0..255.
@@ -94,23 +95,26 @@ def read_image(path, size: int = 64, crop: int = 0) -> np.ndarray:
         DataError: size below 1 or crop below 0.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a file")
-        if status.st_size == 0:
-            raise BadImage("zero bytes")
-        if status.st_size > MAX_BYTES:
-            raise BadImage(f"too large: above {MAX_BYTES // 2**20} MiB")
-        with open(path, "rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else _open_file(source) as file:
             return np.array(crop_and_resize(_open_image(file), size, crop))
     except (BadImage, DataError):
         raise
-    except FileNotFoundError:
-        raise BadImage("a link that leads nowhere" if os.path.islink(path) else "missing") from None
     except Exception as error:  # Pillow on damaged files: OSError, SyntaxError, struct.error, ...
         if "truncated" in str(error).lower():
             raise BadImage("truncated") from error
         raise BadImage(f"cannot be read: {type(error).__name__} {quoted(error)}") from error
+
+
+def _open_file(path) -> BinaryIO:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise BadImage("a link that leads nowhere" if os.path.islink(path) else "missing") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise BadImage("not a file")
+    if status.st_size > MAX_BYTES:
+        raise BadImage(f"too large: above {MAX_BYTES // 2**20} MiB")
+    return open(path, "rb")
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
@@ -119,7 +123,8 @@ def _open_image(file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         file.seek(0)
-        raise BadImage(kind_of(file.read(512)) or "not a picture") from None
+        head = file.read(512)
+        raise BadImage(kind_of(head) or ("not a picture" if head else "zero bytes")) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage("too large: above 50 megapixels") from None
     width, height = image.size

@@ -1,7 +1,7 @@
 r"""Pictures on disk, in any layout people have them in, as one table.
 
-`open_table` reads CelebA (the official text files, Kaggle's csv, torchvision's folder) and any folder of
-pictures with a csv into an `ImageTable`. What cannot be used is refused in one line, by a `DataError`."""
+`open_table` reads CelebA (the official text files, Kaggle's csv, torchvision's folder, parquet) and any other folder of
+pictures into an `ImageTable`. What cannot be used is refused in one line, by a `DataError`."""
 
 import hashlib
 import os
@@ -9,48 +9,76 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
 from ddpm.celeba.captions import ATTRIBUTES
+from ddpm.celeba.parquet import picture_bytes, read_parquet
 from ddpm.celeba.refusals import AGAIN, DataError, first_few, kind_of, quoted
 from ddpm.celeba.sheets import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
+    LABEL,
     PLAIN_ATTRIBUTES,
     Sheet,
     is_image_name,
     plain_name,
     read_sheet,
+    read_text,
 )
 from ddpm.tools.errors import printable
 
 TRAIN, VALID, TEST = 0, 1, 2
+UNKNOWN = 255  # the split, while it is not known
 FOLDERS = ("img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba_png")
 # Where CelebA's pictures are, seen from the folder with the annotations.
 IMAGE_FOLDERS = (*FOLDERS, *(f"Img/{name}" for name in FOLDERS), "Img", "images", "")
+OWN_LISTS = ("captions.csv", "metadata.csv", "metadata.jsonl", "captions.tsv", "captions.txt")
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz")
 VALUES = {"-1": 0, "0": 0, "1": 1, "-1.0": 0, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 SPLITS = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
-SPLITS |= {"0": TRAIN, "1": VALID, "2": TEST, "0.0": TRAIN, "1.0": VALID, "2.0": TEST}
+NUMBERS = {"0": TRAIN, "1": VALID, "2": TEST, "0.0": TRAIN, "1.0": VALID, "2.0": TEST}
+NAMELESS = ("", "images", "img", *FOLDERS)  # folders whose name is no caption
 DEPTH = 4  # of the subfolders in which pictures are looked for
 
 
 @dataclass(frozen=True, eq=False)
 class ImageTable:
-    r"""N pictures and what is known of each. Picture i is the file `root / files[i]`."""
+    r"""N pictures and what is known of each. Picture i is the file `root / files[i]`, or in a parquet file a row."""
 
     root: Path  # the folder that `files` are relative to
-    files: tuple[str, ...]  # N paths, with / between folders
+    files: tuple[str, ...]  # N paths, with / between folders; NAME.parquet/17 is row 17 (from 0) of that file
     attributes: np.ndarray | None  # (N, 40) uint8, columns in the order of ATTRIBUTES, 1 = has it
     captions: tuple[tuple[str, ...], ...] | None  # N times one or more wordings, where the data has captions
     split: np.ndarray  # (N,) uint8: 0 train, 1 valid, 2 test
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def file(self, i: int) -> Path:
+        r"""The file that holds picture i."""
+        return self.root / (_parquet(self.files[i]) or self.files[i])
+
+    def batches(self, size: int) -> Iterator[list[tuple[int, Path | bytes]]]:
+        r"""Every picture's number and the picture as `read_image` takes it, up to `size` at a time.
+
+        A parquet file is read from its start to its end, because its rows cannot be read one by one.
+        """
+        number_of = {name: i for i, name in enumerate(self.files)}
+        plain = [name for name in self.files if not _parquet(name)]
+        for start in range(0, len(plain), size):
+            yield [(number_of[name], self.root / name) for name in plain[start : start + size]]
+        for file in dict.fromkeys(filter(None, map(_parquet, self.files))):
+            row = 0
+            for pictures in picture_bytes(self.root / file, size):
+                names = [f"{file}/{i}" for i in range(row, row + len(pictures))]
+                row += len(pictures)
+                both = zip(names, pictures, strict=True)
+                yield [(number_of[name], picture) for name, picture in both if name in number_of]
 
     def take(self, index) -> "ImageTable":
         r"""The rows that `index` picks, in its order: integers, a mask like `split == VALID`, a slice."""
@@ -72,15 +100,23 @@ def open_table(path) -> ImageTable:
     - CelebA: `list_attr_celeba.txt` or `.csv` in the folder, in its `Anno/`, or the same below `celeba/`;
       pictures in `img_align_celeba/` (nested in itself, in `Img/`, as PNG) or beside the list; the split from
       `list_eval_partition.txt` or `.csv`, beside the list or in `Eval/`, if it is there.
-    - your own: `captions.csv`, `metadata.csv`, `metadata.jsonl`, or the only csv there. One column of file
-      names, and either `caption` (or `text`; in JSON also a list of wordings) or some of the 40 attributes, the
-      others being 0. `split` is an optional column. Paths are relative to the folder, or to its `images/`.
+    - your own list: one of `OWN_LISTS`, or the only csv or tsv there, in the folder or one each in its `train/`,
+      `validation/` and `test/`. One column of file names, and one of captions (`CAPTION_COLUMNS`; in JSON also lists of
+      wordings), some of the 40 attributes, the others being 0, or a `label`. Paths are relative to the list's folder,
+      or to `images/` in it. Rows of the same picture are its wordings.
+    - parquet files with the pictures in them, CelebA's or your own, in the folder or below it; columns as in a list, or
+      a list of 40 `attributes`. Each row is a picture.
+    - pictures alone, in the folder or below it. Where text files are called as they are, each line of these is a
+      wording. Else the caption is the name of the folder that a picture is in, and empty in those of `NAMELESS`.
 
-    A picture that is not where it should be is taken from any subfolder, in another case, Unicode form or image
+    A picture that is not where its list says is taken from any subfolder, in another case, Unicode form or image
     format, if exactly one is called so. Rows without a picture are left out, so a part of CelebA opens too. A
-    warning counts them, and another the pictures without a row. Without a split, about 90 / 5 / 5 % of the
-    pictures are train / valid / test by a hash of each file's name. Where a given split has nothing in valid
-    (for example, the first thousands of CelebA are all train), 5 % of its train become valid.
+    warning counts them, and another the pictures without a row.
+
+    The split is the optional column `split`, or follows from folders, or parquet files, that are called train, valid,
+    validation or test. Without either, about 90 / 5 / 5 % of the pictures are train / valid / test by a hash of each
+    file's name. Where a given split has nothing in valid (for example, the first thousands of CelebA are all train),
+    5 % of its train become valid.
 
     Args:
         path: the folder.
@@ -93,7 +129,12 @@ def open_table(path) -> ImageTable:
     for home in (folder, folder / "celeba", folder / "CelebA"):
         if file := _find(home, "Anno", "list_attr_celeba"):
             return _open_celeba(home, file)
-    return _open_own(folder)
+    lists = _own_lists(folder)
+    table = _open_own(folder, lists) if lists else _open_pictures(folder)
+    if table.captions is not None and not any(map(any, table.captions)):
+        says = f'the {len(table):,} pictures have no captions; draw with the prompt "", which guidance does not change'
+        warnings.warn(f"{folder}: {says}", stacklevel=2)
+    return table
 
 
 def _open_celeba(home: Path, file: Path) -> ImageTable:
@@ -109,24 +150,85 @@ def _open_celeba(home: Path, file: Path) -> ImageTable:
     return replace(table, split=_read_partition(partition, names) if partition else split_by_name(names))
 
 
-def _open_own(folder: Path) -> ImageTable:
-    r"""Any pictures with a list: captions, or at least one of the 40 attributes."""
-    sheet = read_sheet(_own_list(folder))
+def _open_own(folder: Path, lists: list[Path]) -> ImageTable:
+    r"""Any pictures with lists: captions, or at least one of the 40 attributes."""
+    tables, names = zip(*map(_own_table, lists), strict=True)
+    table = tables[0] if len(lists) == 1 else _joined(folder, tables)
+    return _with_split(table, [name for some in names for name in some])
+
+
+def _own_table(file: Path) -> tuple[ImageTable, list[str]]:
+    r"""The pictures of one list, and the names by which they may be split."""
+    in_parquet = file.suffix == ".parquet"
+    sheet = read_parquet(file) if in_parquet else read_sheet(file)
     columns = _attribute_columns(sheet)
-    caption = next((sheet.header.index(name) for name in CAPTION_COLUMNS if name in sheet.header), None)
-    if caption is None and not columns:
-        expected = "a column caption or text, or attributes (Male, Smiling, ...)"
+    captions = CAPTION_COLUMNS if columns else (*CAPTION_COLUMNS, LABEL)
+    caption = next((sheet.header.index(name) for name in captions if name in sheet.header), None)
+    if caption is None and not columns and not in_parquet:
+        expected = "a column caption, text, prompt or label, or attributes (Male, Smiling, ...)"
         got = first_few(sheet.header if sheet.is_list else []) or "none"
-        raise DataError(sheet.file, expected, got, "name the columns in line 1")
+        raise DataError(file, expected, got, "name the columns in line 1")
     if caption is not None and columns:
-        unused = first_few(list(columns))
-        warnings.warn(f"{sheet.file.name}: captions are used, and not {unused}", stacklevel=3)
+        where = file.parent if in_parquet else file.name  # one warning for all files of a folder
+        warnings.warn(f"{where}: captions are used, and not {first_few(list(columns))}", stacklevel=4)
     table = _every_row(sheet, columns, caption)
-    has_split = "split" in sheet.header
-    if has_split:
-        table = replace(table, split=_split_column(sheet, sheet.header.index("split")))
-    table, names = _with_pictures(table, folder, ("", "images"), sheet.file)
-    return replace(table, split=_with_valid(table.split, names) if has_split else split_by_name(names))
+    if not in_parquet:
+        return _with_pictures(table, file.parent, ("", "images"), file)
+    paths = [cells[-1] for _, cells in sheet.rows]
+    return table, paths if all(paths) else list(table.files)
+
+
+def _joined(folder: Path, tables: Sequence[ImageTable]) -> ImageTable:
+    r"""Several tables as one, whose files are relative to the folder."""
+    attributes, captions = None, None
+    if all(table.captions is None for table in tables):
+        attributes = np.concatenate([table.attributes for table in tables])
+    elif all(table.captions is not None for table in tables):
+        captions = tuple(chain.from_iterable(table.captions for table in tables))
+    else:
+        expected = "captions in all lists or attributes in all"
+        raise DataError(folder, expected, "both", "give all lists the same columns")
+    files = ((table.root.relative_to(folder) / name).as_posix() for table in tables for name in table.files)
+    split = np.concatenate([table.split for table in tables])
+    return ImageTable(folder, tuple(files), attributes, captions, split)
+
+
+def _open_pictures(folder: Path) -> ImageTable:
+    r"""Pictures without a list, whose captions are in text files beside them or the names of their folders."""
+    paths = {path.removeprefix("/") for path in _walk(folder, follow=True)}
+    files = tuple(sorted(filter(is_image_name, paths)))
+    is_celeba = folder.name.lower() in NAMELESS and _find(folder.parent, "Anno", "list_attr_celeba")
+    if not files or is_celeba or _find(folder, "Eval", "list_eval_partition"):
+        raise _no_list(folder)
+    if with_text := tuple(name for name in files if f"{_stem(name)}.txt" in paths):
+        if without := sorted({*files} - {*with_text}):
+            why = f"left out {len(without):,} pictures, such as {without[0]}, because no .txt is called so"
+            warnings.warn(printable(f"{folder}: {why}"), stacklevel=3)
+        files = with_text
+        captions = tuple(_lines_of(folder / f"{_stem(name)}.txt") for name in files)
+    else:
+        captions = _folder_names(folder, files)
+    table = ImageTable(folder, files, None, captions, np.full(len(files), UNKNOWN, np.uint8))
+    return _with_split(table, files)
+
+
+def _lines_of(file: Path) -> tuple[str, ...]:
+    lines = (" ".join(line.split()) for line in read_text(file, "a caption").splitlines())
+    return tuple(filter(None, lines)) or ("",)
+
+
+def _folder_names(folder: Path, files: Sequence[str]) -> tuple[tuple[str], ...]:
+    r"""The name of the folder that each picture is in, or "" where that is no class."""
+    nameless = {*NAMELESS}
+    if all(_split_of(name) != UNKNOWN for name in files):
+        nameless |= SPLITS.keys()
+    captions = [PurePosixPath(name).parent.name for name in files]
+    captions = ["" if caption.lower() in nameless else caption for caption in captions]
+    if classes := sorted({*captions} - {""}):
+        rest = f"; {captions.count(''):,} pictures have none" if "" in captions else ""
+        says = f"the captions are the names of the folders: {first_few(classes)}{rest}"
+        warnings.warn(printable(f"{folder}: {says}"), stacklevel=4)
+    return tuple((caption,) for caption in captions)
 
 
 def _existing_folder(path) -> Path:
@@ -146,30 +248,38 @@ def _find(home: Path, subfolder: str, name: str) -> Path | None:
     return next(filter(os.path.lexists, places), None)
 
 
-def _own_list(folder: Path) -> Path:
-    r"""The csv or jsonl that annotates a folder of one's own pictures."""
+def _own_lists(folder: Path) -> list[Path]:
+    r"""What annotates a folder of one's own pictures: a list, or one for each split, or parquet files."""
     names = sorted(_listing(folder, {""}))
-    for name in ("captions.csv", "metadata.csv", "metadata.jsonl"):
+    for name in OWN_LISTS:
         if name in names:
-            return folder / name
-    tables = [name for name in names if name.lower().endswith(".csv") and not name.startswith("list_")]
+            return [folder / name]
+    tables = [name for name in names if name.lower().endswith((".csv", ".tsv"))]
+    tables = [name for name in tables if not name.startswith("list_")]
     if len(tables) == 1:
-        return folder / tables[0]
+        return [folder / tables[0]]
     if tables:
         got = f"{len(tables)}: {first_few(tables)}"
         raise DataError(folder, "one csv", got, "name the right one captions.csv")
-    others = [name for name in names if not is_image_name(name)]
-    pictures = len(names) - len(others)
-    found = [f"{pictures:,} pictures without annotations"] if pictures else []
-    found += [first_few(others)] if others else []
+    for name in OWN_LISTS:
+        splits = [sub for sub in names if sub.lower() in SPLITS and (folder / sub / name).is_file()]
+        if splits:
+            return [folder / sub / name for sub in splits]
+    return [folder / path.removeprefix("/") for path in sorted(_walk(folder)) if path.endswith(".parquet")]
+
+
+def _no_list(folder: Path) -> DataError:
+    names = sorted(_listing(folder, {""}))
     if above := _find(folder.parent, "Anno", "list_attr_celeba"):
         advice = f"give the folder with {above.name}, {folder.parent}"
     elif any(name.lower().endswith(ARCHIVES) for name in names):
         advice = "unpack the archive first"
     else:
-        advice = "put one of these beside the pictures"
-    expected = "list_attr_celeba.txt or .csv (CelebA), captions.csv, metadata.csv or .jsonl (your own)"
-    raise DataError(folder, expected, " and ".join(found) or "an empty folder", advice)
+        advice = "give the folder that has them"
+    expected = (
+        "list_attr_celeba.txt or .csv (CelebA), captions.csv, metadata.csv or .jsonl (your own), pictures"
+    )
+    return DataError(folder, expected, first_few(names) or "an empty folder", advice)
 
 
 def _with_pictures(
@@ -199,10 +309,8 @@ def _paths_alike(names: list[str], home: Path, folders: Sequence[str], taken: se
     r"""The one picture called as a name is, but for subfolders before it, case, Unicode form or format."""
     by_stem = defaultdict(set)
     for top in ("", *(folder for folder in folders if (home / folder).is_symlink())):
-        for folder, below, files in os.walk(home / top):
-            inside = Path(folder).relative_to(home).parts
-            below[:] = [name for name in below if len(inside) < DEPTH and not name.startswith(".")]
-            for path in {f"{'/'.join(inside)}/{name}" for name in files if is_image_name(name)} - taken:
+        for path in filter(is_image_name, _walk(home, top)):
+            if path not in taken:
                 by_stem[_stem(_plain(path)).rpartition("/")[2]].add(path)
     found = {}
     for name in names:
@@ -215,6 +323,14 @@ def _paths_alike(names: list[str], home: Path, folders: Sequence[str], taken: se
             found[name] = alike.pop()
     times = Counter(found.values())
     return {name: path for name, path in found.items() if times[path] == 1}
+
+
+def _walk(home: Path, top: str = "", follow: bool = False) -> Iterator[str]:
+    r"""Every file below `top` but for hidden ones, as a path from home with a / before the name."""
+    for folder, below, files in os.walk(home / top, followlinks=follow):
+        inside = Path(folder).relative_to(home).parts
+        below[:] = [name for name in below if len(inside) < DEPTH and not name.startswith(".")]
+        yield from (f"{'/'.join(inside)}/{name}" for name in files if not name.startswith("."))
 
 
 def _plain(path: str) -> str:
@@ -262,13 +378,22 @@ def _listing(folder: Path, subfolders: set[str]) -> set[str]:
 
 
 def _every_row(sheet: Sheet, columns: dict[str, int], caption: int | None = None) -> ImageTable:
-    r"""The table of all rows: captions if there is a column of them, else attributes; all of it in train."""
-    files = _picture_names(sheet)
-    table = ImageTable(sheet.file.parent, files, None, None, np.zeros(len(files), np.uint8))
+    r"""The table of all pictures: captions if there is a column of them, else attributes, else empty captions."""
+    rows_of = defaultdict(list)
+    for row, name in enumerate(_picture_names(sheet, once=caption is None)):
+        rows_of[name].append(row)
+    first = [rows[0] for rows in rows_of.values()]
+    split = np.full(len(sheet.rows), UNKNOWN, np.uint8)
+    if "split" in sheet.header:
+        split = _split_column(sheet, sheet.header.index("split"))
+    table = ImageTable(sheet.file.parent, tuple(rows_of), None, None, split[first])
     if caption is not None:
-        captions = tuple(_wordings(sheet, line, cells[caption]) for line, cells in sheet.rows)
-        return replace(table, captions=captions)
-    attributes = np.zeros((len(files), len(ATTRIBUTES)), np.uint8)
+        wordings = [_wordings(sheet, line, cells[caption]) for line, cells in sheet.rows]
+        several = ([text for row in rows for text in wordings[row]] for rows in rows_of.values())
+        return replace(table, captions=tuple(tuple(dict.fromkeys(texts)) for texts in several))
+    if not columns:
+        return replace(table, captions=(("",),) * len(table))
+    attributes = np.zeros((len(table), len(ATTRIBUTES)), np.uint8)
     expected = "values -1 and 1 (or 0 and 1, or False and True)"
     for name, column in columns.items():
         attributes[:, ATTRIBUTES.index(name)] = _numbers(sheet, column, VALUES, expected)
@@ -294,8 +419,10 @@ def _attribute_columns(sheet: Sheet) -> dict[str, int]:
     return columns
 
 
-def _picture_names(sheet: Sheet) -> tuple[str, ...]:
-    r"""The file name in each row, once every row has a cell for each column and no picture stands twice."""
+def _picture_names(sheet: Sheet, once: bool = True) -> list[str]:
+    r"""The file name in each row, once every row has a cell for each column; `once` lets no picture stand twice."""
+    if sheet.file.suffix == ".parquet":
+        return [f"{sheet.file.name}/{row}" for row, _ in sheet.rows]
     start = sheet.rows[0][1]
     named = [column for column, name in enumerate(sheet.header) if name in FILE_COLUMNS]
     by_look = [column for column, cell in enumerate(start) if is_image_name(cell)]  # after pandas' index
@@ -306,6 +433,9 @@ def _picture_names(sheet: Sheet) -> tuple[str, ...]:
         )
     column = columns[0]
     width = len(sheet.header or start)
+    home = sheet.file.parent
+    homes = [f"{folder.as_posix()}/" for folder in (home.absolute(), home.resolve())]
+    names = []
     line_of: dict[str, int] = {}
     for line, cells in sheet.rows:
         if len(cells) != width:
@@ -314,16 +444,20 @@ def _picture_names(sheet: Sheet) -> tuple[str, ...]:
         if not is_image_name(name) and not (column in named and re.fullmatch(r"[\w-]+", name)):
             raise sheet.refusal(line, "the file name of a picture", quoted(name))
         if "/" in name or "\\" in name or ":" in name:
-            path = PurePosixPath(name.replace("\\", "/"))
-            if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts:
+            inside = name.replace("\\", "/")
+            for start_of_path in homes:
+                inside = inside.removeprefix(start_of_path)
+            path = PurePosixPath(inside)
+            if path.is_absolute() or PureWindowsPath(inside).drive or ".." in path.parts:
                 raise sheet.refusal(line, "a path inside the folder", quoted(name))
             name = str(path)
-        if name in line_of:
+        if once and name in line_of:
             raise sheet.refusal(
                 line, "every picture once", f"{quoted(name)} again, after line {line_of[name]}"
             )
         line_of[name] = line
-    return tuple(line_of)
+        names.append(name)
+    return names
 
 
 def _numbers(sheet: Sheet, column: int, meanings: dict[str, int], expected: str) -> np.ndarray:
@@ -338,7 +472,7 @@ def _numbers(sheet: Sheet, column: int, meanings: dict[str, int], expected: str)
 
 
 def _split_column(sheet: Sheet, column: int) -> np.ndarray:
-    return _numbers(sheet, column, SPLITS, "train, valid or test (or 0, 1 or 2)")
+    return _numbers(sheet, column, SPLITS | NUMBERS, "train, valid or test (or 0, 1 or 2)")
 
 
 def _read_partition(file: Path, names: list[str]) -> np.ndarray:
@@ -351,6 +485,34 @@ def _read_partition(file: Path, names: list[str]) -> np.ndarray:
         advice = f"{AGAIN}, or remove it to split by file name"
         raise DataError(file, expected, f"none for {len(missing):,}, such as {missing[0]}", advice)
     return _with_valid(np.array([split_of[_stem(name)] for name in names], np.uint8), names)
+
+
+def _with_split(table: ImageTable, names: Sequence[str]) -> ImageTable:
+    r"""The split of the list, or of the folders and parquet files where they are all called after one, or by name."""
+    split = table.split
+    if (split == UNKNOWN).any():
+        split = np.array([_split_of(name) for name in table.files], np.uint8)
+    is_known = not (split == UNKNOWN).any()
+    return replace(table, split=_with_valid(split, names) if is_known else split_by_name(names))
+
+
+def _split_of(name: str) -> int:
+    r"""The split after which a folder of a picture, or its parquet file, is called.
+
+    >>> [_split_of(f"{name}/1") for name in ("validation/cat", "data/test-00000-of-00019.parquet", "train-station")]
+    [1, 2, 255]
+    """
+    for folder in name.lower().split("/")[:-1]:
+        word = re.match("[a-z]*", folder)[0] if folder.endswith(".parquet") else folder
+        if word in SPLITS:
+            return SPLITS[word]
+    return UNKNOWN
+
+
+def _parquet(name: str) -> str:
+    r"""The parquet file in which a picture is; "" for a picture that is a file itself."""
+    found = re.fullmatch(r"(.+\.parquet)/[0-9]+", name)
+    return found[1] if found else ""
 
 
 def split_by_name(files: Sequence[str]) -> np.ndarray:

@@ -15,7 +15,8 @@ MAX_BYTES = 2**27  # of a list; CelebA's has 26 million
 MAX_ROW = 2**20  # characters
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_id", "path")
-CAPTION_COLUMNS = ("caption", "text")
+CAPTION_COLUMNS = ("caption", "captions", "text", "prompt")
+LABEL = "label"  # a caption, where there is nothing else
 CORRECT = f"correct the file or {AGAIN}"
 
 
@@ -25,12 +26,13 @@ class Sheet:
 
     file: Path
     header: list[str]  # column names by `plain_name`, or [] if the list has none
-    rows: list[tuple[int, list]]  # line number, cells: texts, or what JSON has for a caption
+    rows: list[tuple[int, list]]  # line number, cells: texts, or what JSON or parquet has for a caption
     is_list: bool  # whether messages may quote from it: a link may lead to something private that is no list
 
     def refusal(self, line: int, expected: str, got: str) -> DataError:
         got = got if self.is_list else "something else"
-        return DataError(f"{self.file} line {line}", expected, got, CORRECT)
+        unit = "row" if self.file.suffix == ".parquet" else "line"
+        return DataError(f"{self.file} {unit} {line}", expected, got, CORRECT)
 
 
 def plain_name(name: str) -> str:
@@ -47,7 +49,7 @@ def is_image_name(cell) -> bool:
 
 def read_sheet(file: Path) -> Sheet:
     r"""Read a list; where its first line is a number, there must be as many rows."""
-    text = _read_text(file).replace("\r\n", "\n").replace("\r", "\n")
+    text = read_text(file).replace("\r\n", "\n").replace("\r", "\n")
     first, _, rest = text.partition("\n")
     counted = re.fullmatch(r"\s*[0-9]{1,18}\s*", first) is not None
     body = rest if counted else text
@@ -136,21 +138,21 @@ def _json_cell(key: str, value):
     return str(value).strip()
 
 
-def _read_text(file: Path) -> str:
-    r"""The text of a list: UTF-8, UTF-16 with a byte order mark, or latin-1 where the names are ASCII."""
+def read_text(file: Path, what: str = "a list") -> str:
+    r"""The text of a file: UTF-8, UTF-16 with a byte order mark, or latin-1 where a list's names are ASCII."""
     try:
         size = file.stat().st_size
         if size > MAX_BYTES:
-            expected = f"a list of at most {MAX_BYTES // 2**20} MiB"
+            expected = f"{what} of at most {MAX_BYTES // 2**20} MiB"
             raise DataError(file, expected, f"{size / 2**20:,.0f}", "use a part of the data")
         if not file.is_file():  # a pipe would be waited for, and a device has no end
             raise OSError("no file")
         data = file.read_bytes()
     except OSError as error:
-        raise DataError(file, "a list that can be read", quoted(error), "correct that") from error
+        raise DataError(file, f"{what} that can be read", quoted(error), "correct that") from error
     kind = kind_of(data[:512])
     if kind or not data.strip():
-        raise DataError(file, "a list of pictures as text", kind or "an empty file", AGAIN)
+        raise DataError(file, f"{what} as text", kind or "an empty file", CORRECT)
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:

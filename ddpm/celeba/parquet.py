@@ -1,0 +1,123 @@
+r"""Parquet files with the pictures in them, as data sets on Hugging Face have them; pyarrow reads them."""
+
+import contextlib
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from ddpm.celeba.captions import ATTRIBUTES
+from ddpm.celeba.refusals import AGAIN, DataError, first_few, kind_of, quoted
+from ddpm.celeba.sheets import CAPTION_COLUMNS, LABEL, MAX_BYTES, PLAIN_ATTRIBUTES, Sheet, plain_name
+from ddpm.tools.errors import UserError
+from ddpm.tools.strict_json import parse_json
+
+COLUMNS = {*CAPTION_COLUMNS, *PLAIN_ATTRIBUTES, LABEL, "attributes", "split"}
+PICTURE = re.compile(r"(struct<.*\bbytes: )?(large_)?binary")  # the type of a column, as pyarrow writes it
+
+
+def read_parquet(file: Path) -> Sheet:
+    r"""What the rows of a file, counted from 0, say of their pictures; no picture is read.
+
+    The column `path` has the name that each picture had, or "". A list of `attributes` becomes 40 columns.
+    """
+    sheet = Sheet(file, [], [], is_list=True)
+    columns = {}
+    for name, values in _columns(file).items():
+        if name == "attributes":
+            columns |= _forty_columns(sheet, values)
+        else:
+            columns[name] = values if name in CAPTION_COLUMNS else _texts(values)
+    sheet.header = list(columns)
+    sheet.rows = list(enumerate(zip(*columns.values(), strict=True)))
+    return sheet
+
+
+def picture_bytes(file: Path, at_a_time: int) -> Iterator[list[bytes]]:
+    r"""The pictures in a file as they are encoded, so many at a time; b"" where a row has none."""
+    with _refusing(file):
+        parquet = _opened(file)
+        column = _picture_column(file, parquet.schema_arrow)
+        for batch in parquet.iter_batches(at_a_time, columns=[column]):
+            values = batch.column(0).to_pylist()
+            yield [(value["bytes"] if isinstance(value, dict) else value) or b"" for value in values]
+
+
+@contextlib.contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow on damaged files: ArrowInvalid, OSError, NotImplementedError, ...
+        raise DataError(file, "a parquet file that can be read", quoted(error), AGAIN) from error
+
+
+def _opened(file: Path):
+    r"""pyarrow's ParquetFile, which has read the columns' names and nothing else."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        advice = "pip install -e '.[parquet]'"
+        raise DataError(file, "the package pyarrow, which reads it", "none", advice) from None
+    if not file.is_file():
+        raise OSError("no file")
+    with open(file, "rb") as start:
+        if kind := kind_of(start.read(512)):
+            raise DataError(file, "a parquet file", kind, AGAIN)
+    return ParquetFile(file)
+
+
+def _picture_column(file: Path, schema) -> str:
+    for field in schema:
+        if PICTURE.match(str(field.type)):
+            return field.name
+    got = f"the columns {first_few(schema.names)}"
+    raise DataError(
+        file, "a column with the bytes of pictures", got, "take a copy that has the pictures in it"
+    )
+
+
+def _columns(file: Path) -> dict[str, list]:
+    r"""The columns that are of use, by `plain_name`, and `path`, as long as they are small."""
+    columns = defaultdict(list)
+    with _refusing(file):
+        parquet = _opened(file)
+        schema = parquet.schema_arrow
+        picture = _picture_column(file, schema)
+        names = [name for name in schema.names if plain_name(name) in COLUMNS]
+        size = 0
+        for batch in parquet.iter_batches(columns=[*names, f"{picture}.path"]):
+            size += batch.nbytes
+            if size > MAX_BYTES:
+                expected = f"at most {MAX_BYTES // 2**20} MiB beside the pictures"
+                raise DataError(file, expected, "more", "use a part of the data")
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                columns[name] += column.to_pylist()
+        if not parquet.metadata.num_rows:
+            raise DataError(file, "rows with pictures", "none", AGAIN)
+    values = columns.pop(picture, [None] * parquet.metadata.num_rows)
+    columns = {plain_name(name): column for name, column in columns.items()}
+    if LABEL in columns:
+        classes = dict(enumerate(_class_names(schema.metadata)))
+        columns[LABEL] = [classes.get(value, value) for value in columns[LABEL]]
+    return columns | {"path": [(value or {}).get("path") or "" for value in values]}
+
+
+def _class_names(metadata) -> list[str]:
+    r"""What Hugging Face's `datasets` writes beside the columns of the classes in `label`."""
+    with contextlib.suppress(TypeError, KeyError, ValueError):
+        return parse_json(metadata[b"huggingface"].decode())["info"]["features"][LABEL]["names"]
+    return []
+
+
+def _forty_columns(sheet: Sheet, values: list) -> dict[str, list[str]]:
+    for row, value in enumerate(values):
+        if not isinstance(value, list) or len(value) != len(ATTRIBUTES):
+            raise sheet.refusal(row, "40 attributes in the order of CelebA", quoted(value))
+    return dict(zip(PLAIN_ATTRIBUTES, map(_texts, zip(*values, strict=True)), strict=True))
+
+
+def _texts(values) -> list[str]:
+    return ["" if value is None else sys.intern(str(value)) for value in values]
