@@ -152,7 +152,7 @@ def read_text(file: Path, what: str = "a list") -> str:
         raise DataError(file, f"{what} that can be read", quoted(error), "correct that") from error
     kind = kind_of(data[:512])
     if kind or not data.strip():
-        raise DataError(file, f"{what} as text", kind or "an empty file", CORRECT)
+        raise DataError(file, f"{what} as text", kind or "an empty file", AGAIN if kind else CORRECT)
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
