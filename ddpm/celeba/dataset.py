@@ -223,36 +223,35 @@ def _decode(
 ) -> list[tuple[str, str]]:
     r"""Fill `pixels` in threads, because Pillow leaves Python's lock while it decodes; returns what is bad."""
 
-    def decode(batch: list[tuple[int, Path | bytes]]) -> list[tuple[str, str] | None]:
-        reasons = []
+    def decode(batch: list[tuple[int, Path | bytes]]) -> list[tuple[str, str]]:
+        bad = []
         for i, source in batch:
             try:
                 pixels[i] = read_image(source, size, crop)
-                reasons.append(None)
             except BadImage as error:
-                reasons.append((table.files[i], str(error)))
-        return reasons
+                bad.append((table.files[i], str(error)))
+        return bad
 
     bad = []
-    reasons = _in_threads(decode, table.batches(AT_A_TIME))
-    for reason in progress(reasons, len(table), "decoding pictures"):
-        if reason:
-            bad.append(reason)
-            _check_bad(table, bad, max_bad)
+    batches = _in_threads(decode, table.batches(AT_A_TIME))
+    count = -(-len(table) // AT_A_TIME)  # about as many, because each parquet file ends with a smaller one
+    for found in progress(batches, count, f"decoding pictures, {AT_A_TIME} at a time"):
+        bad += found
+        _check_bad(table, bad, max_bad)
     return bad
 
 
-def _in_threads(action: Callable, batches: Iterable) -> Iterator:
-    r"""What `action` returns for the things of all batches; not many batches wait, because they may be large."""
+def _in_threads(action: Callable, things: Iterable) -> Iterator:
+    r"""What `action` returns for each thing, in order; not many things wait, because they may be large."""
     pool = ThreadPoolExecutor(os.cpu_count())
     waiting = deque()
     try:
-        for batch in batches:
-            waiting.append(pool.submit(action, batch))
+        for thing in things:
+            waiting.append(pool.submit(action, thing))
             if len(waiting) > 2 * os.cpu_count():
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
