@@ -2,26 +2,31 @@ r"""Pictures from prompts.
 
 python sample.py "a smiling woman with blond hair and eyeglasses" "a bald man with a mustache"
 python sample.py "a young man" --model runs/NAME
+python sample.py "a woman with eyeglasses" --init-image face.png --mask eyes.png
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 
-from ddpm.config import ModelConfig
+from ddpm.config import Config, ModelConfig
 from ddpm.tools import command
 from ddpm.tools.errors import UserError, printable
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 VARIANCES = ("posterior", "beta", "learned")
+MOST_BYTES = 2**24  # of a file of prompts; an endless one is refused too
 MOST_PIXELS = 60_000_000  # Pillow warns of more when it opens a file, and a GIF has at most 65,535 rows
 
 
 def parser() -> argparse.ArgumentParser:
     p = command.Parser(__doc__)
     p.prog = command.SAMPLE
-    p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw; "" is anything')
+    p.add_argument("prompts", nargs="*", metavar="PROMPT", help='what to draw; "" is anything')
+    many = "a prompt a line instead, an empty line is anything; - is standard input"
+    p.add_argument("--prompts", type=command.path, metavar="FILE", dest="file", help=many)
     p.add_argument("--model", type=command.path, metavar="RUN", help="a run folder [the weights that ship]")
     p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
     p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
@@ -33,6 +38,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--columns", type=int, help="pictures a row of the grid [--num, at most 8, or nearly square]"
     )
+    init = "a picture to draw over, cropped and resized as training pictures are"
+    p.add_argument("--init-image", type=command.path, metavar="FILE", help=init)
+    strength = "how much of it is drawn anew, above 0 to 1 [0.6; 1 with --mask]"
+    p.add_argument("--strength", type=float, metavar="S", help=strength)
+    mask = "as large as --init-image: white is drawn anew, black is kept"
+    p.add_argument("--mask", type=command.path, metavar="FILE", help=mask)
     p.add_argument("--seed", type=int, default=0, help="[0]")
     p.add_argument("--num", type=int, default=1, help="pictures a prompt [1]")
     out = "a PNG for one labelled grid, or a folder for single PNGs [samples.png]"
@@ -48,11 +59,22 @@ def parser() -> argparse.ArgumentParser:
 
 def check(a: argparse.Namespace):
     r"""Refuse what cannot be before anything slow is loaded."""
+    if bool(a.prompts) == bool(a.file):
+        got = "both" if a.file else "neither"
+        raise UserError(f"expected prompts, or --prompts with a file of them, got {got}; see --help")
     if not 1 <= a.num <= 10_000:
         raise UserError(f"expected --num from 1 to 10000, got {a.num}")
     if a.columns is not None and a.columns < 1:
         raise UserError(f"expected --columns of at least 1, got {a.columns}")
     command.check_drawing(a)
+    if not a.init_image and (a.mask or a.strength is not None):
+        raise UserError("expected --init-image with --mask and --strength, got none; name a picture")
+    if a.strength is None:
+        a.strength = 0.6 if a.init_image and not a.mask else 1.0
+    if not 1 / a.steps <= a.strength <= 1:
+        raise UserError(
+            f"expected --strength from {1 / a.steps:.3g}, one of {a.steps} steps, to 1, got {a.strength}"
+        )
     if a.variance and a.sampler != "ddpm":
         raise UserError(f"expected --variance with --sampler ddpm, got it with {a.sampler}; leave it out")
     if is_grid(a.out) and a.out.is_dir():
@@ -68,6 +90,60 @@ def check(a: argparse.Namespace):
     for path in filter(None, (a.out if is_grid(a.out) else None, a.film)):
         if not path.resolve().parent.is_dir():
             raise UserError(f"expected the folder of {path} to exist; make it first")
+
+
+def read_prompts(file: Path) -> list[str]:
+    r"""The lines of a file, or of standard input for `-`; line i is the prompt of picture i, also where it is empty."""
+    if str(file) == "-":
+        data = sys.stdin.buffer.read(MOST_BYTES + 1)
+    else:
+        with open(file, "rb") as opened:
+            data = opened.read(MOST_BYTES + 1)
+    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
+    if not lines or len(data) > MOST_BYTES:
+        got = "more" if lines else "none"
+        raise UserError(
+            f"expected a prompt a line in {file}, up to {MOST_BYTES:,} bytes, got {got}; change it"
+        )
+    try:
+        return [line.decode() for line in lines]
+    except UnicodeDecodeError as error:
+        raise UserError(f"expected UTF-8 in {file}, got {error.object[:60]!r}; save it as UTF-8") from None
+
+
+def read_start(a: argparse.Namespace, size: int, crop: int):
+    r"""--init-image and --mask as a `Start`, cropped and resized as the model's training pictures were."""
+    import torch
+
+    from ddpm.celeba.images import BadImage, read_image
+    from ddpm.sampling import Start
+
+    def read(flag: str, path: Path) -> torch.Tensor:
+        try:
+            return torch.from_numpy(read_image(path, size, crop)).permute(2, 0, 1)[None]
+        except BadImage as error:
+            raise UserError(f"expected a picture for {flag}, got {path}, {error}; name another") from None
+
+    x_0 = read("--init-image", a.init_image) / 127.5 - 1
+    if not a.mask:
+        return Start(x_0, a.strength)
+    mask = read("--mask", a.mask).float().mean(1, keepdim=True) > 127.5
+    sides, expected = upright_size(a.mask), upright_size(a.init_image)
+    if sides != expected:
+        raise UserError(f"expected --mask of {expected}, as {a.init_image} is, got {sides}; resize the mask")
+    return Start(x_0, a.strength, mask)
+
+
+def upright_size(path: Path) -> str:
+    r"""Width and height of a picture that `read_image` has opened, turned by its EXIF as there."""
+    from PIL import Image, ImageOps
+
+    with (
+        Image.open(path) as image,
+        contextlib.suppress(Exception),
+    ):  # Pillow raises all sorts for a broken EXIF
+        image = ImageOps.exif_transpose(image)
+    return f"{image.width} x {image.height}"
 
 
 def is_grid(out: Path) -> bool:
@@ -109,52 +185,67 @@ def texts(a: argparse.Namespace, variance: str) -> dict[str, str]:
         "negative": a.negative or "",
         "weights": a.weights,
         **({"variance": a.variance or variance} if a.sampler == "ddpm" else {"eta": str(a.eta)}),
+        **({"init_image": str(a.init_image), "strength": str(a.strength)} if a.init_image else {}),
+        **({"mask": str(a.mask)} if a.mask else {}),
     }
 
 
 def main(argv: list[str] | None = None):
     a = parser().parse_args(argv)
     check(a)
-    from ddpm.model import TextToImage  # late, because --help must not wait for torch
+    if a.file:
+        a.prompts = read_prompts(a.file)
+    from ddpm.model import SHIPPED, TextToImage  # late, because --help must not wait for torch
+    from ddpm.sampling import timesteps
     from ddpm.tools import devices, grids
 
     model = TextToImage.load(a.model, a.weights)
     check_model(a, model.config)
+    start = None
+    if a.init_image:
+        crop = Config.read((a.model or SHIPPED) / "config.json").training.crop
+        start = read_start(a, model.config.image_size, crop)
     device = devices.choose_device(a.device)
     precision = devices.choose_precision(a.precision, device)
     model.to(device)
-    prompts = [p for p in a.prompts for _ in range(a.num)]
+    settings = texts(a, model.config.variance)
     frames = []
-    batch_size = len(prompts) if a.film else 32  # a film has all pictures in each of its frames
-    batches = -(-len(prompts) // batch_size)
-    with command.bar(total=a.steps * batches, desc="denoising", unit="step") as bar:
+    count = len(a.prompts) * a.num
+    batch_size = count if a.film else 32  # a film has all pictures in each of its frames
+    at_once = count if is_grid(a.out) else batch_size  # single pictures are written batch by batch
+    steps = len(timesteps(model.schedule, a.steps, a.strength))
+    with command.bar(total=steps * -(-count // batch_size), desc="denoising", unit="step") as bar:
 
         def after_step(state):
             bar.update()
             if a.film:
                 frames.append(model.decode(state.x_0).float().clamp(-1, 1).cpu())
 
-        x = model.sample(
-            prompts,
-            a.sampler,
-            a.steps,
-            a.guidance,
-            a.seed,
-            a.negative,
-            after_step,
-            a.eta,
-            precision,
-            batch_size,
-            variance=a.variance,
-        )
-    settings = texts(a, model.config.variance)
+        for first in range(0, count, at_once):
+            prompts = [a.prompts[i // a.num] for i in range(first, min(first + at_once, count))]
+            x = model.sample(
+                prompts,
+                a.sampler,
+                a.steps,
+                a.guidance,
+                a.seed,
+                a.negative,
+                after_step,
+                a.eta,
+                precision,
+                batch_size,
+                first,
+                a.variance,
+                start,
+            )
+            if not is_grid(a.out):
+                each = [{"prompt": p, **settings, "index": str(first + i)} for i, p in enumerate(prompts)]
+                grids.save_each(a.out, x, each, first)
     whole = {"prompt": json.dumps(prompts), **settings}
     if is_grid(a.out):
         columns = a.columns or (min(a.num, 8) if a.num > 1 else None)
         grids.save_png(a.out, grids.labelled_grid(x, prompts, columns), whole)
-    else:
-        grids.save_each(a.out, x, [{"prompt": p, **settings, "index": str(i)} for i, p in enumerate(prompts)])
-    print(printable(f"{len(prompts)} picture{'s' * (len(prompts) > 1)} in {a.out}"))
+    print(printable(f"{count} picture{'s' * (count > 1)} in {a.out}"))
     if a.film:
         grids.save_film(a.film, frames, prompts, whole)
         print(printable(f"film of {len(frames)} steps in {a.film}"))

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig
-from ddpm.sampling import State, guided, sample_loop
+from ddpm.sampling import Start, State, guided, sample_loop
 from ddpm.schedule import Schedule
 from ddpm.text import WIDTH, TextTower, list_of_strings
 from ddpm.tools import text_weights
@@ -78,6 +79,7 @@ class TextToImage(nn.Module):
         batch_size: int = 32,
         first: int = 0,
         variance: str | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         r"""Pictures of the prompts, (B, 3, H, W) in [-1, 1].
 
@@ -92,6 +94,8 @@ class TextToImage(nn.Module):
             precision: fp32, bf16 or fp16 for all three networks.
             batch_size: pictures computed at once. first: the number i of the first picture.
             variance: Sigma of the sampler ddpm, posterior, beta or learned; None: as the model was trained.
+            start: pictures to draw over, in pixels, one for all or one each. Where its mask is False the result has
+                their pixels, pasted in after decoding, because the VAE does not return them exactly.
 
         Raises: ValueError for prompts that are no list of strings, and for a setting outside its range.
         """
@@ -120,6 +124,8 @@ class TextToImage(nn.Module):
         if guidance_scale not in (0, 1) and not self.config.caption_drop:
             message = "guidance has no unconditional model to lead away from, because caption_drop was 0"
             warnings.warn(message, stacklevel=2)
+        if start:
+            start = self.one_each(start, len(prompts))
         self.eval()
         settings = {"sampler": sampler, "steps": steps, "eta": eta, "prediction": self.config.prediction}
         settings["variance"] = variance or self.config.variance
@@ -128,15 +134,17 @@ class TextToImage(nn.Module):
             part = slice(begin, begin + batch_size)
             generators = [generator(seed, first + i) for i in range(len(prompts))[part]]
             draw = partial(self.draw_noise, generators)
+            given = start and Start(start.x_0[part], start.strength, start.mask[part])
             with autocast(self.device, precision), context_read_once(self.unet):
                 context = self.embed(prompts[part])
                 uncond = self.embed(negative[part])
                 denoise = guided(self.unet, context, uncond, guidance_scale)
+                settings["start"] = given and self.encode_start(given)
                 for state in sample_loop(self.schedule, denoise, draw(), draw, **settings):
                     if callback is not None:
                         callback(state)
-                x = self.decode(state.x)
-            pictures.append(x.float())
+                x = self.decode(state.x).float()
+            pictures.append(torch.where(given.mask, x, given.x_0) if given else x)
         x = torch.cat(pictures)
         if not x.sum().isfinite():
             message = (
@@ -155,6 +163,32 @@ class TextToImage(nn.Module):
         distinct = list(dict.fromkeys(prompts))
         states = self.text(distinct)
         return states[[distinct.index(p) for p in prompts]]
+
+    def one_each(self, start: Start, count: int) -> Start:
+        r"""The start with a picture and a mask for each of `count` prompts; ValueError where it does not fit."""
+        side = self.config.image_size
+        mask = torch.ones(1, 1, side, side, dtype=torch.bool) if start.mask is None else start.mask
+        for name, x, channels in (("x_0", start.x_0, 3), ("mask", mask, 1)):
+            if tuple(x.shape) not in [(n, channels, side, side) for n in (1, count)]:
+                raise ValueError(
+                    f"expected a start's {name} of shape (1 or {count}, {channels}, {side}, {side}), "
+                    f"got {tuple(x.shape)}; cut it and resize it"
+                )
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"expected a mask of booleans, True is drawn anew, got {mask.dtype}; give mask > 0.5"
+            )
+        if not (start.x_0.abs() <= 1).all():
+            raise ValueError(
+                f"expected a start's x_0 in [-1, 1], got {start.x_0.dtype} up to {start.x_0.max()}"
+            )
+        x_0 = start.x_0.to(self.device, torch.float32).expand(count, -1, -1, -1)
+        return Start(x_0, start.strength, mask.to(self.device).expand(count, -1, -1, -1))
+
+    def encode_start(self, start: Start) -> Start:
+        r"""The start in latents at the UNet's scale. A latent is kept where all the pixels under it are."""
+        z_0 = self.vae.encode(start.x_0).mode().float() * self.latent_scale
+        return Start(z_0, start.strength, F.max_pool2d(start.mask.float(), self.vae.factor).bool())
 
     def decode(self, z: Tensor) -> Tensor:
         r"""Pictures of latents at the UNet's scale: decode(z / latent_scale)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.diffusion import PREDICTIONS, VARIANCES, q_posterior, reverse_variance, x_0_and_eps
+from ddpm.diffusion import PREDICTIONS, VARIANCES, q_posterior, q_sample, reverse_variance, x_0_and_eps
 from ddpm.losses import split_output
 from ddpm.schedule import Schedule
 
@@ -30,16 +30,45 @@ class State:
     x_0: Tensor  # (B, ...) the network's prediction of the clean sample, from time t
 
 
-def timesteps(schedule: Schedule, steps: int) -> list[int]:
+@dataclass
+class Start:
+    r"""A given picture, from which sampling starts late (SDEdit, Meng et al. 2022) and of which a mask keeps a part.
+
+    $$x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, \qquad
+    t = \max \lbrace t_k : t_k < S T \rbrace$$
+
+    t_k are the sampler's times. For example, S = 0.5 begins in the middle of the chain and takes half of the steps.
+
+    Attributes:
+        x_0: (B, ...) the picture: latents in `sample_loop`, pixels in `TextToImage.sample`.
+        strength: S in (0, 1], how much is drawn anew. At 1 the picture's factor is small, not 0: sqrt(alpha_bar_T).
+        mask: (B, 1, ...) booleans, True is drawn anew and False is kept, see `keep`; None: all is drawn anew.
+    """
+
+    x_0: Tensor
+    strength: float
+    mask: Tensor | None = None
+
+
+def timesteps(schedule: Schedule, steps: int, strength: float = 1.0) -> list[int]:
     r"""The times of `steps` network calls, falling from T - 1 (Lin et al. 2024, table 2, "trailing").
+
+    A strength below 1 leaves only those below strength x T, see `Start`.
 
     >>> timesteps(Schedule.named("linear"), 4)
     [999, 749, 499, 249]
+    >>> timesteps(Schedule.named("linear"), 4, strength=0.5)
+    [499, 249]
     """
     T = schedule.timesteps
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= T:
         raise ValueError(f"expected 1 to {T} sampling steps, got {steps!r}")
-    return [round(T - k * T / steps) - 1 for k in range(steps)]
+    if not 1 / steps <= strength <= 1:
+        raise ValueError(
+            f"expected a strength from {1 / steps:.3g}, which is 1 / steps, to 1, got {strength}"
+        )
+    times = [round(T - k * T / steps) - 1 for k in range(steps)]
+    return [t for t in times if t < strength * T]
 
 
 def ddpm_step(schedule: Schedule, x_t, t, s, x_0, noise, variance="posterior", nu=None) -> Tensor:
@@ -140,6 +169,18 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
     return denoise
 
 
+def keep(schedule: Schedule, x_s: Tensor, s: Tensor, start: Start, eps: Tensor) -> Tensor:
+    r"""Inpainting: where the mask is False, x_s becomes the given picture at the noise of s (RePaint, equation 8).
+
+    $$x_s \leftarrow m\, x_s + (1 - m) \left(\sqrt{\bar\alpha_s}\, x_0 + \sqrt{1 - \bar\alpha_s}\, \epsilon\right)$$
+
+    m is `start.mask`, 1 - m in the paper. At s = -1 the kept part is the picture itself. eps is the noise that sampling
+    starts with, so a deterministic sampler stays deterministic; RePaint draws it anew at every step. Its jumps back and
+    forth, which make the two parts agree better, are left out.
+    """
+    return torch.where(start.mask, x_s, q_sample(schedule, start.x_0, s, eps))
+
+
 def sample_loop(
     schedule: Schedule,
     denoise: Callable[[Tensor, Tensor], Tensor],
@@ -150,6 +191,7 @@ def sample_loop(
     prediction: str = "eps",
     eta: float = 0.0,
     variance: str = "posterior",
+    start: Start | None = None,
 ) -> Iterator[State]:
     r"""The reverse process from x_T to the clean sample; yields the state after every step. The last x is the result.
 
@@ -161,6 +203,7 @@ def sample_loop(
         x_T: (B, ...) standard normal.
         draw: returns fresh standard normal noise like x_T; called once a step by the samplers that add noise.
         steps: 1..T. eta: noise of ddim and dpm++, 0 (none, the same way every time) to 1 (that of ddpm).
+        start: a picture to start from, with x_T as its noise; of the steps its strength leaves the last ones.
     """
     choices = {"sampler": SAMPLERS, "prediction": PREDICTIONS, "variance": VARIANCES}
     for (name, known), value in zip(choices.items(), (sampler, prediction, variance), strict=True):
@@ -168,9 +211,11 @@ def sample_loop(
             raise ValueError(f"expected a {name} out of {', '.join(known)}, got {value!r}")
     if not 0 <= eta <= 1:
         raise ValueError(f"expected eta in [0, 1], got {eta}")
-    times = timesteps(schedule, steps)
+    times = timesteps(schedule, steps, start.strength if start else 1.0)
     adds_noise = eta > 0 or sampler == "ddpm"
     x = x_T
+    if start:
+        x = q_sample(schedule, start.x_0, torch.full((len(x_T),), times[0], device=x_T.device), x_T)
     previous = None
     for i, (now, then) in enumerate(zip(times, [*times[1:], -1], strict=True)):
         t = torch.full((len(x),), now, device=x.device)
@@ -185,4 +230,6 @@ def sample_loop(
         else:
             x = dpmpp_2m_step(schedule, x, t, s, x_0, previous, noise, eta)
             previous = (t, x_0)
+        if start and start.mask is not None:
+            x = keep(schedule, x, s, start, x_T)
         yield State(i, now, then, x, x_0)

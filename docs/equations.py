@@ -368,6 +368,13 @@ CODE = (
         ),
     ),
     Row(
+        "start",
+        "Starting from a given picture; S is the strength",
+        "sampling.Start sampling.timesteps",
+        "x_0 strength T",
+    ),
+    Row("inpainting", "Keeping a part of it", "sampling.keep", "mask x_s x_0 eps"),
+    Row(
         "guidance",
         "Classifier-free guidance",
         "sampling.guided",

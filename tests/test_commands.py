@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,8 +18,10 @@ from small_runs import FP32, QUICK, make_runs_cheap, run_train
 from ddpm import __main__ as sample
 from ddpm import diffusion, sampling
 from ddpm.celeba.dataset import Pictures
+from ddpm.celeba.images import read_image
 from ddpm.config import PRESETS
 from ddpm.evaluation import __main__ as evaluation
+from ddpm.model import TextToImage
 from ddpm.tools.command import Output, exit_code
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +138,92 @@ def test_every_sampler_makes_a_picture_and_a_film(sampler, trained, tmp_path):
     assert run_sample("a woman", *drawing, "--out", tmp_path / "s.png", "--film", film) == 0
     with Image.open(film) as picture:
         assert picture.size[0] == 3 * 64 if film.suffix == ".png" else picture.n_frames == 3
+
+
+def test_a_file_has_a_prompt_a_line_and_its_pictures_are_written_as_they_are_drawn(
+    trained, tmp_path, monkeypatch
+):
+    r"""An empty line is the empty prompt, so picture i is of line i; the end of the last line begins no other."""
+    lines = [b"a bald man", b"", *[b"caf\xc3\xa9"] * 33]
+    written = []
+    own = TextToImage.sample
+
+    def sample(self, prompts, *arguments):
+        written.append((len(prompts), len(list(tmp_path.glob("*/*.png")))))
+        return own(self, prompts, *arguments)
+
+    monkeypatch.setattr(TextToImage, "sample", sample)
+    (tmp_path / "lines").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\n")
+    drawing = ["--model", trained, "--steps", 1]
+    assert run_sample("--prompts", tmp_path / "lines", *drawing, "--out", tmp_path / "of_file") == 0
+    assert written == [(32, 0), (3, 32)]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a bald man\n\n")))
+    assert run_sample("--prompts", "-", *drawing, "--out", tmp_path / "of_input") == 0
+    assert len(list((tmp_path / "of_input").iterdir())) == 2
+    for i, prompt in ((0, "a bald man"), (1, ""), (34, "caf\xe9")):
+        with Image.open(tmp_path / "of_file" / f"{i:04d}.png") as picture:
+            assert (picture.text["prompt"], picture.text["index"]) == (prompt, str(i))
+            if i < 2:
+                other = np.asarray(Image.open(tmp_path / "of_input" / f"{i:04d}.png")).astype(int)
+                assert np.abs(np.asarray(picture) - other).max() <= 1  # batches of another size
+
+
+def test_a_picture_is_drawn_over_and_what_the_mask_keeps_has_its_own_pixels(trained, tmp_path):
+    r"""Both are cropped as in training: of 178 x 218 the middle 148. The mask is white on the right of them."""
+    levels = np.random.default_rng(0).integers(0, 256, (218, 178, 3), dtype=np.uint8)
+    photo, mask, out = (tmp_path / name for name in ("photo.png", "mask.png", "out"))
+    Image.fromarray(levels).save(photo)
+    Image.fromarray(np.where(np.arange(178) < 89, 0, 255).astype(np.uint8)[None].repeat(218, 0)).save(mask)
+    drawing = ["a man", "--model", trained, "--steps", 2, "--init-image", photo, "--out", out]
+    assert run_sample(*drawing, "--mask", mask) == 0
+    with Image.open(out / "0000.png") as picture:
+        drawn, text = np.asarray(picture), picture.text
+    assert (text["init_image"], text["mask"], text["strength"]) == (str(photo), str(mask), "1.0")
+    given = read_image(photo, 16)
+    assert np.array_equal(drawn[:, :8], given[:, :8])
+    assert np.abs(drawn[:, 8:].astype(int) - given[:, 8:]).mean() > 10
+    assert run_sample(*drawing, "--strength", 0.5) == 0
+    with Image.open(out / "0000.png") as picture:
+        assert picture.text["strength"] == "0.5" and "mask" not in picture.text
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ("", "expected prompts, or --prompts with a file of them, got neither"),
+        ("man --prompts lines", "got both"),
+        ("--prompts nowhere", "nowhere"),
+        ("--prompts empty", "expected a prompt a line in empty"),
+        ("--prompts photo.png", "expected UTF-8 in photo.png, got b'\\x89PNG"),
+        ("--prompts /dev/zero", "up to 16,777,216 bytes, got more"),
+        ("man --mask photo.png", "expected --init-image with --mask"),
+        ("man --strength 0.5", "expected --init-image with --mask"),
+        ("man --init-image nowhere", "for --init-image, got nowhere, missing"),
+        ("man --init-image lines", "for --init-image, got lines, not a picture"),
+        ("man --init-image photo.png --mask empty", "for --mask, got empty, zero bytes"),
+        (
+            "man --init-image photo.png --mask small.png",
+            "expected --mask of 20 x 30, as photo.png is, got 20 x 20",
+        ),
+        (
+            "man --init-image photo.png --strength 0",
+            "expected --strength from 0.05, one of 20 steps, to 1, got 0.0",
+        ),
+        ("man --init-image photo.png --strength nan", "got nan"),
+        ("man --init-image photo.png --strength 1.5", "got 1.5"),
+        ("man --init-image photo.png --steps 1", "expected --strength from 1, one of 1 steps, to 1, got 0.6"),
+    ],
+)
+def test_prompts_and_pictures_that_cannot_be_used_are_told_in_one_line(
+    arguments, named, trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines").write_text("a man\n")
+    (tmp_path / "empty").touch()
+    Image.new("RGB", (20, 30)).save("photo.png")
+    Image.new("L", (20, 20)).save("small.png")
+    assert named in refused(capsys, run_sample, *arguments.split(), "--model", trained)
+    assert not (tmp_path / "samples.png").exists()
 
 
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import ddpm
 from ddpm import model as model_file
 from ddpm.model import TextToImage
-from ddpm.sampling import guided, sample_loop
+from ddpm.sampling import SAMPLERS, Start, guided, sample_loop
 from ddpm.tools import text_weights
 from ddpm.tools.devices import autocast
 from ddpm.tools.seeding import generator
@@ -104,6 +104,50 @@ def test_sampling_is_the_loop_over_the_unet_with_noise_of_the_pictures_own_strea
         ["a bald man"], "ddpm", 3, guidance_scale=2.0, seed=5, negative="eyeglasses", first=7
     )
     assert far(picture, by_hand) < 1e-4
+
+
+GIVEN = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(8)) * 2 - 1
+RIGHT = (torch.arange(16) > 8).expand(1, 1, 16, 16)  # from column 9 on, in the middle of a latent
+
+
+@pytest.mark.equation("sampling-path", "start", "inpainting")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_given_picture_is_encoded_and_drawn_over_and_where_the_mask_keeps_it_has_its_own_pixels(
+    tiny, sampler
+):
+    r"""Written once more in its parts, for picture 7. A latent is drawn anew with any of its pixels: from column 4."""
+    stream = generator(5, 7)
+
+    def draw():
+        return torch.randn(tiny.latent_shape, generator=stream)[None]
+
+    with torch.no_grad():
+        z_0 = tiny.vae.encode(GIVEN).mode() * 1.25
+        start = Start(z_0, 0.5, (torch.arange(8) >= 4).expand(1, 1, 8, 8))
+        denoise = guided(tiny.unet, tiny.text(["a bald man"]), tiny.text([""]), 2.0)
+        *_, last = sample_loop(tiny.schedule, denoise, draw(), draw, sampler, 4, start=start)
+        by_hand = tiny.vae.decode(last.x / 1.25).clamp(-1, 1)
+    seen = []
+    sample = partial(tiny.sample, sampler=sampler, steps=4, guidance_scale=2.0, seed=5)
+    x = sample(["a bald man"], first=7, start=Start(GIVEN, 0.5, RIGHT), callback=seen.append)
+    assert [state.t for state in seen] == [499, 249]
+    assert torch.equal(x[..., :9], GIVEN[..., :9])
+    assert far(x[..., 9:], by_hand[..., 9:]) < 1e-4
+    everywhere = torch.ones_like(RIGHT)
+    assert torch.equal(sample([""], start=Start(GIVEN, 0.5, ~everywhere)), GIVEN)
+    plain = sample(PROMPTS, start=Start(GIVEN, 0.5))
+    assert torch.equal(sample(PROMPTS, start=Start(GIVEN, 0.5, everywhere)), plain)
+    each = torch.cat([GIVEN, -GIVEN, GIVEN.flip(2)])
+    alone = sample(PROMPTS[1:2], first=1, start=Start(-GIVEN, 0.5))
+    assert far(sample(PROMPTS, start=Start(each, 0.5), batch_size=2)[1:2], alone) < 1e-4
+    assert far(plain[1:2], alone) > 1e-2
+
+
+def test_a_given_picture_is_drawn_over_in_float32_also_where_the_networks_compute_in_bf16(tiny):
+    seen = []
+    x = tiny.sample(["a"], steps=2, precision="bf16", start=Start(GIVEN, 1.0, RIGHT), callback=seen.append)
+    assert x.dtype == seen[0].x.dtype == torch.float32
+    assert torch.equal(x[..., :9], GIVEN[..., :9])
 
 
 @pytest.mark.parametrize("precision, scale", [("fp32", 3.0), ("fp32", 1.0), ("bf16", 3.0)])
@@ -211,6 +255,18 @@ def test_a_model_without_caption_drop_warns_that_guidance_has_nothing_to_lead_fr
         ({"guidance_scale": float("nan")}, "finite guidance scale, got nan"),
         ({"precision": "fp8"}, "fp32, bf16, fp16, got 'fp8'"),
         ({"batch_size": -1}, "batch_size of at least 1, got -1"),
+        ({"start": Start(GIVEN, 0.0)}, "strength from 1, which is 1 / steps, to 1, got 0.0"),
+        ({"start": Start(GIVEN[0], 1.0)}, r"x_0 of shape \(1 or 1, 3, 16, 16\), got \(3, 16, 16\)"),
+        ({"start": Start(GIVEN * 255, 1.0)}, r"x_0 in \[-1, 1\], got torch.float32 up to 25"),
+        ({"start": Start(GIVEN * float("nan"), 1.0)}, r"x_0 in \[-1, 1\], got torch.float32 up to nan"),
+        (
+            {"start": Start(GIVEN, 1.0, RIGHT[..., :8])},
+            r"mask of shape \(1 or 1, 1, 16, 16\), got \(1, 1, 16, 8\)",
+        ),
+        (
+            {"start": Start(GIVEN, 1.0, RIGHT * 1.0)},
+            "mask of booleans, True is drawn anew, got torch.float32",
+        ),
         (
             {"variance": "learned", "sampler": "ddpm"},
             "variance posterior or beta, got learned: this model learned none",

@@ -17,9 +17,19 @@ import pytest
 import torch
 from conftest import far, normal
 
-from ddpm.diffusion import PREDICTIONS, q_posterior, x_0_and_eps
+from ddpm.diffusion import PREDICTIONS, q_posterior, q_sample, x_0_and_eps
 from ddpm.losses import training_target
-from ddpm.sampling import SAMPLERS, ddim_step, ddpm_step, dpmpp_2m_step, guided, sample_loop, timesteps
+from ddpm.sampling import (
+    SAMPLERS,
+    Start,
+    ddim_step,
+    ddpm_step,
+    dpmpp_2m_step,
+    guided,
+    keep,
+    sample_loop,
+    timesteps,
+)
 from ddpm.schedule import Schedule
 
 LINEAR = Schedule.named("linear")
@@ -65,13 +75,13 @@ def best_network(schedule, m=0.6, s=0.5, prediction="eps"):
     return denoise
 
 
-def moments(schedule, network, start, sampler, steps, **settings):
-    r"""(time, mean, variance) of the sample after every step, from a start of given mean and standard deviation.
+def moments(schedule, network, first, sampler, steps, **settings):
+    r"""(time, mean, variance) of the sample after every step, from an x_T of given mean and standard deviation.
 
     Element 0 of the batch has no noise, element 1 one standard deviation of x_T, element 2 + k one of step k's."""
     noises = iter(torch.eye(steps + 2, dtype=torch.float64)[2:, :, None])
-    x = torch.full((steps + 2, 1), start[0], dtype=torch.float64)
-    x[1] += start[1]
+    x = torch.full((steps + 2, 1), first[0], dtype=torch.float64)
+    x[1] += first[1]
     for state in sample_loop(schedule, network, x, lambda: next(noises), sampler, steps, **settings):
         yield state.s, state.x[0].item(), ((state.x[1:] - state.x[0]) ** 2).sum().item()
 
@@ -345,6 +355,103 @@ def test_a_number_of_steps_that_cannot_be_is_refused(steps):
     with pytest.raises(ValueError, match="expected 1 to 1000 sampling steps, got") as refusal:
         timesteps(LINEAR, steps)
     assert repr(steps) in str(refusal.value)
+
+
+# ------------------------------------------------------------------------------------------- a given picture
+
+
+@pytest.mark.equation("start")
+@pytest.mark.parametrize(
+    "steps, strength, count", [(20, 0.5, 10), (1000, 0.5, 500), (7, 1 / 7, 1), (50, 1.0, 50)]
+)
+def test_a_strength_leaves_the_last_of_the_steps(steps, strength, count):
+    r"""With a thousand steps and a half, t = 499 is the first: the papers' 500, which t < S T does not pass over."""
+    times = timesteps(LINEAR, steps, strength)
+    assert times == [round(1000 - k * Fraction(1000, steps)) - 1 for k in range(steps - count, steps)]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.04, 1.1, -1.0, math.nan])
+def test_a_strength_that_leaves_no_step_or_is_none_is_refused(strength):
+    with pytest.raises(ValueError, match=f"strength from 0.05, which is 1 / steps, to 1, got {strength}"):
+        timesteps(LINEAR, 20, strength)
+
+
+@pytest.mark.equation("start", "inpainting")
+@EACH_SAMPLER
+def test_sampling_starts_from_the_noised_picture_and_stays_at_the_noise_of_every_time(sampler, settings):
+    r"""Data of a single number: whatever the strength, x_s has mean a_s m and variance 1 - alpha_bar_s, drawn or kept.
+    Where the first network call is, x_t has them too."""
+    if settings == {"variance": "beta"}:
+        settings = {}  # the posterior's is the right one here
+    seen = []
+    exact = best_network(LINEAR, 2.0, 0.0)
+
+    def network(x_t, t):
+        seen.append((t[0].item(), x_t))
+        return exact(x_t, t)
+
+    x_0 = torch.full((1, 1), 2.0, dtype=torch.float64)
+    for mask in (None, torch.tensor([[False]])):
+        seen.clear()
+        for time, mean, variance in moments(
+            LINEAR, network, (0.0, 1.0), sampler, 10, start=Start(x_0, 0.7, mask), **settings
+        ):
+            assert (mean, math.sqrt(variance)) == pytest.approx(marginal(LINEAR, 2.0, 0.0, time), abs=1e-9)
+        assert len(seen) == 7
+        time, x_t = seen[0]
+        assert time == 699
+        first = (x_t[0].item(), (x_t[1] - x_t[0]).item())
+        assert first == pytest.approx(marginal(LINEAR, 2.0, 0.0, 699), abs=1e-9)
+
+
+@pytest.mark.equation("start")
+@EACH_SAMPLER
+def test_with_strength_one_it_is_plain_sampling_but_for_the_pictures_part_of_the_first_sample(
+    sampler, settings
+):
+    r"""a_T x_0 is added there: a start whose picture is 0 has noise of sigma_T alone."""
+
+    def run(x_T, start=None):
+        noises = iter(normal(9, 3, 2, seed=4))
+        loop = sample_loop(
+            LINEAR, best_network(LINEAR), x_T, lambda: next(noises), sampler, 9, start=start, **settings
+        )
+        return [state.x for state in loop]
+
+    x_0, eps = normal(3, 2, seed=5), normal(3, 2)
+    ab = alpha_bar(LINEAR, 999)
+    expected = run(math.sqrt(ab) * x_0 + math.sqrt(1 - ab) * eps)
+    found = run(eps, Start(x_0, 1.0))
+    assert len(found) == 9
+    assert all(far(x, y) < 1e-12 for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.equation("inpainting")
+@EACH_SAMPLER
+def test_a_mask_keeps_its_part_at_every_time_and_leaves_the_rest_to_the_sampler(sampler, settings):
+    x_0, eps = normal(3, 4, seed=5), normal(3, 4)
+    mask = torch.tensor([[True, True, False, False]])
+
+    def run(mask):
+        noises = iter(normal(9, 3, 4, seed=4))
+        start = Start(x_0, 0.8, mask)
+        loop = sample_loop(
+            LINEAR, best_network(LINEAR), eps, lambda: next(noises), sampler, 9, start=start, **settings
+        )
+        return list(loop)
+
+    for state, free in zip(run(mask), run(None), strict=True):
+        ab = alpha_bar(LINEAR, state.s)
+        kept = math.sqrt(ab) * x_0 + math.sqrt(1 - ab) * eps
+        assert far(state.x[:, 2:], kept[:, 2:]) < 1e-12
+        assert far(state.x[:, :2], free.x[:, :2]) < 1e-12  # this network looks at one number at a time
+    assert torch.equal(state.x[:, 2:], x_0[:, 2:])
+    assert torch.equal(run(torch.ones_like(mask))[-1].x, free.x)
+    s = at(600, 300, -1)
+    assert torch.equal(keep(LINEAR, eps, s, Start(x_0, 1.0, ~mask), x_0)[:, 2:], eps[:, 2:])
+    assert torch.equal(
+        keep(LINEAR, x_0, s, Start(x_0, 1.0, mask), eps)[:, 2:], q_sample(LINEAR, x_0, s, eps)[:, 2:]
+    )
 
 
 # ------------------------------------------------------------------------------------------- guidance

@@ -79,10 +79,10 @@ def save_png(path: Path, image: Image.Image, text: dict[str, str] | None = None)
     write_atomically(path, partial(image.save, format="PNG", pnginfo=info))
 
 
-def save_each(folder: Path, x: Tensor, texts: Sequence[dict[str, str]]):
-    r"""Write each of the pictures (B, 3, H, W) in [-1, 1] as a PNG of its number, with its text."""
+def save_each(folder: Path, x: Tensor, texts: Sequence[dict[str, str]], first: int = 0):
+    r"""Write each of the pictures (B, 3, H, W) in [-1, 1] as a PNG of its number, from `first`, with its text."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (picture, text) in enumerate(zip(to_uint8(x), texts, strict=True)):
+    for i, (picture, text) in enumerate(zip(to_uint8(x), texts, strict=True), first):
         save_png(folder / f"{i:04d}.png", Image.fromarray(picture), text)
 
 

@@ -18,6 +18,7 @@ Where diffusers is wrong, a test says so, and an oracle shows which of the two i
 """
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,17 @@ def test_ddims_next_time_is_the_one_at_which_the_network_is_called_next():
     assert max(off) > 1e-3
     assert abs(mine.diff(dim=0).item() - STD) < 0.01
     assert abs(expected.diff(dim=0).item() - STD) > 0.05
+
+
+@pytest.mark.equation("start")
+@pytest.mark.parametrize(("n", "strength"), [(20, 0.5), (20, 0.6), (50, 0.75), (50, 0.33), (10, 1.0)])
+def test_a_strength_leaves_the_steps_that_their_image_to_image_takes(n, strength):
+    r"""0.29 of 100 steps would not do: theirs rounds 28.999999999999996 down to 28."""
+    theirs = scheduler("ddim", "linear", "eps")
+    theirs.set_timesteps(n)
+    get = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps
+    expected, _ = get(SimpleNamespace(scheduler=theirs), n, strength, "cpu")
+    assert timesteps(Schedule.named("linear"), n, strength) == expected.tolist()
 
 
 @pytest.mark.equation("sampling-times")
