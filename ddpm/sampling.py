@@ -41,7 +41,7 @@ class Start:
 
     Attributes:
         x_0: (B, ...) the picture: latents in `sample_loop`, pixels in `TextToImage.sample`.
-        strength: S in (0, 1], how much is drawn anew. At 1 the picture's factor is small, not 0: sqrt(alpha_bar_T).
+        strength: S from 1 / steps to 1. Even at 1 a little of the picture is left: its factor is sqrt(alpha_bar_T).
         mask: (B, 1, ...) booleans, True is drawn anew and False is kept, see `keep`; None: all is drawn anew.
     """
 
@@ -64,9 +64,7 @@ def timesteps(schedule: Schedule, steps: int, strength: float = 1.0) -> list[int
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= T:
         raise ValueError(f"expected 1 to {T} sampling steps, got {steps!r}")
     if not 1 / steps <= strength <= 1:
-        raise ValueError(
-            f"expected a strength from {1 / steps:.3g}, which is 1 / steps, to 1, got {strength}"
-        )
+        raise ValueError(f"expected a strength from 1 / steps, {1 / steps:.3g}, to 1, got {strength}")
     times = [round(T - k * T / steps) - 1 for k in range(steps)]
     return [t for t in times if t < strength * T]
 

@@ -255,7 +255,7 @@ def test_a_model_without_caption_drop_warns_that_guidance_has_nothing_to_lead_fr
         ({"guidance_scale": float("nan")}, "finite guidance scale, got nan"),
         ({"precision": "fp8"}, "fp32, bf16, fp16, got 'fp8'"),
         ({"batch_size": -1}, "batch_size of at least 1, got -1"),
-        ({"start": Start(GIVEN, 0.0)}, "strength from 1, which is 1 / steps, to 1, got 0.0"),
+        ({"start": Start(GIVEN, 0.0)}, "strength from 1 / steps, 1, to 1, got 0.0"),
         ({"start": Start(GIVEN[0], 1.0)}, r"x_0 of shape \(1 or 1, 3, 16, 16\), got \(3, 16, 16\)"),
         ({"start": Start(GIVEN * 255, 1.0)}, r"x_0 in \[-1, 1\], got torch.float32 up to 25"),
         ({"start": Start(GIVEN * float("nan"), 1.0)}, r"x_0 in \[-1, 1\], got torch.float32 up to nan"),

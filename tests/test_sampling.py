@@ -372,7 +372,7 @@ def test_a_strength_leaves_the_last_of_the_steps(steps, strength, count):
 
 @pytest.mark.parametrize("strength", [0.0, 0.04, 1.1, -1.0, math.nan])
 def test_a_strength_that_leaves_no_step_or_is_none_is_refused(strength):
-    with pytest.raises(ValueError, match=f"strength from 0.05, which is 1 / steps, to 1, got {strength}"):
+    with pytest.raises(ValueError, match=f"strength from 1 / steps, 0.05, to 1, got {strength}"):
         timesteps(LINEAR, 20, strength)
 
 
