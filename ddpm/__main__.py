@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     init = "a picture to draw over, cropped and resized as training pictures are"
     p.add_argument("--init-image", type=command.path, metavar="FILE", help=init)
-    strength = "how much of it is drawn anew, 1 / --steps to 1 [0.7; 1 with --mask]"
+    strength = "how much of it is drawn anew, 1 / --steps to 1 [0.8; 1 with --mask]"
     p.add_argument("--strength", type=float, metavar="S", help=strength)
     mask = "as large as --init-image: white is drawn anew, black is kept"
     p.add_argument("--mask", type=command.path, metavar="FILE", help=mask)
@@ -70,7 +70,7 @@ def check(a: argparse.Namespace):
     if not a.init_image and (a.mask or a.strength is not None):
         raise UserError("expected --init-image with --mask and --strength, got none; name a picture")
     if a.strength is None:
-        a.strength = 0.7 if a.init_image and not a.mask else 1.0
+        a.strength = 0.8 if a.init_image and not a.mask else 1.0
     if not 1 / a.steps <= a.strength <= 1:
         raise UserError(
             f"expected --strength from {1 / a.steps:.3g}, one of {a.steps} steps, to 1, got {a.strength}"

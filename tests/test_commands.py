@@ -211,7 +211,7 @@ def test_a_picture_is_drawn_over_and_what_the_mask_keeps_has_its_own_pixels(trai
         ),
         ("man --init-image photo.png --strength nan", "got nan"),
         ("man --init-image photo.png --strength 1.5", "got 1.5"),
-        ("man --init-image photo.png --steps 1", "expected --strength from 1, one of 1 steps, to 1, got 0.7"),
+        ("man --init-image photo.png --steps 1", "expected --strength from 1, one of 1 steps, to 1, got 0.8"),
     ],
 )
 def test_prompts_and_pictures_that_cannot_be_used_are_told_in_one_line(
