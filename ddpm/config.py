@@ -150,6 +150,7 @@ class TrainConfig:
 
 SECTIONS = {"training": TrainConfig, "model": ModelConfig}  # of config.json, and of the flags
 
+SPEC = {"prediction": "v", "weighting": "eps", "muon_lr": 4e-3, "lr": 1e-3, "vae_lr": 2e-3, "vae_share": 0.1}
 SMALL = {"text_weights": "random", "prediction": "v", "schedule": "cosine", "vae_layers": 1, "res_blocks": 1}
 LAPTOP_VAE = {"vae_channels": (32, 64, 64), "latent_channels": 8, "vae_lr": 2e-3, "vae_steps": 1_000_000}
 LAPTOP_UNET = {"channels": (64, 128, 192), "attention_levels": (1, 2), "lr": 1e-3, "unet_steps": 1_000_000}
@@ -158,9 +159,10 @@ PRESETS = {
     "drawn64": LAPTOP
     | {"channels": (64, 128), "attention_levels": (1,), "muon_lr": 7e-3}
     | {"max_minutes": 10.0, "vae_share": 0.28, "save_every": 200, "sample_every": 400},
-    "celeba64": {},
+    "celeba64": SPEC,  # the rest of the spec's numbers are the defaults
     "celeba64-laptop": LAPTOP | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25},
-    "lowvram": {"batch_size": 16, "accumulation": 8, "gradient_checkpointing": True}
+    "lowvram": SPEC
+    | {"batch_size": 16, "accumulation": 8, "gradient_checkpointing": True}
     | {"steps_per_epoch": 100, "epochs": 3},
     "tiny": SMALL
     | {"image_size": 32, "vae_channels": (32, 32), "channels": (32, 64), "attention_levels": (1,)}

@@ -4,6 +4,8 @@ import ctypes
 import importlib
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,3 +113,23 @@ def test_an_unknown_part_is_refused_in_one_line(capsys):
         command.main(["--only", "speed"])
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: expected parts out of train, train-like, ")
+
+
+@pytest.mark.slow
+def test_the_command_for_a_gpu_runs_in_its_small_form_on_a_cpu(tmp_path):
+    pytest.importorskip("diffusers")
+    words = [
+        sys.executable,
+        "tests/benchmarks/gpu.py",
+        "--small",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "gpu"),
+    ]
+    done = subprocess.run(words, cwd=measure.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
+    assert [row["part"] for row in found["rows"]] == ["gpu-step", "gpu-peak", "gpu-sample"]
+    assert found["train"]["returncode"] == 0 and "validation loss" in found["train"]["told"][-1]
+    assert (tmp_path / "gpu" / "run" / "ema.safetensors").is_file()

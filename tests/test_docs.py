@@ -19,6 +19,7 @@ import torch
 import trials
 from _ext import parsed
 from benchmarks import __main__ as benchmarks
+from benchmarks import gpu
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
@@ -190,6 +191,8 @@ def check_command(words: list[str]):
             evaluation.parser().parse_args(arguments)
         case ["python", "tests/benchmarks", *arguments]:
             assert set(benchmarks.parser().parse_args(arguments).only.split(",")) <= set(benchmarks.PARTS)
+        case ["python", "tests/benchmarks/gpu.py", *arguments]:
+            gpu.parser().parse_args(arguments)
         case ["python", "tests/trials.py", *arguments]:
             trials.parser().parse_args(arguments)
         case ["pip", "install", "-e", extras]:

@@ -35,7 +35,10 @@ MAINS = {
     "tests/trials.py": trials.main,
 }
 BY_CI = ("python3 -m venv", "pip install", "python -m pytest", "python -m sphinx")
-BY_A_TEST = ("python docs/derivation.py",)  # tests/test_derivation.py
+BY_A_TEST = (
+    "python docs/derivation.py",
+    "python tests/benchmarks/gpu.py",
+)  # test_derivation.py, test_benchmarks.py
 SMALL_MODEL = (
     "--image-size 16 --vae-channels 32,32 --vae-layers 1 --latent-channels 4 --channels 32,32 --attention-levels 1 "
     "--res-blocks 1 --head-width 32 --text-weights random --drawn-images 400"

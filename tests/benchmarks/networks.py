@@ -14,7 +14,7 @@ from ddpm.config import ModelConfig, TrainConfig
 from ddpm.export.diffusers_folder import RENAMES, diffusers_names, unet_config, vae_config
 from ddpm.model import networks
 from ddpm.tools.command import keep_freed_memory
-from ddpm.tools.devices import autocast, choose_precision
+from ddpm.tools.devices import autocast, choose_precision, wait_for
 from ddpm.vae import vae_loss
 
 from .measure import Row, alternate, by_themselves, compared, seconds, spread
@@ -62,15 +62,17 @@ def their_unet(ours: nn.Module, as_ours: bool) -> nn.Module:
 def training_step(network: nn.Module, loss: Callable[[], Tensor], precision: str) -> Callable[[], None]:
     r"""Forward pass, loss, backward pass and AdamW in its fused form, as one call."""
     network.train()
+    device = next(network.parameters()).device
     lr, decay = TrainConfig().lr, TrainConfig().weight_decay
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=decay, fused=True)
 
     def step():
-        with autocast(CPU, precision):
+        with autocast(device, precision):
             value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        wait_for(device)
 
     return step
 
@@ -82,12 +84,16 @@ def laid_out(network: nn.Module, batch: Tensor, channels_last: bool) -> Tensor:
     return batch.contiguous(memory_format=layout)
 
 
-def unet_step(unet: nn.Module, mine: bool, precision: str, channels_last: bool) -> Callable[[], None]:
-    r"""One training step of either UNet on made-up latents and captions."""
+def unet_step(
+    unet: nn.Module, mine: bool, precision: str, channels_last: bool, batch: int = BATCH
+) -> Callable[[], None]:
+    r"""One training step of either UNet on made-up latents and captions, on its device."""
+    device = next(unet.parameters()).device
     g = torch.Generator().manual_seed(1)
-    z_t, eps = torch.randn(2, BATCH, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
-    context = torch.randn(BATCH, 77, 512, generator=g)
-    t = torch.randint(0, SPEC.timesteps, (BATCH,), generator=g)
+    z_t, eps = torch.randn(2, batch, SPEC.latent_channels, SPEC.latent_size, SPEC.latent_size, generator=g)
+    context = torch.randn(batch, 77, 512, generator=g)
+    t = torch.randint(0, SPEC.timesteps, (batch,), generator=g)
+    z_t, eps, context, t = (tensor.to(device) for tensor in (z_t, eps, context, t))
     z_t = laid_out(unet, z_t, channels_last)
 
     def loss() -> Tensor:
@@ -116,14 +122,15 @@ def train(quick: bool, **_) -> Iterator[Row]:
 PRODUCTS, SIDE = 3, 4096
 
 
-def products(dtype: torch.dtype) -> Callable[[], None]:
+def products(dtype: torch.dtype, device: torch.device = CPU) -> Callable[[], None]:
     r"""Some matrix products in a row, each of `SIDE` x `SIDE` numbers."""
-    a, b = torch.randn(2, SIDE, SIDE).to(dtype)
-    out = torch.empty(SIDE, SIDE, dtype=dtype)
+    a, b = torch.randn(2, SIDE, SIDE, device=device).to(dtype)
+    out = torch.empty(SIDE, SIDE, dtype=dtype, device=device)
 
     def multiply():
         for _ in range(PRODUCTS):
             torch.mm(a, b, out=out)
+        wait_for(device)
 
     return multiply
 

@@ -39,15 +39,15 @@ def pipeline(model: TextToImage):
 
 
 def ours_and_theirs(model: TextToImage, pipe, ours: str, other: str, steps: int) -> list[Callable]:
-    r"""Both from prompts to pixels, text tower and decoder included, each in its precision."""
+    r"""Both from prompts to pixels on the model's device, text tower and decoder included, each in its precision."""
 
     def mine():
-        model.sample(PROMPTS, steps=steps, guidance_scale=GUIDANCE, precision=ours)
+        model.sample(PROMPTS, steps=steps, guidance_scale=GUIDANCE, precision=ours).cpu()
 
     def diffusers():
         options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "pt"}
-        with autocast(CPU, other):
-            pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **options)
+        with autocast(model.device, other):
+            pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images.cpu()
 
     return [mine, diffusers]
 
