@@ -1,6 +1,7 @@
 r"""A whole training, as train.py runs it: the data, the model, the run folder, and the stages."""
 
 import contextlib
+import shlex
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -77,7 +78,10 @@ def train(
             is_vae_done = restore_vae(run, session.model, stage) or (yield from VaeStage(session).train())
             if is_vae_done and stage != "vae" and (yield from UnetStage(session).train()):
                 say(f"done in {run.clock() / 60:.1f} minutes; try:")
-                say(f'  {SAMPLE} "a smiling woman with blond hair and eyeglasses" --model {run.quoted}')
+                prompt = "a smiling woman with blond hair and eyeglasses"
+                if session.pictures.captions is not None:
+                    prompt = session.pictures.full_caption(session.pictures.rows(TRAIN)[0])
+                say(f"  {SAMPLE} {shlex.quote(prompt)} --model {run.quoted}")
 
 
 @contextlib.contextmanager
