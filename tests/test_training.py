@@ -275,6 +275,8 @@ def test_validation_loss_is_the_same_each_time_and_one_for_a_network_that_says_n
     losses = loss_by_timestep(model, latents, texts, pictures, rows)
     assert losses == loss_by_timestep(model, latents, texts, pictures, rows)
     assert np.mean(losses) == pytest.approx(1.0, abs=0.1)  # conv_out starts at zero and v has mean square one
+    as_eps = loss_by_timestep(model, latents, texts, pictures, rows, weighting="eps")
+    assert as_eps[0] > 0.9 * losses[0] and as_eps[-1] < 0.1 * losses[-1]  # times alpha_bar
 
 
 def test_the_last_time_of_validation_is_one_of_the_chain_however_it_is_rounded(

@@ -270,7 +270,8 @@ class UnetStage(Stage):
         save_weights(self.run.folder / "unet.safetensors", unet.state_dict())
         with self.opt.ema.applied(unet):
             how = {"precision": self.precision, "seed": self.settings.seed, "batch": batch}
-            losses = loss_by_timestep(*self.data, self.held_out, **how)
+            weighting = self.settings.weighting
+            losses = loss_by_timestep(*self.data, self.held_out, **how, weighting=weighting)
             save_weights(self.run.folder / "ema.safetensors", unet.state_dict())
             self.draw_samples(max(1, batch // 2))  # guidance runs the UNet on twice as many
         mean = sum(losses) / len(losses)

@@ -93,11 +93,22 @@ def measure_latent_scale(
 
 @torch.no_grad()
 def loss_by_timestep(
-    model: TextToImage, latents, texts, pictures, rows, precision="fp32", buckets=10, seed=0, batch=64
+    model: TextToImage,
+    latents,
+    texts,
+    pictures,
+    rows,
+    precision="fp32",
+    buckets=10,
+    seed=0,
+    batch=64,
+    weighting="prediction",
 ) -> list[float]:
     r"""Validation loss in each tenth of the time axis, on fixed pictures, noise and captions.
 
-    Args: latents, texts, pictures, rows: as in `train_unet`; rows of held-out pictures.
+    Args:
+        latents, texts, pictures, rows: as in `train_unet`; rows of held-out pictures.
+        weighting: of the loss; by itself the error of what the network predicts, whatever it was trained with.
     """
     T = model.schedule.timesteps
     g = generator(seed, "validation")
@@ -119,7 +130,8 @@ def loss_by_timestep(
             z_k, t_k, eps_k, context_k = (tensor.to(model.device) for tensor in part)
             denoise_k = partial(denoise, context=context_k)
             prediction = model.config.prediction
-            loss = diffusion_loss(model.schedule, denoise_k, z_k, t_k, eps_k, prediction, vlb_weight=0)
+            how = (prediction, 0.0, weighting)  # no bound of a learned variance
+            loss = diffusion_loss(model.schedule, denoise_k, z_k, t_k, eps_k, *how)
             total += loss.sum().item()
         losses.append(total / len(rows))
     return losses
