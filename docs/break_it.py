@@ -10,20 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from PIL import Image
 from torch import Tensor
 
 from ddpm import TextToImage, diffusion, sampling
 from ddpm import model as model_file
-from ddpm.celeba.captions import ATTRIBUTES
 from ddpm.schedule import Schedule
 from ddpm.tools.grids import to_uint8
 
-MALE = ATTRIBUTES.index("Male")
 IMAGES = Path(__file__).parent / "images"
 PROMPTS = [
     "a smiling woman with blond hair and eyeglasses",
