@@ -64,7 +64,6 @@ EQUIVALENT = {
     ("ChannelsLastGroupNorm.forward", "", "1024"): "the same",
     ("ChannelsLastGroupNorm.backward", "swapped arguments", "addcmul"): "the factors of a product",
     ("caches.Texts.", "", ""): "chooses between two ways to the same states",
-    ("loops.train_unet", "", "0.5"): "which half is mirrored",
     ("loops.train_unet", "swapped names", "eps_vae, eps"): "which of two noises comes first",
     ("images.crop_and_resize", "another number", "64"): "a default",
     ("metrics.precision_recall", "another number", "3"): "a default",

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.config import Config
+from ddpm.config import Config, TrainConfig
 from ddpm.tools.seeding import seed_of
 
 
@@ -37,6 +37,11 @@ def stage_steps(config: Config, stage: str, count: int) -> int:
         return settings.vae_steps if stage == "vae" else settings.unet_steps
     batch_size = settings.vae_batch_size if stage == "vae" else settings.batch_size
     return settings.epochs * (settings.steps_per_epoch or max(1, count // batch_size))
+
+
+def mirrored(batch: int, g: torch.Generator, settings: TrainConfig) -> Tensor:
+    r"""(B,) booleans: which pictures are mirrored. Each is by chance one half; none without `flip`."""
+    return torch.rand(batch, generator=g) < (0.5 if settings.flip else 0.0)
 
 
 def timestep_batch(batch: int, T: int, g: torch.Generator) -> Tensor:

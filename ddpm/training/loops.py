@@ -18,7 +18,7 @@ from ddpm.losses import diffusion_loss
 from ddpm.model import TextToImage
 from ddpm.tools.devices import autocast
 from ddpm.tools.seeding import generator
-from ddpm.training.batches import batch_rows, timestep_batch
+from ddpm.training.batches import batch_rows, mirrored, timestep_batch
 from ddpm.training.caches import Latents, Texts
 from ddpm.training.optimization import Optimization, Report
 from ddpm.training.perceptual import perceptual_loss
@@ -32,13 +32,12 @@ def train_vae(
     settings = config.training
     shard = opt.group.shard
     train_rows = pictures.rows(TRAIN)
-    mirrored = 0.5 if settings.flip else 0.0
     perceptual = perceptual_loss(model.device) if settings.perceptual_weight else None
     while opt.progress() < 1:
         opt.begin_step()
         g = generator(settings.seed, "vae", opt.step)
         rows, _ = batch_rows(train_rows, settings.vae_batch_size, opt.step, settings.seed, "vae")
-        flip = torch.rand(len(rows), generator=g) < mirrored
+        flip = mirrored(len(rows), g, settings)
         eps = torch.randn(len(rows), *model.latent_shape, generator=g)
         x = pictures.batch(shard(rows), shard(flip))  # (B, 3, H, W)
         for x_k, eps_k in opt.micro_batches(x, shard(eps)):
@@ -65,7 +64,6 @@ def train_unet(
     settings = config.training
     shard = opt.group.shard
     train_rows = pictures.rows(TRAIN)
-    mirrored = 0.5 if settings.flip else 0.0
 
     def denoise(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         with autocast(model.device, precision):
@@ -75,7 +73,7 @@ def train_unet(
         opt.begin_step()
         g = generator(settings.seed, "unet", opt.step)
         rows, epoch = batch_rows(train_rows, settings.batch_size, opt.step, settings.seed, "unet")
-        flip = torch.rand(len(rows), generator=g) < mirrored
+        flip = mirrored(len(rows), g, settings)
         eps_vae, eps = torch.randn(2, len(rows), *model.latent_shape, generator=g)
         t = timestep_batch(len(rows), model.schedule.timesteps, g)
         dropped = torch.rand(len(rows), generator=g) < model.config.caption_drop
