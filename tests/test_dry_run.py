@@ -176,7 +176,7 @@ def predicted_and_taken(changes, tower, folder) -> tuple[float, float]:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_three_steps_of_the_specs_unet_take_the_memory_that_is_predicted(tower, tmp_path):
-    r"""But for what the libraries take for themselves at their first calls, 120 to 190 MiB where this was written, under AdamW alone."""
+    r"""But for what the libraries take for themselves at their first calls, 120 to 190 MiB here; under AdamW."""
     plain = predicted_and_taken({"batch_size": 4, "muon_lr": 0.0}, tower, tmp_path)
     small = {"batch_size": 4, "muon_lr": 0.0, "accumulation": 2, "gradient_checkpointing": True}
     thrifty = predicted_and_taken(small, tower, tmp_path)
