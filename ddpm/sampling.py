@@ -42,7 +42,7 @@ class Start:
     Attributes:
         x_0: (B, ...) the picture: latents in `sample_loop`, pixels in `TextToImage.sample`.
         strength: S from 1 / steps to 1. Even at 1 a little of the picture is left: its factor is sqrt(alpha_bar_T).
-        mask: (B, 1, ...) booleans, True is drawn anew and False is kept, see `keep`; None: all is drawn anew.
+        mask: (B, 1, ...) booleans, True is drawn anew and False is kept, see `keep_known`; None: all is drawn anew.
     """
 
     x_0: Tensor
@@ -167,7 +167,7 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
     return denoise
 
 
-def keep(schedule: Schedule, x_s: Tensor, s: Tensor, start: Start, eps: Tensor) -> Tensor:
+def keep_known(schedule: Schedule, x_s: Tensor, s: Tensor, start: Start, eps: Tensor) -> Tensor:
     r"""Inpainting: where the mask is False, x_s becomes the given picture at the noise of s (RePaint, equation 8).
 
     $$x_s \leftarrow m\, x_s + (1 - m) \left(\sqrt{\bar\alpha_s}\, x_0 + \sqrt{1 - \bar\alpha_s}\, \epsilon\right)$$
@@ -229,5 +229,5 @@ def sample_loop(
             x = dpmpp_2m_step(schedule, x, t, s, x_0, previous, noise, eta)
             previous = (t, x_0)
         if start and start.mask is not None:
-            x = keep(schedule, x, s, start, x_T)
+            x = keep_known(schedule, x, s, start, x_T)
         yield State(i, now, then, x, x_0)

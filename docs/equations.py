@@ -373,7 +373,7 @@ CODE = (
         "sampling.Start sampling.timesteps",
         "x_0 strength T",
     ),
-    Row("inpainting", "Keeping a part of it", "sampling.keep", "mask x_s x_0 eps"),
+    Row("inpainting", "Keeping a part of it", "sampling.keep_known", "mask x_s x_0 eps"),
     Row(
         "guidance",
         "Classifier-free guidance",

@@ -26,7 +26,7 @@ from ddpm.sampling import (
     ddpm_step,
     dpmpp_2m_step,
     guided,
-    keep,
+    keep_known,
     sample_loop,
     timesteps,
 )
@@ -448,9 +448,9 @@ def test_a_mask_keeps_its_part_at_every_time_and_leaves_the_rest_to_the_sampler(
     assert torch.equal(state.x[:, 2:], x_0[:, 2:])
     assert torch.equal(run(torch.ones_like(mask))[-1].x, free.x)
     s = at(600, 300, -1)
-    assert torch.equal(keep(LINEAR, eps, s, Start(x_0, 1.0, ~mask), x_0)[:, 2:], eps[:, 2:])
+    assert torch.equal(keep_known(LINEAR, eps, s, Start(x_0, 1.0, ~mask), x_0)[:, 2:], eps[:, 2:])
     assert torch.equal(
-        keep(LINEAR, x_0, s, Start(x_0, 1.0, mask), eps)[:, 2:], q_sample(LINEAR, x_0, s, eps)[:, 2:]
+        keep_known(LINEAR, x_0, s, Start(x_0, 1.0, mask), eps)[:, 2:], q_sample(LINEAR, x_0, s, eps)[:, 2:]
     )
 
 
