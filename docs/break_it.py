@@ -1,6 +1,6 @@
 r"""Makes the pictures of break-it.md: what the weights that ship draw when one line of the program is wrong.
 
-    python docs/break_it.py      # docs/images/break-*.jpg, a picture for each mistake, seed 0; a minute
+    python docs/break_it.py      # docs/images/break-*.webp, a picture for each mistake, seed 0; a minute
 
 Nothing is downloaded.
 """
@@ -106,13 +106,13 @@ def draw(model: TextToImage, how: dict) -> Tensor:
 
 def draw_mistakes():
     model = TextToImage.load()
-    row(IMAGES / "break-right.jpg", draw(model, DPM))
-    row(IMAGES / "break-right-ddpm.jpg", draw(model, DDPM))
+    row(IMAGES / "break-right.webp", draw(model, DPM))
+    row(IMAGES / "break-right-ddpm.webp", draw(model, DDPM))
     for name, (*_, how) in SAMPLING.items():
         with broken(name):
-            row(IMAGES / f"break-{name}.jpg", draw(model, how))
+            row(IMAGES / f"break-{name}.webp", draw(model, how))
     model.schedule = Schedule.named("linear")
-    row(IMAGES / "break-schedule.jpg", draw(model, DPM))
+    row(IMAGES / "break-schedule.webp", draw(model, DPM))
 
 
 if __name__ == "__main__":

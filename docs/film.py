@@ -1,4 +1,4 @@
-r"""Records what the film on the home page plays: docs/_static/film/*.jpg and film_runs.js. About a minute on two cores.
+r"""Records what the film on the home page plays: docs/_static/film/*.webp and film_runs.js. About a minute on two cores.
 
     python docs/film.py
 
@@ -57,7 +57,7 @@ def main():
         for scale in SCALES:
             for seed in SEEDS:
                 times, sheet = record(model, prompt, scale, seed)
-                sheet.save(FOLDER / f"{i}-{scale}-{seed}.jpg", quality=80)
+                sheet.save(FOLDER / f"{i}-{scale}-{seed}.webp", quality=80)
     about = {"prompts": PROMPTS, "scales": SCALES, "seeds": SEEDS, "times": times}
     (FOLDER / "film_runs.js").write_text(f"const FILM = {json.dumps(about, indent=1)};\n")
 

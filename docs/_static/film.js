@@ -28,7 +28,7 @@ addEventListener("DOMContentLoaded", () => {
 
   function sheet(run) {
     const name = `${run.prompt}-${run.scale}-${choice.seed}`;
-    sheets[name] ??= element("img", { src: `${folder}${name}.jpg`, onload: show });
+    sheets[name] ??= element("img", { src: `${folder}${name}.webp`, onload: show });
     return sheets[name];
   }
 

@@ -25,7 +25,7 @@ class Film:
         self.tab = watched(browser, address, self.complaints, self.complaints, **settings)
         self.tab.on(
             "request",
-            lambda r: self.sheets.append(r.url) if "_static/film/" in r.url and ".jpg" in r.url else None,
+            lambda r: self.sheets.append(r.url) if "_static/film/" in r.url and ".webp" in r.url else None,
         )
         self.tab.goto(address + "index.html")
         self.tab.wait_for_selector("#film[data-shown='20']")
@@ -130,11 +130,11 @@ def test_the_film_plays_from_a_file(site, browser):
 
 
 def test_the_sheets_are_small_and_what_the_package_draws():
-    sheets = sorted(film.FOLDER.glob("*.jpg"))
+    sheets = sorted(film.FOLDER.glob("*.webp"))
     assert len(sheets) == len(film.PROMPTS) * len(film.SCALES) * len(film.SEEDS)
     assert sum(sheet.stat().st_size for sheet in sheets) < 3_000_000
     _, drawn = film.record(TextToImage.load(), film.PROMPTS[1], 3, 0)
-    kept = Image.open(film.FOLDER / "1-3-0.jpg")
+    kept = Image.open(film.FOLDER / "1-3-0.webp")
     assert (
         np.abs(np.asarray(kept, float) - np.asarray(drawn, float)).mean() < 10
-    )  # JPEG's losses, mostly of noise
+    )  # WebP's losses, mostly of noise
