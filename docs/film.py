@@ -1,4 +1,4 @@
-r"""Records what the film on the home page plays: docs/_static/film/*.webp and film_runs.js. About a minute on two cores.
+r"""Records what the film on the home page plays: docs/_static/film/*.webp and film_runs.js. It takes a minute.
 
     python docs/film.py
 
