@@ -76,7 +76,7 @@ def test_the_keyboard_moves_both_films_and_a_choice_loads_its_sheet_alone(size, 
     page.tab.locator("[name=film-step]").press("ArrowRight")
     assert page.time() == "t = 949" and page.pictures() != start
     page.tab.locator("[name=film-step]").press("End")
-    assert page.pictures() == result and result[1] == pytest.approx(result[2], rel=1e-3)
+    assert page.pictures() == result and result[1] == pytest.approx(result[2], rel=1e-2)
     page.choose("prompt-B", "0")
     page.choose("scale-B", "6")
     assert len(page.sheets) == 3  # prompt A's at guidance 3 was there
