@@ -32,65 +32,193 @@ class Phrase(NamedTuple):
     r"""How sentences express `name = value`: by one of the wordings, each after its place in the sentence.
 
     Places are "photo" (the opening), "is" (an adjective), "age", "haired" (an adjective after the age), "noun", "with",
-    "without" and "wearing". The full form takes the first wording, a seeded one any. `synonyms` are for `parse` alone.
+    "without" and "wearing". The full form takes the first wording, a seeded one any.
+
+    `kept` are wordings that no training caption has: an evaluation asks what the words they share with others are
+    worth. `synonyms` are for `parse` alone.
     """
 
     name: str
     value: bool
     wordings: str
+    kept: str = ""
     synonyms: str = ""
 
 
 FACIAL_HAIR = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns")
 # In the order of the full form. Spellings (grey, blonde, moustache, black-haired) are unified by SPELLING.
 PHRASES: tuple[Phrase, ...] = (
-    Phrase("Male", True, "noun man | noun man | noun gentleman | noun guy", "male, boy, he, his, him"),
-    Phrase("Male", False, "noun woman | noun woman | noun lady", "female, girl, she, her, hers"),
-    Phrase("Blurry", True, "photo a blurry photo of | photo a blurry picture of", "blurry, out of focus"),
-    Phrase("Attractive", True, "is attractive | is good-looking", "handsome, beautiful, pretty, gorgeous"),
-    Phrase("Smiling", True, "is smiling | is smiling | with a smile", "smiles, grin, grinning, laughing"),
-    Phrase("Chubby", True, "is chubby", "plump, fat, overweight"),
-    Phrase("Bald", True, "is bald", "bald headed, baldheaded, hairless"),
-    Phrase("No_Beard", True, "is clean-shaven | without a beard", "clean shaved, beardless"),
-    Phrase("Young", True, "age young", "youthful, teenage"),
-    Phrase("Young", False, "age older", "old, elderly, middle aged, senior"),
-    Phrase("Straight_Hair", True, "with straight hair", "hair is straight"),
-    Phrase("Wavy_Hair", True, "with wavy hair", "wavy, curly"),
-    Phrase("Black_Hair", True, "with black hair | haired black-haired", "hair is black"),
-    Phrase("Blond_Hair", True, "with blond hair | with blonde hair | haired blond", "fair hair"),
-    Phrase("Brown_Hair", True, "with brown hair | haired brown-haired", "brunette, hair is brown"),
-    Phrase("Gray_Hair", True, "with gray hair | haired grey-haired", "white hair, hair is gray"),
-    Phrase("Bangs", True, "with bangs", "fringe"),
-    Phrase("Receding_Hairline", True, "with a receding hairline", "receding hair, balding"),
-    Phrase("Pale_Skin", True, "with pale skin | is pale-skinned", "pale, fair skin"),
-    Phrase("Oval_Face", True, "with an oval face"),
-    Phrase("Bushy_Eyebrows", True, "with bushy eyebrows | with thick eyebrows"),
-    Phrase("Arched_Eyebrows", True, "with arched eyebrows"),
-    Phrase("Narrow_Eyes", True, "with narrow eyes", "small eyes"),
-    Phrase("Bags_Under_Eyes", True, "with bags under the eyes", "bags under, eye bags, baggy eyes"),
-    Phrase("Big_Nose", True, "with a big nose | with a large nose", "huge nose"),
-    Phrase("Pointy_Nose", True, "with a pointy nose | with a pointed nose", "sharp nose"),
-    Phrase("High_Cheekbones", True, "with high cheekbones", "prominent cheekbones"),
-    Phrase("Rosy_Cheeks", True, "with rosy cheeks | with pink cheeks", "red cheeks"),
-    Phrase("Big_Lips", True, "with big lips | with full lips", "large lips, thick lips, plump lips"),
-    Phrase("Mouth_Slightly_Open", True, "with a slightly open mouth | with slightly parted lips"),
-    Phrase("Mouth_Slightly_Open", True, "", "open mouth, mouth open, mouth slightly open, parted lips"),
-    Phrase("Double_Chin", True, "with a double chin"),
-    Phrase("Sideburns", True, "with sideburns", "sideburn"),
-    Phrase("Goatee", True, "with a goatee"),
-    Phrase("Mustache", True, "with a mustache | with a moustache"),
-    Phrase("5_o_Clock_Shadow", True, "with a five o'clock shadow | with stubble", "clock shadow"),
-    Phrase("No_Beard", False, "with a beard", "facial hair"),
     Phrase(
-        "Eyeglasses", True, "wearing eyeglasses | wearing glasses | with glasses", "sunglasses, spectacles"
+        "Male",
+        True,
+        "noun man | noun gentleman | noun guy | noun dude | noun male",
+        "noun male person",
+        "he, his, him",
     ),
-    Phrase("Wearing_Hat", True, "wearing a hat", "cap, beanie, fedora"),
-    Phrase("Wearing_Earrings", True, "wearing earrings", "earring"),
-    Phrase("Wearing_Necklace", True, "wearing a necklace", "necklaces"),
-    Phrase("Wearing_Necktie", True, "wearing a necktie | wearing a tie"),
-    Phrase("Wearing_Lipstick", True, "wearing lipstick", "red lips"),
-    Phrase("Heavy_Makeup", True, "wearing heavy makeup | with heavy makeup", "makeup, make up"),
+    Phrase("Male", True, "", "", "boy, grandpa, grandfather"),
+    Phrase("Male", False, "noun woman | noun lady | noun female", "noun female person", "she, her, hers"),
+    Phrase("Male", False, "", "", "girl, grandma, grandmother"),
+    Phrase("Blurry", True, "photo a blurry photo of | photo a blurry picture of", "", "blurry, out of focus"),
+    Phrase(
+        "Attractive",
+        True,
+        "is attractive | is good-looking | is beautiful | is handsome | is pretty",
+        "",
+        "gorgeous",
+    ),
+    Phrase(
+        "Smiling",
+        True,
+        "is smiling | with a smile | is laughing | is grinning | with a grin",
+        "with a big smile",
+        "smiles",
+    ),
+    Phrase("Chubby", True, "is chubby | is plump | is overweight | is fat", "is very chubby"),
+    Phrase("Bald", True, "is bald | is bald-headed", "is completely bald", "baldheaded, hairless"),
+    Phrase("No_Beard", True, "is clean-shaven | without a beard | is beardless", "", "clean shaved"),
+    Phrase("Young", True, "age young | age youthful | age teenage", "age very young", "boy, girl"),
+    Phrase(
+        "Young",
+        False,
+        "age older | age old | age elderly | age middle-aged | age senior",
+        "age very old",
+        "grandpa, grandfather, grandma, grandmother",
+    ),
+    Phrase("Straight_Hair", True, "with straight hair", "with hair that is straight", "hair is straight"),
+    Phrase("Wavy_Hair", True, "with wavy hair | with curly hair", "with hair that is wavy", "wavy, curly"),
+    Phrase(
+        "Black_Hair",
+        True,
+        "with black hair | haired black-haired",
+        "with hair that is black",
+        "hair is black",
+    ),
+    Phrase(
+        "Blond_Hair",
+        True,
+        "with blond hair | with blonde hair | haired blond | haired blonde | haired fair-haired",
+        "with hair that is blond",
+    ),
+    Phrase(
+        "Brown_Hair",
+        True,
+        "with brown hair | haired brown-haired | haired brunette",
+        "with hair that is brown",
+        "hair is brown",
+    ),
+    Phrase(
+        "Gray_Hair",
+        True,
+        "with gray hair | with grey hair | haired grey-haired | with white hair | haired white-haired",
+        "with hair that is gray",
+        "hair is gray",
+    ),
+    Phrase("Bangs", True, "with bangs | with a fringe", "with long bangs"),
+    Phrase(
+        "Receding_Hairline",
+        True,
+        "with a receding hairline | with receding hair | is balding",
+        "with a hairline that is receding",
+    ),
+    Phrase(
+        "Pale_Skin",
+        True,
+        "with pale skin | is pale-skinned | is pale | with fair skin",
+        "with very pale skin",
+    ),
+    Phrase("Oval_Face", True, "with an oval face"),
+    Phrase(
+        "Bushy_Eyebrows", True, "with bushy eyebrows | with thick eyebrows", "with eyebrows that are bushy"
+    ),
+    Phrase("Arched_Eyebrows", True, "with arched eyebrows", "with eyebrows that are arched"),
+    Phrase("Narrow_Eyes", True, "with narrow eyes | with small eyes", "with eyes that are narrow"),
+    Phrase(
+        "Bags_Under_Eyes",
+        True,
+        "with bags under the eyes | with eye bags | with baggy eyes",
+        "",
+        "bags under",
+    ),
+    Phrase(
+        "Big_Nose", True, "with a big nose | with a large nose | with a huge nose", "with a nose that is big"
+    ),
+    Phrase(
+        "Pointy_Nose",
+        True,
+        "with a pointy nose | with a pointed nose | with a sharp nose",
+        "with a nose that is pointy",
+    ),
+    Phrase("High_Cheekbones", True, "with high cheekbones | with prominent cheekbones"),
+    Phrase(
+        "Rosy_Cheeks",
+        True,
+        "with rosy cheeks | with pink cheeks | with red cheeks",
+        "with cheeks that are rosy",
+    ),
+    Phrase(
+        "Big_Lips",
+        True,
+        "with big lips | with full lips | with large lips | with thick lips",
+        "with lips that are full",
+        "plump lips",
+    ),
+    Phrase(
+        "Mouth_Slightly_Open",
+        True,
+        "with a slightly open mouth | with slightly parted lips | with an open mouth | with parted lips",
+        "",
+        "mouth open, mouth slightly open",
+    ),
+    Phrase("Double_Chin", True, "with a double chin"),
+    Phrase("Sideburns", True, "with sideburns", "with long sideburns", "sideburn"),
+    Phrase("Goatee", True, "with a goatee", "with a small goatee"),
+    Phrase("Mustache", True, "with a mustache | with a moustache", "with a big mustache"),
+    Phrase(
+        "5_o_Clock_Shadow",
+        True,
+        "with a five o'clock shadow | with stubble",
+        "with some stubble",
+        "clock shadow",
+    ),
+    Phrase("No_Beard", False, "with a beard", "with a full beard", "facial hair"),
+    Phrase(
+        "Eyeglasses",
+        True,
+        "wearing eyeglasses | wearing glasses | with glasses | with sunglasses | wearing spectacles",
+        "wearing large glasses",
+    ),
+    Phrase(
+        "Wearing_Hat",
+        True,
+        "wearing a hat | with a hat | wearing a cap | wearing a beanie",
+        "wearing a large hat",
+        "fedora",
+    ),
+    Phrase("Wearing_Earrings", True, "wearing earrings | with earrings", "wearing big earrings", "earring"),
+    Phrase(
+        "Wearing_Necklace",
+        True,
+        "wearing a necklace | with a necklace",
+        "wearing a gold necklace",
+        "necklaces",
+    ),
+    Phrase("Wearing_Necktie", True, "wearing a necktie | wearing a tie | with a tie", "wearing a dark tie"),
+    Phrase("Wearing_Lipstick", True, "wearing lipstick | with red lips", "wearing bright lipstick"),
+    Phrase(
+        "Heavy_Makeup",
+        True,
+        "wearing heavy makeup | with heavy makeup | wearing makeup",
+        "wearing a lot of makeup",
+        "make up",
+    ),
 )
+# A noun that states age and gender, by (Male, Young).
+AGED = {
+    (1, 1): ("boy",),
+    (0, 1): ("girl",),
+    (1, 0): ("grandpa", "grandfather"),
+    (0, 0): ("grandma", "grandmother"),
+}
 OPENINGS = ("", "", "", "a photo of", "a portrait of", "a picture of", "this is")  # where nothing is blurry
 SHARED = ("hair", "eyebrows", "nose")  # one noun for several adjectives: "wavy brown hair"
 HAIR_COLOURS = ("Gray_Hair", "Blond_Hair", "Brown_Hair", "Black_Hair")  # the rarest of CelebA comes first
@@ -135,18 +263,22 @@ def consistent(attributes: ArrayLike | Mapping[str, object]) -> np.ndarray:
     return np.array([has[name] for name in ATTRIBUTES], dtype=np.uint8)
 
 
-def describe(attributes: ArrayLike | Mapping[str, object], seed: int | Sequence[int] | None = None) -> str:
+def describe(
+    attributes: ArrayLike | Mapping[str, object], seed: int | Sequence[int] | None = None, kept: bool = False
+) -> str:
     r"""One sentence that describes a face: lowercase, without a full stop.
 
     Without a seed it is the full form, used for evaluation: fixed wording, every positive attribute of
     `consistent(attributes)`, and always man or woman, young or older. (No_Beard is stated of men only.)
-    With a seed it is one of many, used for training: synonyms, order and opening vary, gender stays in 90 %.
-    Half of these state everything else too, because a model learns late what some captions leave out. In the others
-    each statement stays with a probability that is itself drawn for the caption, so that some are short.
+    With a seed it is one of many, used for training: wordings, order and opening vary, gender stays in 90 %. Half of
+    the wordings are the first. One caption in four is a list of keywords. Half of the captions state everything else
+    too, because a model learns late what some captions leave out. In the others each statement stays with a
+    probability that is itself drawn for the caption, so that some are short.
 
     Args:
         attributes: as for `consistent`.
         seed: None, a non-negative int or a sequence of them; attributes and seed decide the sentence.
+        kept: state everything, in the wordings that no training caption has, where there are some.
 
     Returns:
         The sentence. The full forms of CelebA fit CLIP's 75 tokens; so do the seeded ones.
@@ -161,16 +293,22 @@ def describe(attributes: ArrayLike | Mapping[str, object], seed: int | Sequence[
     """
     row = dict(zip(ATTRIBUTES, consistent(attributes).tolist(), strict=True))
     rng = None if seed is None else np.random.default_rng(seed)
-    keep = 1.0 if rng is None or rng.random() < 0.5 else rng.uniform(0.1, 1.0)
+    keep = 1.0 if kept or rng is None or rng.random() < 0.5 else rng.uniform(0.1, 1.0)
     places: dict[str, list[str]] = defaultdict(list)
     for phrase in PHRASES:
-        if phrase.wordings and row[phrase.name] == phrase.value and _is_sensible(phrase, row, places):
-            wordings = phrase.wordings.split(" | ")
-            if rng is None or rng.random() < (0.9 if phrase.name == "Male" else keep):
-                wording = wordings[0 if rng is None else rng.integers(len(wordings))]
-                place, _, text = wording.partition(" ")
-                places[place].append(text)
-    return _sentence(places, rng)
+        if not phrase.wordings or row[phrase.name] != phrase.value or not _is_sensible(phrase, row, places):
+            continue
+        if kept or rng is None or rng.random() < (0.9 if phrase.name == "Male" else keep):
+            wordings = (kept and phrase.kept or phrase.wordings).split(" | ")
+            is_first = kept or rng is None or rng.random() < 0.5
+            place, _, text = wordings[0 if is_first else rng.integers(len(wordings))].partition(" ")
+            places[place].append(text)
+    if rng is None:
+        return _sentence(places, None)
+    if places["noun"] and places["age"] and not kept and rng.random() < 0.15:
+        places["noun"] = [str(rng.choice(AGED[row["Male"], row["Young"]]))]
+        places["age"] = places["age"] if rng.random() < 0.5 else []
+    return _sentence(places, rng) if kept or rng.random() < 0.75 else _keywords(places, rng)
 
 
 def _truths(attributes: ArrayLike | Mapping[str, object]) -> list[bool]:
@@ -222,6 +360,13 @@ def _sentence(places: dict[str, list[str]], rng: np.random.Generator | None) -> 
     return _join(*opening, article, person, clauses)
 
 
+def _keywords(places: Mapping[str, list[str]], rng: np.random.Generator) -> str:
+    r""" "black hair, sunglasses, man, no beard"."""
+    lacks = [f"no {_bare(text)}" for text in places["without"]]
+    has = [_bare(text) for place, texts in places.items() if place != "without" for text in texts]
+    return ", ".join(rng.permutation(has + lacks).tolist()) or "person"
+
+
 def _clauses(has: list[str], lacks: list[str], wears: list[str], who: bool, wearing_first: bool) -> str:
     r""" "with black hair but no beard, wearing a hat", or the like."""
     wearing = f"wearing {_listed(wears)}" if wears else ""
@@ -250,6 +395,11 @@ def _share_nouns(items: list[str]) -> list[str]:
 def _listed(items: list[str]) -> str:
     r""" "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
+
+
+def _bare(text: str) -> str:
+    r"""Without its article, and a blurry photo of nobody."""
+    return text.removeprefix("a ").removeprefix("an ").removesuffix(" of")
 
 
 def _join(*words: str) -> str:
@@ -298,14 +448,14 @@ def parse(sentence: str) -> dict[str, bool]:
     negated = False  # the last phrase
     negating = False  # the next one
     for found in grammar.finditer(" ".join(_words(sentence))):
-        name, value = meanings[found.lastindex - 1]
-        if name == "or":
+        meaning = meanings[found.lastindex - 1]
+        if "or" in meaning:
             negating = negating or negated
-        elif name in ("no", "end"):
-            negating = name == "no"
+        elif "no" in meaning or "end" in meaning:
+            negating = "no" in meaning
             negated = False
         else:
-            if name:
+            for name, value in meaning.items():
                 stated.setdefault(name, value != negating)
             negated = negating
             negating = False
@@ -322,27 +472,26 @@ def _words(text: str) -> list[str]:
 
 
 @cache
-def _grammar() -> tuple[re.Pattern, list[tuple[str, bool]]]:
-    r"""A pattern of alternatives, and for each what it states: an attribute and its truth, "no", "or", "end" or ""."""
-    phrases = [(text.split(), "", True) for text in IGNORED.split(", ")]
+def _grammar() -> tuple[re.Pattern, list[dict[str, bool]]]:
+    r"""A pattern of alternatives, and for each what it states: attributes and their truths, "no", "or", "end", none."""
+    phrases: dict[str, dict[str, bool]] = {text: {} for text in IGNORED.split(", ")}
     for phrase in PHRASES:
-        wordings = (wording.partition(" ") for wording in phrase.wordings.split(" | "))
+        wordings = (wording.partition(" ") for wording in f"{phrase.wordings} | {phrase.kept}".split(" | "))
         texts = [text for place, _, text in wordings if place not in ("photo", "without")]
         for text in filter(None, texts + phrase.synonyms.split(", ")):
-            words = _words(text.removeprefix("a ").removeprefix("an "))
-            phrases.append((words, phrase.name, phrase.value))
-    phrases.sort(key=lambda phrase: -len(phrase[0]))  # the longest wins
-    between = _any({words[0] for words, _, _ in phrases if len(words) == 2} | set(BETWEEN.split()))
+            phrases.setdefault(" ".join(_words(_bare(text))), {})[phrase.name] = phrase.value
+    pairs = [text.split() for text in phrases if text.count(" ") == 1]
+    between = _any({first for first, _ in pairs} | set(BETWEEN.split()))
     patterns = [_any(NEGATORS.split()), "or|nor", _any(ENDS.split())]
-    for words, _, _ in phrases:
-        pattern = re.escape(" ".join(words))
-        if len(words) == 2:  # adjective and noun: "black, wavy hair" is also "black hair"
-            first, second = map(re.escape, words)
+    meanings = [{"no": True}, {"or": True}, {"end": True}]
+    for text in sorted(phrases, key=lambda text: -text.count(" ")):  # the longest wins
+        pattern = re.escape(text)
+        if text.count(" ") == 1:  # adjective and noun: "black, wavy hair" is also "black hair"
+            first, second = map(re.escape, text.split())
             pattern += rf"|{first}(?=(?: (?:{between})){{1,5}} {second}(?!\S))"
         patterns.append(pattern)
-    grammar = "|".join(f"({pattern})" for pattern in patterns)
-    meanings = [("no", True), ("or", True), ("end", True), *((name, value) for _, name, value in phrases)]
-    return re.compile(rf"(?<!\S)(?:{grammar})(?!\S)"), meanings
+        meanings.append(phrases[text])
+    return re.compile(rf"(?<!\S)(?:{'|'.join(f'({pattern})' for pattern in patterns)})(?!\S)"), meanings
 
 
 def _any(words: Iterable[str]) -> str:
