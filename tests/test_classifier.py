@@ -137,7 +137,6 @@ def test_larger_pictures_are_read_at_64():
     [
         ("efficientnet-lite0", "efficientnet_lite_pytorch", "pip install"),
         ("inception", "torch_fidelity.feature_extractor_inceptionv3", "pip install torch-fidelity"),
-        ("resnet", "", "resnet"),
     ],
 )
 def test_an_extractor_that_is_not_there_is_refused_in_one_line(name, package, advice, monkeypatch):

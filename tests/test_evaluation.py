@@ -13,7 +13,7 @@ from torch import nn
 from ddpm.celeba.dataset import drawn_pictures
 from ddpm.celeba.lists import TEST, TRAIN
 from ddpm.config import Config, TrainConfig
-from ddpm.evaluation import classifier, command, metrics, parts, plots, report
+from ddpm.evaluation import adherence, classifier, command, metrics, networks, plots, report, shared
 from ddpm.evaluation.__main__ import main, parser
 from ddpm.evaluation.choices import PARTS, SCOPES
 from ddpm.evaluation.classifier import attribute_classifier, truths
@@ -48,7 +48,7 @@ def cheap():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_weights, "random_tower", lambda: CheapTower())
         patch.setattr(classifier, "STEPS", 3)
-        patch.setattr(parts, "MIN_READ", 0)  # a classifier of three steps reads little
+        patch.setattr(shared, "MIN_READ", 0)  # a classifier of three steps reads little
         for name, scope in SHORT.items():
             patch.setitem(SCOPES, name, scope)
         yield
@@ -162,7 +162,7 @@ def test_a_row_is_as_far_as_the_nearest_training_row(pictures):
     copied = replace(pictures, attributes=attributes)
     known = truths(copied, train_rows)
     expected = [(row != known).sum(1).min().item() for row in truths(copied, test)]
-    found = parts.attribute_distance(copied, copied.subset(test))
+    found = adherence.attribute_distance(copied, copied.subset(test))
     assert found.tolist() == expected and found[3] == 0 and found.max() > 1
 
 
@@ -206,10 +206,10 @@ def test_full_curves_have_all_prompts_and_the_whole_chain_and_some_parts_can_be_
 def test_the_estimate_is_the_time_of_all_calls_of_the_network(run, pictures, monkeypatch, scope, calls):
     r"""A batch of 20 takes 60 seconds by this clock; a step is one call, or two with guidance."""
     clock = iter(range(0, 6000, 60))
-    monkeypatch.setattr(parts, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(shared, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     options = parser().parse_args([str(run), "--steps", "2", "--only", "frechet,guidance,steps"])
     options.scope, options.precision = scope, "fp32"
-    evaluation = parts.Evaluation(TextToImage.load(run), pictures, pictures.rows(TEST), options)
+    evaluation = shared.Evaluation(TextToImage.load(run), pictures, pictures.rows(TEST), options)
     assert evaluation.minutes_of_drawing() == pytest.approx(calls / 20)
 
 
@@ -244,7 +244,7 @@ def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run)
 
 @pytest.mark.parametrize(
     "target, error",
-    [((parts.Evaluation, "vae"), KeyboardInterrupt()), ((plots.Figure, "savefig"), OSError("no room"))],
+    [((networks, "psnr"), KeyboardInterrupt()), ((plots.Figure, "savefig"), OSError("no room"))],
 )
 def test_an_evaluation_that_fails_leaves_the_old_one_as_it_was(
     target, error, run, result, tmp_path, monkeypatch

@@ -19,8 +19,7 @@ from test_docs import blocks, commands
 from ddpm import __main__ as sample
 from ddpm.celeba.faces import write_celeba
 from ddpm.evaluation import __main__ as evaluation
-from ddpm.evaluation import classifier
-from ddpm.evaluation import parts as evaluation_parts
+from ddpm.evaluation import classifier, shared
 from ddpm.export import __main__ as export
 from ddpm.tools import text_weights
 from ddpm.tools.command import exit_code
@@ -116,7 +115,7 @@ def place(tmp_path, monkeypatch) -> Path:
     for name, scope in evaluation.SCOPES.items():
         short = scope._replace(prompts=8, curve_prompts=4, guidances=(1.0, 3.0), steps=(2,))
         monkeypatch.setitem(evaluation.SCOPES, name, short)
-    monkeypatch.setattr(evaluation_parts, "feature_extractor", lambda *_: lambda x: x.flatten(1)[:, :64])
+    monkeypatch.setattr(shared, "feature_extractor", lambda *_: lambda x: x.flatten(1)[:, :64])
     for part in benchmarks.PARTS:
         monkeypatch.setitem(benchmarks.PARTS, part, ("measure", "one_row"))
     row = measure.Row("part", "what", "ours", "theirs", 1.0, 1.0, 1.0, None, True)

@@ -37,12 +37,8 @@ def parser() -> Parser:
     p.set_defaults(scope="normal")
     add("--only", type=part_names, default=PARTS, metavar="PART,...", help=f"only some of {','.join(PARTS)}")
     add("--data", type=path, metavar="PATH", help="where the run's data is now [where it was]")
-    add(
-        "--cache",
-        type=path,
-        metavar="DIR",
-        help="folder of decoded pictures and classifiers [beside the run: cache]",
-    )
+    cache_help = "folder of decoded pictures and classifiers [beside the run: cache]"
+    add("--cache", type=path, metavar="DIR", help=cache_help)
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="[auto]")
     add("--device", choices=DEVICES, default="auto", help="[auto]")
     out_help = "folder to write to [RUN/evaluation; of what ships, runs/shipped-evaluation]"

@@ -57,3 +57,13 @@ class Setting(NamedTuple):
 def setting_of(point: dict) -> Setting:
     r"""The setting of one point of a curve, as the result has it."""
     return Setting(*(point[field] for field in Setting._fields))
+
+
+def curve_settings(main: Setting, scope: Scope, timesteps: int) -> dict[str, list[Setting]]:
+    r"""The points of each curve: the main setting at all guidance scales; all samplers, and dpm++ with noise."""
+    kinds = [*((sampler, 0.0) for sampler in SAMPLERS), ("dpm++", 1.0)]
+    counts = [steps for steps in scope.steps if steps <= timesteps]
+    steps = [Setting(sampler, count, main.guidance, eta) for sampler, eta in kinds for count in counts]
+    if scope.whole_chain:
+        steps.append(Setting("ddpm", timesteps, main.guidance))
+    return {"guidance": [main._replace(guidance=scale) for scale in scope.guidances], "steps": steps}

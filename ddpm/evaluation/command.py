@@ -4,6 +4,7 @@ import argparse
 import platform
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,14 @@ from ddpm import __version__
 from ddpm.celeba.dataset import Pictures, load_pictures, reopen_data
 from ddpm.celeba.lists import TEST, VALID
 from ddpm.config import Config
+from ddpm.evaluation.adherence import adherence
 from ddpm.evaluation.choices import SCOPES
+from ddpm.evaluation.curves import curve
+from ddpm.evaluation.likeness import frechet, neighbours
 from ddpm.evaluation.metrics import MIN_EACH
-from ddpm.evaluation.parts import DRAWING, Evaluation, LeftOut
+from ddpm.evaluation.networks import bits, latents, loss, vae
 from ddpm.evaluation.report import summary, write
+from ddpm.evaluation.shared import DRAWING, Evaluation, LeftOut
 from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools.arrays import key_of
 from ddpm.tools.command import progress_bar, say
@@ -26,6 +31,10 @@ from ddpm.tools.files import digest_of
 from ddpm.tools.seeding import generator
 
 SPLITS = {"valid": VALID, "test": TEST}
+MEASURES = {
+    f.__name__: f for f in (Evaluation.prepare, adherence, frechet, neighbours, vae, latents, loss, bits)
+}
+MEASURES |= {x: partial(curve, x=x) for x in ("guidance", "steps")}
 
 
 def evaluate(options: argparse.Namespace):
@@ -47,7 +56,7 @@ def evaluate(options: argparse.Namespace):
     for part in ("prepare", *options.only):
         started = time.monotonic()
         try:
-            figures = getattr(evaluation, part)()
+            figures = MEASURES[part](evaluation)
         except LeftOut as reason:
             left_out[part] = str(reason)
             say(f"{part} left out: {reason}")

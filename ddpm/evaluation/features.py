@@ -15,13 +15,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def feature_extractor(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     r"""Pictures (B, 3, S, S) in [-1, 1] -> features (B, D), by the ready-made network called `name`.
 
-    Raises: UserError when there is none of that name, or its package or weights are not there.
+    Raises: UserError when its package or weights are not there.
     """
-    if name == "efficientnet-lite0":
-        return efficientnet_lite0(device)
-    if name == "inception":
-        return inception(device)
-    raise UserError(f"expected a ready-made extractor out of efficientnet-lite0, inception, got {name!r}")
+    return {"efficientnet-lite0": efficientnet_lite0, "inception": inception}[name](device)
 
 
 def efficientnet_lite0(device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,43 @@
+r"""The parts `vae`, `latents`, `loss` and `bits`: the two networks on held-out pictures, without drawing."""
+
+import numpy as np
+import torch
+
+from ddpm.evaluation import metrics, plots
+from ddpm.evaluation.bits import bits_per_dimension
+from ddpm.evaluation.shared import Evaluation
+from ddpm.training.validation import loss_by_timestep, psnr, ssim
+
+
+def vae(e: Evaluation) -> dict:
+    r"""PSNR in dB and SSIM of the held-out pictures through the VAE."""
+    figures = {"psnr": psnr(e.x, e.reconstructed), "ssim": ssim(e.x, e.reconstructed)}
+    return {"n": e.n} | {name: values.mean().item() for name, values in figures.items()}
+
+
+def latents(e: Evaluation) -> dict:
+    r"""Mean, variance, KL and correlation of the channels of the scaled latents."""
+    q = e.encoded.gaussian(np.arange(e.n), torch.zeros(e.n, dtype=torch.bool))
+    health = metrics.latent_health(q, e.model.latent_scale)
+    e.files["latents.png"] = plots.plot_latents(health)
+    return {"n": e.n, "scale": e.model.latent_scale, **health}
+
+
+def loss(e: Evaluation) -> dict:
+    r"""The loss in each tenth of the time axis, on fixed noise."""
+    n = min(e.n, 256)
+    prediction = e.model.config.prediction
+    inputs = (e.model, e.encoded, e.texts, e.held_out, np.arange(n))
+    tenths = loss_by_timestep(*inputs, e.options.precision, seed=e.options.seed)
+    e.files["loss.png"] = plots.plot_loss(tenths, prediction)
+    return {"n": n, "prediction": prediction, "tenths": tenths, "mean": sum(tenths) / len(tenths)}
+
+
+def bits(e: Evaluation) -> dict:
+    r"""Bits/dim, by the variational bound; the decoder's width is its mean error on train pictures."""
+    n = min(e.n, 64)
+    train = e.train_pictures[:n]
+    width = (train - e.decoded(train)).abs().mean().item()
+    inputs = (e.model, e.encoded, e.texts, e.held_out, np.arange(n))
+    found = bits_per_dimension(*inputs, width, e.options.precision, seed=e.options.seed)
+    return {"n": n, "variance": e.model.config.variance, "width": width, **found}
