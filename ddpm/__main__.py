@@ -9,9 +9,10 @@ import argparse
 import contextlib
 import json
 import sys
+import warnings
 from pathlib import Path
 
-from ddpm.config import Config, ModelConfig
+from ddpm.config import WORDS_FILE, Config, ModelConfig
 from ddpm.tools import command
 from ddpm.tools.errors import UserError, printable
 
@@ -111,6 +112,22 @@ def read_prompts(file: Path) -> list[str]:
         raise UserError(f"expected UTF-8 in {file}, got {error.object[:60]!r}; save it as UTF-8") from None
 
 
+def warn_of_unknown_words(prompts: list[str], folder: Path):
+    r"""One warning names the words that no training caption had, where the text tower never learned any either."""
+    from ddpm.celeba.captions import plain_words
+
+    file = folder / WORDS_FILE
+    if not file.is_file():
+        return
+    with open(file, "rb") as opened:
+        known = set(opened.read(MOST_BYTES).decode(errors="replace").split())
+    unknown = sorted(set().union(*map(plain_words, prompts)) - known)
+    if unknown:
+        listed = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
+        means = "its random text tower gives them no meaning"
+        warnings.warn(f"no training caption of this model has: {listed}; {means}, see {file}", stacklevel=2)
+
+
 def read_start(a: argparse.Namespace, size: int, crop: int):
     r"""--init-image and --mask as a `Start`, cropped and resized as the model's training pictures were."""
     import torch
@@ -201,6 +218,7 @@ def main(argv: list[str] | None = None):
 
     model = TextToImage.load(a.model, a.weights)
     check_model(a, model.config)
+    warn_of_unknown_words([*a.prompts, a.negative or ""], a.model or SHIPPED)
     start = None
     if a.init_image:
         crop = Config.read((a.model or SHIPPED) / "config.json").training.crop

@@ -19,6 +19,7 @@ from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.strict_json import fits_in_64_bits, read_json
 
 TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
+WORDS_FILE = "words.txt"  # of a run folder: what its training captions say, where the text tower is random
 MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
 # what --resume may change
 MOVABLE = {"data", "max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every"} | {

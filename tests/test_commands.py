@@ -69,7 +69,7 @@ def refused(capsys, call, *arguments) -> str:
 def test_a_run_folder_holds_what_the_contract_says(trained):
     weights = {"vae.safetensors", "unet.safetensors", "ema.safetensors"}
     resume = {"config.json", "state.pt", "state.previous.pt", ".lock"}
-    shown = {"metrics.csv", "loss.png", "samples"}
+    shown = {"metrics.csv", "loss.png", "samples", "words.txt"}
     assert {path.name for path in trained.iterdir()} == weights | resume | shown
     samples = sorted(path.name for path in (trained / "samples").iterdir())
     assert samples == ["step_000004.png", "step_000006.png"]
@@ -129,6 +129,14 @@ def test_a_grid_and_single_pictures_carry_prompt_seed_and_settings(trained, tmp_
     assert len(files) == 4
     with Image.open(files[0]) as picture:
         assert picture.size == (16, 16) and picture.text["prompt"] == "a bald man"
+
+
+def test_words_that_no_training_caption_had_are_named_and_the_picture_is_drawn(trained, tmp_path, capsys):
+    drawing = ["--model", trained, "--steps", 1, "--out"]
+    assert run_sample("A redhead Wizard with sunglasses", *drawing, tmp_path / "a.png") == 0
+    assert "warning: no training caption of this model has: redhead, wizard; " in capsys.readouterr().err
+    assert run_sample("a girl with sunglasses", *drawing, tmp_path / "b.png") == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)

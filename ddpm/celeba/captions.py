@@ -464,6 +464,19 @@ def parse(sentence: str) -> dict[str, bool]:
     return stated | {name: False for name in excluded if name not in stated}
 
 
+def plain_words(text: str) -> set[str]:
+    r"""The words of a text as they are written, in lower case."""
+    return set(re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*", text.lower()))
+
+
+def vocabulary() -> set[str]:
+    r"""All words that `describe` makes training captions of."""
+    frame = "a an and who has is with without but no wearing person"
+    nouns = [noun for nouns in AGED.values() for noun in nouns]
+    wordings = [w.partition(" ")[2] for phrase in PHRASES for w in phrase.wordings.split(" | ")]
+    return plain_words(" ".join([frame, *nouns, *OPENINGS, *wordings]))
+
+
 def _words(text: str) -> list[str]:
     r"""Words and punctuation marks, in lower case and one spelling."""
     text = re.sub("[\u2018\u2019]", "'", text.lower().replace("_", " "))

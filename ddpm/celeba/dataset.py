@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.celeba.captions import describe
+from ddpm.celeba.captions import describe, plain_words, vocabulary
 from ddpm.celeba.faces import draw_many, drawn_rows, drawn_split
 from ddpm.celeba.images import BadImage, read_image
 from ddpm.celeba.lists import TRAIN, VALID, ImageTable, open_table
@@ -82,6 +82,13 @@ class Pictures:
     def full_caption(self, i: int) -> str:
         r"""The fixed caption of picture i, for validation."""
         return self.captions[i][0] if self.captions is not None else describe(self.attributes[i])
+
+    def words(self) -> set[str]:
+        r"""The words of all training captions."""
+        if self.captions is None:
+            return vocabulary()
+        own = {caption for i in self.rows(TRAIN) for caption in self.captions[i]}
+        return set().union(*map(plain_words, own))
 
     def batch(self, rows: np.ndarray, flip: Tensor | None = None) -> Tensor:
         r"""Pictures as (B, 3, S, S) float32 in [-1, 1], mirrored where `flip` (B,) says so."""

@@ -10,8 +10,8 @@ default is sampling here by default: the folder names DPM-Solver++ 2M with trail
 
 import argparse
 import sys
-from pathlib import Path
 
+from ddpm.config import WORDS_FILE
 from ddpm.tools.command import Parser, exit_code, path
 from ddpm.tools.errors import printable
 
@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None):
         with new_folder(a.target) as folder:
             if a.half:
                 model.half().save(folder)
-                write_atomically(folder / "config.json", (Path(a.source) / "config.json").read_bytes())
+                for name in ("config.json", WORDS_FILE):
+                    if (a.source / name).is_file():
+                        write_atomically(folder / name, (a.source / name).read_bytes())
             else:
                 model.save(folder)  # with its text tower, which no name would bring back
     print(printable(f"wrote {a.target}"))

@@ -12,10 +12,11 @@ from torch import nn
 
 from ddpm.celeba.dataset import Pictures
 from ddpm.celeba.lists import TRAIN, VALID
+from ddpm.config import WORDS_FILE
 from ddpm.model import TextToImage
 from ddpm.tools.command import Stopped, StopRequest, bar, on_signals, progress_bar, say
 from ddpm.tools.errors import UserError
-from ddpm.tools.files import CannotWrite, digest_of
+from ddpm.tools.files import CannotWrite, digest_of, write_atomically
 from ddpm.tools.grids import labelled_grid, save_png
 from ddpm.tools.weights import save_weights
 from ddpm.training.batches import stage_steps
@@ -255,6 +256,9 @@ class UnetStage(Stage):
         self.texts = session.texts()
         captions = sorted({session.pictures.full_caption(i) for i in self.held_out})
         self.prompts = captions[:: max(1, len(captions) // 16)][:16]
+        if session.run.writes and session.run.config.model.text_weights == "random":
+            words = "\n".join(sorted(session.pictures.words())) + "\n"
+            write_atomically(session.run.folder / WORDS_FILE, words.encode())
         super().__init__(session, "unet", model.unet, settings.lr, settings.batch_size, True)
         self.more = {"trained_vae": {"weights": model.vae.state_dict(), "latent_scale": model.latent_scale}}
         self.data = (self.model, self.latents, self.texts, self.pictures)
