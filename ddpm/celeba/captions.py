@@ -4,12 +4,12 @@ r"""Forty CelebA attributes <-> one English sentence.
     parse      sentence   -> {"Smiling": True, "Young": True, "Male": True, "Black_Hair": True, ...}
     consistent attributes -> the attributes once their contradictions are resolved
 
-One table, `PHRASES`, holds every wording. `describe` reads it from left to right, `parse` from right to left,
+One table holds every wording. `describe` reads it from left to right, `parse` from right to left,
 and for every row of attributes they agree: what `parse(describe(row))` states is true of `consistent(row)`."""
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -46,172 +46,71 @@ class Phrase(NamedTuple):
 
 
 FACIAL_HAIR = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns")
-# In the order of the full form. Spellings (grey, blonde, moustache, black-haired) are unified by SPELLING.
-PHRASES: tuple[Phrase, ...] = (
-    Phrase(
-        "Male",
-        True,
-        "noun man | noun gentleman | noun guy | noun dude | noun male",
-        "noun male person",
-        "he, his, him",
-    ),
-    Phrase("Male", True, "", "", "boy, grandpa, grandfather"),
-    Phrase("Male", False, "noun woman | noun lady | noun female", "noun female person", "she, her, hers"),
-    Phrase("Male", False, "", "", "girl, grandma, grandmother"),
-    Phrase("Blurry", True, "photo a blurry photo of | photo a blurry picture of", "", "blurry, out of focus"),
-    Phrase(
-        "Attractive",
-        True,
-        "is attractive | is good-looking | is beautiful | is handsome | is pretty",
-        "",
-        "gorgeous",
-    ),
-    Phrase(
-        "Smiling",
-        True,
-        "is smiling | with a smile | is laughing | is grinning | with a grin",
-        "with a big smile",
-        "smiles",
-    ),
-    Phrase("Chubby", True, "is chubby | is plump | is overweight | is fat", "is very chubby"),
-    Phrase("Bald", True, "is bald | is bald-headed", "is completely bald", "baldheaded, hairless"),
-    Phrase("No_Beard", True, "is clean-shaven | without a beard | is beardless", "", "clean shaved"),
-    Phrase("Young", True, "age young | age youthful | age teenage", "age very young", "boy, girl"),
-    Phrase(
-        "Young",
-        False,
-        "age older | age old | age elderly | age middle-aged | age senior",
-        "age very old",
-        "grandpa, grandfather, grandma, grandmother",
-    ),
-    Phrase("Straight_Hair", True, "with straight hair", "with hair that is straight", "hair is straight"),
-    Phrase("Wavy_Hair", True, "with wavy hair | with curly hair", "with hair that is wavy", "wavy, curly"),
-    Phrase(
-        "Black_Hair",
-        True,
-        "with black hair | haired black-haired",
-        "with hair that is black",
-        "hair is black",
-    ),
-    Phrase(
-        "Blond_Hair",
-        True,
-        "with blond hair | with blonde hair | haired blond | haired blonde | haired fair-haired",
-        "with hair that is blond",
-    ),
-    Phrase(
-        "Brown_Hair",
-        True,
-        "with brown hair | haired brown-haired | haired brunette",
-        "with hair that is brown",
-        "hair is brown",
-    ),
-    Phrase(
-        "Gray_Hair",
-        True,
-        "with gray hair | with grey hair | haired grey-haired | with white hair | haired white-haired",
-        "with hair that is gray",
-        "hair is gray",
-    ),
-    Phrase("Bangs", True, "with bangs | with a fringe", "with long bangs"),
-    Phrase(
-        "Receding_Hairline",
-        True,
-        "with a receding hairline | with receding hair | is balding",
-        "with a hairline that is receding",
-    ),
-    Phrase(
-        "Pale_Skin",
-        True,
-        "with pale skin | is pale-skinned | is pale | with fair skin",
-        "with very pale skin",
-    ),
-    Phrase("Oval_Face", True, "with an oval face"),
-    Phrase(
-        "Bushy_Eyebrows", True, "with bushy eyebrows | with thick eyebrows", "with eyebrows that are bushy"
-    ),
-    Phrase("Arched_Eyebrows", True, "with arched eyebrows", "with eyebrows that are arched"),
-    Phrase("Narrow_Eyes", True, "with narrow eyes | with small eyes", "with eyes that are narrow"),
-    Phrase(
-        "Bags_Under_Eyes",
-        True,
-        "with bags under the eyes | with eye bags | with baggy eyes",
-        "",
-        "bags under",
-    ),
-    Phrase(
-        "Big_Nose", True, "with a big nose | with a large nose | with a huge nose", "with a nose that is big"
-    ),
-    Phrase(
-        "Pointy_Nose",
-        True,
-        "with a pointy nose | with a pointed nose | with a sharp nose",
-        "with a nose that is pointy",
-    ),
-    Phrase("High_Cheekbones", True, "with high cheekbones | with prominent cheekbones"),
-    Phrase(
-        "Rosy_Cheeks",
-        True,
-        "with rosy cheeks | with pink cheeks | with red cheeks",
-        "with cheeks that are rosy",
-    ),
-    Phrase(
-        "Big_Lips",
-        True,
-        "with big lips | with full lips | with large lips | with thick lips",
-        "with lips that are full",
-        "plump lips",
-    ),
-    Phrase(
-        "Mouth_Slightly_Open",
-        True,
-        "with a slightly open mouth | with slightly parted lips | with an open mouth | with parted lips",
-        "",
-        "mouth open, mouth slightly open",
-    ),
-    Phrase("Double_Chin", True, "with a double chin"),
-    Phrase("Sideburns", True, "with sideburns", "with long sideburns", "sideburn"),
-    Phrase("Goatee", True, "with a goatee", "with a small goatee"),
-    Phrase("Mustache", True, "with a mustache | with a moustache", "with a big mustache"),
-    Phrase(
-        "5_o_Clock_Shadow",
-        True,
-        "with a five o'clock shadow | with stubble",
-        "with some stubble",
-        "clock shadow",
-    ),
-    Phrase("No_Beard", False, "with a beard", "with a full beard", "facial hair"),
-    Phrase(
-        "Eyeglasses",
-        True,
-        "wearing eyeglasses | wearing glasses | with glasses | with sunglasses | wearing spectacles",
-        "wearing large glasses",
-    ),
-    Phrase(
-        "Wearing_Hat",
-        True,
-        "wearing a hat | with a hat | wearing a cap | wearing a beanie",
-        "wearing a large hat",
-        "fedora",
-    ),
-    Phrase("Wearing_Earrings", True, "wearing earrings | with earrings", "wearing big earrings", "earring"),
-    Phrase(
-        "Wearing_Necklace",
-        True,
-        "wearing a necklace | with a necklace",
-        "wearing a gold necklace",
-        "necklaces",
-    ),
-    Phrase("Wearing_Necktie", True, "wearing a necktie | wearing a tie | with a tie", "wearing a dark tie"),
-    Phrase("Wearing_Lipstick", True, "wearing lipstick | with red lips", "wearing bright lipstick"),
-    Phrase(
-        "Heavy_Makeup",
-        True,
-        "wearing heavy makeup | with heavy makeup | wearing makeup",
-        "wearing a lot of makeup",
-        "make up",
-    ),
-)
+# Wordings / those kept from training / synonyms, in the order of the full form. SPELLING unifies grey, blonde, ...
+TABLE = """
++Male: noun man | noun gentleman | noun guy | noun dude | noun male / noun male person / he, his, him
++Male: / / boy, grandpa, grandfather
+-Male: noun woman | noun lady | noun female / noun female person / she, her, hers
+-Male: / / girl, grandma, grandmother
++Blurry: photo a blurry photo of | photo a blurry picture of / / blurry, out of focus
++Attractive: is attractive | is good-looking | is beautiful | is handsome | is pretty / / gorgeous
++Smiling: is smiling | with a smile | is laughing | is grinning | with a grin / with a big smile / smiles
++Chubby: is chubby | is plump | is overweight | is fat / is very chubby
++Bald: is bald | is bald-headed / is completely bald / baldheaded, hairless
++No_Beard: is clean-shaven | without a beard | is beardless / / clean shaved
++Young: age young | age youthful | age teenage / age very young / boy, girl
+-Young: age older | age old | age elderly | age middle-aged | age senior / age very old
+    / grandpa, grandfather, grandma, grandmother
++Straight_Hair: with straight hair / with hair that is straight / hair is straight
++Wavy_Hair: with wavy hair | with curly hair / with hair that is wavy / wavy, curly
++Black_Hair: with black hair | haired black-haired / with hair that is black / hair is black
++Blond_Hair: with blond hair | with blonde hair | haired blond | haired blonde | haired fair-haired
+    / with hair that is blond
++Brown_Hair: with brown hair | haired brown-haired | haired brunette / with hair that is brown / hair is brown
++Gray_Hair: with gray hair | with grey hair | haired grey-haired | with white hair | haired white-haired
+    / with hair that is gray / hair is gray
++Bangs: with bangs | with a fringe / with long bangs
++Receding_Hairline: with a receding hairline | with receding hair | is balding
+    / with a hairline that is receding
++Pale_Skin: with pale skin | is pale-skinned | is pale | with fair skin / with very pale skin
++Oval_Face: with an oval face
++Bushy_Eyebrows: with bushy eyebrows | with thick eyebrows / with eyebrows that are bushy
++Arched_Eyebrows: with arched eyebrows / with eyebrows that are arched
++Narrow_Eyes: with narrow eyes | with small eyes / with eyes that are narrow
++Bags_Under_Eyes: with bags under the eyes | with eye bags | with baggy eyes / / bags under
++Big_Nose: with a big nose | with a large nose | with a huge nose / with a nose that is big
++Pointy_Nose: with a pointy nose | with a pointed nose | with a sharp nose / with a nose that is pointy
++High_Cheekbones: with high cheekbones | with prominent cheekbones
++Rosy_Cheeks: with rosy cheeks | with pink cheeks | with red cheeks / with cheeks that are rosy
++Big_Lips: with big lips | with full lips | with large lips | with thick lips / with lips that are full
+    / plump lips
++Mouth_Slightly_Open: with a slightly open mouth | with slightly parted lips | with an open mouth
+    | with parted lips / / mouth open, mouth slightly open
++Double_Chin: with a double chin
++Sideburns: with sideburns / with long sideburns / sideburn
++Goatee: with a goatee / with a small goatee
++Mustache: with a mustache | with a moustache / with a big mustache
++5_o_Clock_Shadow: with a five o'clock shadow | with stubble / with some stubble / clock shadow
+-No_Beard: with a beard / with a full beard / facial hair
++Eyeglasses: wearing eyeglasses | wearing glasses | with glasses | with sunglasses | wearing spectacles
+    / wearing large glasses
++Wearing_Hat: wearing a hat | with a hat | wearing a cap | wearing a beanie / wearing a large hat / fedora
++Wearing_Earrings: wearing earrings | with earrings / wearing big earrings / earring
++Wearing_Necklace: wearing a necklace | with a necklace / wearing a gold necklace / necklaces
++Wearing_Necktie: wearing a necktie | wearing a tie | with a tie / wearing a dark tie
++Wearing_Lipstick: wearing lipstick | with red lips / wearing bright lipstick
++Heavy_Makeup: wearing heavy makeup | with heavy makeup | wearing makeup / wearing a lot of makeup / make up
+"""
+
+
+def _read_table() -> Iterator[Phrase]:
+    r"""A phrase a line, "+" or "-" for true or false; an indented line goes on."""
+    for line in TABLE.replace("\n    ", " ").strip().splitlines():
+        name, _, texts = line.partition(": ")
+        yield Phrase(name[1:], name[0] == "+", *(text.strip() for text in texts.split("/")))
+
+
+PHRASES: tuple[Phrase, ...] = tuple(_read_table())
 # A noun that states age and gender, by (Male, Young).
 AGED = {
     (1, 1): ("boy",),
