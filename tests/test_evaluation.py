@@ -10,6 +10,7 @@ from conftest import TINY, without_zeros
 from PIL import Image
 from torch import nn
 
+from ddpm.celeba.captions import parse
 from ddpm.celeba.dataset import drawn_pictures
 from ddpm.celeba.lists import TEST, TRAIN
 from ddpm.config import Config, TrainConfig
@@ -17,6 +18,7 @@ from ddpm.evaluation import adherence, classifier, command, metrics, networks, p
 from ddpm.evaluation.__main__ import main, parser
 from ddpm.evaluation.choices import PARTS, SCOPES
 from ddpm.evaluation.classifier import attribute_classifier, truths
+from ddpm.evaluation.prompts import FREE, SPECIFICATION, prompts_of
 from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools import text_weights
 from ddpm.tools.command import exit_code
@@ -155,6 +157,32 @@ def test_the_figures_are_those_of_the_library_called_by_hand(run, result, pictur
             assert figures[name]["balanced_accuracy"] == report.rounded(value), (source, name)
 
 
+def test_the_other_wordings_are_of_the_first_held_out_rows_and_state_all_of_them(run, result, pictures):
+    rows = command.choose_rows(pictures, parser().parse_args([str(run)]))[:12]
+    prompts = prompts_of(pictures.attributes[rows], seed=0)
+    network = attribute_classifier(run.parent / "cache", pictures, torch.device("cpu"))
+    wanted = truths(pictures, rows)[:, network.columns]
+    for kind in ("trained", "kept"):
+        for row, prompt in zip(rows, prompts[kind], strict=True):
+            assert parse(pictures.full_caption(row)).items() <= parse(prompt).items()
+        with torch.no_grad():
+            seen = network(TextToImage.load(run).sample(prompts[kind], "dpm++", 2, 3.0, seed=0)) > 0
+        figures = result["wordings"][kind]["attributes"]
+        accuracies = metrics.balanced_accuracy(wanted, seen).tolist()
+        assert [figures[name]["balanced_accuracy"] for name in network.names] == report.rounded(accuracies)
+    free = result["wordings"]["free"]["prompts"]
+    assert {prompt: row["n"] for prompt, row in free.items()} == {SPECIFICATION: 16} | dict.fromkeys(FREE, 4)
+
+
+def test_a_prompt_is_followed_where_all_that_it_states_is_seen():
+    seen = torch.tensor([[1, 1], [0, 1], [1, 0], [0, 1]]) > 0
+    found = adherence.followed(seen, ["Male", "Smiling"], ["smiling man"] * 3 + ["hat"])
+    stated = {"Smiling": True, "Male": True}
+    expected = {"n": 3, "stated": stated, "right": pytest.approx(1 / 3)}
+    assert found["prompts"] == {"smiling man": expected, "hat": {"n": 1, "stated": {}, "right": None}}
+    assert found["mean"] == pytest.approx(1 / 3)
+
+
 def test_a_row_is_as_far_as_the_nearest_training_row(pictures):
     train_rows, test = pictures.rows(TRAIN), pictures.rows(TEST)
     attributes = pictures.attributes.copy()
@@ -232,10 +260,13 @@ def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run)
     lines = [f"{i}.png,picture {i},{'test' if i < 10 else 'train'}\n" for i in range(40)]
     (data / "captions.csv").write_text("file,caption,split\n" + "".join(lines))
     out = tmp_path / "out"
-    assert evaluate(run, "--data", data, "--out", out, "--only", "adherence,frechet,vae,neighbours") == 0
+    assert (
+        evaluate(run, "--data", data, "--out", out, "--only", "adherence,wordings,frechet,vae,neighbours")
+        == 0
+    )
     result = result_in(out)
-    assert set(result["left_out"]) == {"adherence", "frechet"}
-    assert "attribute" in result["left_out"]["adherence"]
+    assert set(result["left_out"]) == {"adherence", "wordings", "frechet"}
+    assert "attribute" in result["left_out"]["wordings"]
     assert result["vae"]["n"] == 10 and set(result["neighbours"]) == {"pixels"}
 
 

@@ -3,7 +3,8 @@ r"""What the command may be told, without torch, so that `--help` answers at onc
 import math
 from typing import NamedTuple
 
-PARTS = ("adherence", "frechet", "neighbours", "vae", "latents", "loss", "bits", "guidance", "steps")
+CURVES = ("guidance", "steps")
+PARTS = ("adherence", "wordings", "frechet", "neighbours", "vae", "latents", "loss", "bits", *CURVES)
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 EXTRACTORS = ("classifier", "efficientnet-lite0", "inception")
 
@@ -13,7 +14,8 @@ class Scope(NamedTuple):
 
     Attributes:
         prompts: held-out pictures, fewer where the split has fewer.
-        curve_prompts: the most prompts for each point of a curve; math.inf: as many as there are held-out pictures.
+        curve_prompts: the most prompts for each point of a curve, and in other wordings; math.inf: as many as there are
+            held-out pictures.
         guidances: guidance scales of the guidance curve. steps: numbers of steps of the steps curve.
         whole_chain: whether DDPM at all timesteps is a point of the steps curve.
     """

@@ -14,8 +14,8 @@ from ddpm import __version__
 from ddpm.celeba.dataset import Pictures, load_pictures, reopen_data
 from ddpm.celeba.lists import TEST, VALID
 from ddpm.config import Config
-from ddpm.evaluation.adherence import adherence
-from ddpm.evaluation.choices import SCOPES
+from ddpm.evaluation.adherence import adherence, wordings
+from ddpm.evaluation.choices import CURVES, SCOPES
 from ddpm.evaluation.curves import curve
 from ddpm.evaluation.likeness import frechet, neighbours
 from ddpm.evaluation.metrics import MIN_EACH
@@ -32,9 +32,10 @@ from ddpm.tools.seeding import generator
 
 SPLITS = {"valid": VALID, "test": TEST}
 MEASURES = {
-    f.__name__: f for f in (Evaluation.prepare, adherence, frechet, neighbours, vae, latents, loss, bits)
+    f.__name__: f
+    for f in (Evaluation.prepare, adherence, wordings, frechet, neighbours, vae, latents, loss, bits)
 }
-MEASURES |= {x: partial(curve, x=x) for x in ("guidance", "steps")}
+MEASURES |= {x: partial(curve, x=x) for x in CURVES}
 
 
 def evaluate(options: argparse.Namespace):

@@ -79,7 +79,7 @@ def neighbour_grid(e: Evaluation, found: dict) -> Image.Image:
     labels = []
     for i in closest:
         pictures.append(e.draw(e.main)[i : i + 1])
-        labels.append(e.prompts[i])
+        labels.append(e.prompts["full"][i])
         for space, (distances, places) in found.items():
             rows = train[(places[i] % len(train)).numpy()]
             pictures.append(e.pictures.batch(rows, flip=places[i] >= len(train)))

@@ -16,7 +16,7 @@ from ddpm.tools.grids import save_png
 
 RESULT = "result.json"
 PREVIOUS = "result.previous.json"
-NAMES = ("pictures", "neighbours", "adherence", "latents", "loss", "guidance", "steps")
+NAMES = ("pictures", "neighbours", "adherence", "wordings", "latents", "loss", "guidance", "steps")
 PICTURES = [f"{name}.png" for name in NAMES]
 
 
@@ -26,6 +26,8 @@ def summary(part: str, result: dict | list) -> Iterator[str]:
         for name in ("held_out", "unseen", "far"):
             if name in result:
                 yield _adherence_line(name.replace("_", "-"), result[name])
+    elif part == "wordings":
+        yield from _wordings_lines(result)
     elif part == "frechet":
         for name, row in result.items():
             yield (
@@ -49,13 +51,33 @@ def summary(part: str, result: dict | list) -> Iterator[str]:
 
 def _adherence_line(name: str, sources: dict) -> str:
     generated = sources["generated"]
-    low, high = generated["interval"] or (math.nan, math.nan)
-    mean = {source: math.nan if row["mean"] is None else row["mean"] for source, row in sources.items()}
+    real, reconstructed = _number(sources["real"]["mean"]), _number(sources["reconstructed"]["mean"])
     return (
-        f"adherence, {name}, {generated['n']} pictures of {generated['prompts']} prompts: "
-        f"{mean['generated']:.3f} ({low:.3f} to {high:.3f}) over {generated['counted']} attributes; "
-        f"real pictures {mean['real']:.3f}, through the VAE {mean['reconstructed']:.3f}"
+        f"adherence, {name}, {generated['n']} pictures of {generated['prompts']} prompts: {_mean(generated)}; "
+        f"real pictures {real:.3f}, through the VAE {reconstructed:.3f}"
     )
+
+
+def _wordings_lines(result: dict) -> Iterator[str]:
+    for kind in ("trained", "kept"):
+        row = result[kind]
+        yield f"wordings, {kind}, {row['n']} pictures of {row['prompts']} rows: {_mean(row)}"
+    free = result["free"]
+    yield f"wordings, free prompts: all that they state in {_number(free['mean']):.1%} of the pictures"
+    rates = {prompt: _number(row["right"]) for prompt, row in free["prompts"].items()}
+    few = [f"{prompt!r} {rate:.0%}" for prompt, rate in rates.items() if rate < 0.75]
+    if few:
+        yield f"fewer than three of four: {', '.join(few)}"
+
+
+def _mean(row: dict) -> str:
+    r"""A mean balanced accuracy with its interval."""
+    low, high = row["interval"] or (math.nan, math.nan)
+    return f"{_number(row['mean']):.3f} ({low:.3f} to {high:.3f}) over {row['counted']} attributes"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _neighbours_line(space: str, row: dict) -> str:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ddpm.evaluation import metrics
 from ddpm.evaluation.choices import SCOPES, Setting, curve_settings
 from ddpm.evaluation.classifier import attribute_classifier, truths
 from ddpm.evaluation.features import feature_extractor
+from ddpm.evaluation.prompts import prompts_of
 from ddpm.model import TextToImage
 from ddpm.tools.command import bar, progress_bar
 from ddpm.tools.devices import autocast, wait_for
@@ -26,7 +28,8 @@ from ddpm.tools.seeding import generator
 from ddpm.training.caches import Texts, encode_latents
 
 DRAWING = {"adherence", "frechet", "neighbours"}  # parts that look at the pictures of the main setting
-READING = {"adherence", "neighbours", "guidance", "steps"}  # parts that use the classifier, if there is one
+# Parts that use the classifier, if there is one.
+READING = {"adherence", "wordings", "neighbours", "guidance", "steps"}
 MIN_READ = 0.8  # balanced accuracy on real pictures, for an attribute to count
 NO_CLASSIFIER = "the data has no attribute with enough pictures of both values to train a classifier on"
 BATCH = 32
@@ -41,8 +44,9 @@ class Evaluation:
 
     Attributes:
         held_out: the n held-out pictures, as a data set of their own; x: the same, (n, 3, S, S).
-        prompts: their full captions. groups: (n,) long, equal where the prompts are.
-        planned: setting -> how many prompts the chosen parts draw with it.
+        prompts: kind -> prompts; `full` are the full captions, and `prompts_of` makes the others.
+        groups: (n,) long, equal where the full captions are.
+        planned: (kind of prompts, setting) -> how many of these prompts the chosen parts draw with it.
         files: name -> plot or grid.
     """
 
@@ -54,8 +58,9 @@ class Evaluation:
         self.held_out = pictures.subset(rows)
         self.n = len(rows)
         self.x = self.held_out.batch(np.arange(self.n))
-        self.prompts = [self.held_out.full_caption(i) for i in range(self.n)]
-        self.groups = torch.tensor([self.prompts.index(prompt) for prompt in self.prompts])
+        full = [self.held_out.full_caption(i) for i in range(self.n)]
+        self.prompts = {"full": full}
+        self.groups = torch.tensor([full.index(prompt) for prompt in full])
         self.files: dict[str, Figure | Image.Image] = {}
         self.classifier = None
         is_ready_made = options.extractor != "classifier"
@@ -64,11 +69,15 @@ class Evaluation:
         self.main = Setting(options.sampler, options.steps, options.guidance, options.eta)
         self.curve_n = min(self.n, scope.curve_prompts)
         self.curves = curve_settings(self.main, scope, model.schedule.timesteps)
-        self.drawn: dict[Setting, Tensor] = {}
-        of_curves = [setting for part in options.only for setting in self.curves.get(part, ())]
+        self.drawn: dict[tuple[str, Setting], Tensor] = {}
+        of_curves = [("full", setting) for part in options.only for setting in self.curves.get(part, ())]
         self.planned = dict.fromkeys(of_curves, self.curve_n)
         if DRAWING & set(options.only):
-            self.planned[self.main] = self.n
+            self.planned["full", self.main] = self.n
+        if "wordings" in options.only and pictures.attributes is not None:
+            others = prompts_of(self.held_out.attributes[: self.curve_n], options.seed)
+            self.planned |= {(kind, self.main): len(prompts) for kind, prompts in others.items()}
+            self.prompts |= others
 
     @torch.no_grad()
     def minutes_of_drawing(self) -> float:
@@ -85,7 +94,7 @@ class Evaluation:
                 self.model.unet(z_t, t, context)
             wait_for(device)
             seconds = time.monotonic() - started
-        return seconds / size / 60 * sum(n * setting.calls for setting, n in self.planned.items())
+        return seconds / size / 60 * sum(n * setting.calls for (_, setting), n in self.planned.items())
 
     def prepare(self):
         r"""What the parts need from the cache, or made now: classifier, the prompts' embeddings, latents."""
@@ -97,22 +106,22 @@ class Evaluation:
             if self.classifier is not None and self.extract is None:
                 self.extract = self.classifier.features
         if parts - {"vae", "latents"}:
-            self.texts = Texts(cache, self.model.text, self.prompts, progress=progress_bar)
+            self.texts = Texts(cache, self.model.text, chain(*self.prompts.values()), progress=progress_bar)
             self.model.embed = lambda prompts: self.texts(prompts).to(device)
         if parts & {"latents", "loss", "bits"}:
             self.encoded = encode_latents(cache, self.model.vae, self.held_out, precision, progress_bar)
 
-    def draw(self, setting: Setting) -> Tensor:
-        r"""The pictures of a planned setting, of the first prompts."""
-        if setting not in self.drawn:
-            prompts = self.prompts[: self.planned[setting]]
+    def draw(self, setting: Setting, kind: str = "full") -> Tensor:
+        r"""The pictures of a planned setting, of the first prompts of a kind."""
+        if (kind, setting) not in self.drawn:
+            prompts = self.prompts[kind][: self.planned[kind, setting]]
             sampler, steps, guidance, eta = setting
             how = {"eta": eta, "precision": self.options.precision, "batch_size": BATCH}
             with bar(total=steps * -(-len(prompts) // BATCH), desc=str(setting), leave=False) as progress:
                 how["callback"] = lambda state: progress.update()
                 x = self.model.sample(prompts, sampler, steps, guidance, self.options.seed, **how)
-            self.drawn[setting] = x.cpu()
-        return self.drawn[setting]
+            self.drawn[kind, setting] = x.cpu()
+        return self.drawn[kind, setting]
 
     @torch.no_grad()
     def through(self, network: Callable[[Tensor], Tensor], x: Tensor, label: str = "") -> Tensor:
@@ -167,7 +176,8 @@ class Evaluation:
     @cached_property
     def countable(self) -> Tensor:
         r"""(A,) bool: attributes of enough held-out pictures, that the classifier reads well; see RULE."""
-        accuracy = metrics.balanced_accuracy(self.wanted, self.attributes(self.x))
+        seen = self.attributes(self.x)
+        accuracy = metrics.balanced_accuracy(self.wanted, seen)
         return metrics.enough(self.wanted) & (accuracy >= MIN_READ)
 
     def scores(self, seen: Tensor, rows: Tensor | slice) -> dict:
@@ -176,10 +186,13 @@ class Evaluation:
         return metrics.adherence(wanted, seen, names, groups, self.countable)
 
     def grid(self) -> Image.Image:
-        r"""The first pictures of up to 32 distinct prompts, with what drew them in `info`."""
+        r"""The first pictures of up to 32 distinct full captions."""
         first = self.groups.unique()[:32].tolist()
-        prompts = [self.prompts[i] for i in first]
-        sheet = labelled_grid(self.draw(self.main)[first], prompts, columns=8)
+        return self.sheet(self.draw(self.main)[first], [self.prompts["full"][i] for i in first])
+
+    def sheet(self, x: Tensor, prompts: list[str]) -> Image.Image:
+        r"""Pictures of the main setting above their prompts, with what drew them in `info`."""
+        sheet = labelled_grid(x, prompts, columns=8)
         sheet.info |= {"prompt": json.dumps(prompts), "seed": str(self.options.seed)}
         sheet.info |= {name: str(value) for name, value in self.main._asdict().items()}
         return sheet
