@@ -601,28 +601,15 @@ HEAD = r"""# Equations
 
 <!-- Made by `python docs/equations.py` from its tables, the docstrings in ddpm/, tagged cells and marked tests. -->
 
-Every equation of this project, the code that computes it, the notebooks' cells that show it and the tests that fail
-when the code departs from it: first the specification's, in its order and its words, then those that the code adds. A
-symbol has one name in code, equations and tests: $\beta_t$ is `beta_t`, $\bar\alpha_t$ is `alpha_bar_t`, $\epsilon$ is
-`eps`; $\hat\epsilon$ is `eps` as well where nothing but the estimate is there. Pictures are $x$, latents $z$, and the
-prompt's embedding is $c$ or `context`; an estimate wears a hat. Where the chain does not ask what it adds noise to, in
-[diffusion.py](../ddpm/diffusion.py) and [sampling.py](../ddpm/sampling.py), $x$ stands for the latent too.
+Every equation of this project, with the code that computes it, the notebooks' cells that show it and the tests that
+fail when the code departs from it. First come the specification's equations, in its order and its words, then those
+that the code adds. [Notation](notation.md) lists the symbols and says where papers differ. Pictures are $x$ and latents
+$z$. In [diffusion.py](../ddpm/diffusion.py) and [sampling.py](../ddpm/sampling.py) $x$ stands for both, because the
+chain is the same.
 
-Where papers differ:
-
-- Time: `t` counts from 0 to T - 1 and is $t + 1$ in the papers, which count from 1 to T. `alpha_bar[t]` belongs to the
-  picture after step `t`; the clean picture, 0 in the papers, is -1.
-- The papers step from $t$ to $t - 1$. Samplers skip steps, so here it is from `t` to any earlier `s`, and
-  $\alpha_{t \vert s} = \bar\alpha_t / \bar\alpha_s$ is `alpha_ts`.
-- $\alpha_t$ in DDIM is our $\bar\alpha_t$. In Progressive Distillation and DPM-Solver++ $\alpha_t$ is our
-  $\sqrt{\bar\alpha_t}$ and $\sigma_t$ is $\sqrt{1 - \bar\alpha_t}$.
-- Guidance: our `scale` is $1 + w$ in Classifier-Free Diffusion Guidance.
-- Muon's equations alone have $\mu$ for the share of momentum kept, $\eta$ for the learning rate, $\lambda$ for the
-  weight decay and $M$ for the momentum.
-
-A test is named by what it says; those of parity compare with another implementation and need the extra `compat`.
-[test_equations.py](../tests/test_equations.py) compares the code of many rows with the equation typed a second time,
-for single numbers, in [equations.py](equations.py). [mutations.py](../tests/mutations.py) changes the code of every
+A test's name is its claim. Tests of parity compare with another implementation and need the extra `compat`.
+[test_equations.py](../tests/test_equations.py) compares the code of many rows, for single numbers, with the equation
+typed a second time in [equations.py](equations.py). [mutations.py](../tests/mutations.py) changes the code of every
 row, one place at a time and up to twelve places in each function, and demands that a test of its row fails.
 """
 NAMES = ("", "Equation", "Symbols in the code", "Computed by", "Shown in", "Held by")
