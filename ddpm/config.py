@@ -18,6 +18,7 @@ from ddpm.tools.command import TRAIN
 from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.strict_json import fits_in_64_bits, read_json
 
+LARGEST_LATENT = 32  # side of the spec's; larger ones are warned of
 TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
 WORDS_FILE = "words.txt"  # of a run folder: what its training captions say, where the text tower is random
 MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
@@ -156,11 +157,14 @@ SMALL = {"text_weights": "random", "prediction": "v", "schedule": "cosine", "vae
 LAPTOP_VAE = {"vae_channels": (32, 64, 64), "latent_channels": 8, "vae_lr": 2e-3, "vae_steps": 1_000_000}
 LAPTOP_UNET = {"channels": (64, 128, 192), "attention_levels": (1, 2), "lr": 1e-3, "unet_steps": 1_000_000}
 LAPTOP = SMALL | LAPTOP_VAE | LAPTOP_UNET | {"batch_size": 32, "ema_decay": 0.998}  # its minutes end first
+DRAWN = LAPTOP | {"channels": (64, 128), "attention_levels": (1,), "muon_lr": 7e-3}
+DRAWN |= {"max_minutes": 10.0, "vae_share": 0.28, "save_every": 200, "sample_every": 400}
 PRESETS = {
-    "drawn64": LAPTOP
-    | {"channels": (64, 128), "attention_levels": (1,), "muon_lr": 7e-3}
-    | {"max_minutes": 10.0, "vae_share": 0.28, "save_every": 200, "sample_every": 400},
+    "drawn64": DRAWN,
+    "drawn128": DRAWN  # one more width, so latents of 16 x 16 again; its VAE takes twice the time a step
+    | {"image_size": 128, "vae_channels": (32, 32, 64, 64), "max_minutes": 20.0, "vae_share": 0.4},
     "celeba64": SPEC,  # the rest of the spec's numbers are the defaults
+    "celeba128": SPEC | {"image_size": 128, "vae_channels": (32, 64, 128)},
     "celeba64-laptop": LAPTOP | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25},
     "lowvram": SPEC
     | {"batch_size": 16, "accumulation": 8, "gradient_checkpointing": True}
@@ -238,6 +242,18 @@ class Config:
                 f"a run reads no file outside its folder: copy the weights there as {TEXT_FILE}"
             )
         return config
+
+
+def size_warning(config: Config) -> list[str]:
+    r"""A line, where latents are larger than the spec's, that names what keeps them small; else none."""
+    side = config.model.latent_size
+    if side <= LARGEST_LATENT:
+        return []
+    preset = "drawn128" if config.preset == "drawn64" else "celeba128"
+    return [
+        f"warning: latents of {side} x {side} are slow, because the VAE and the UNet attend over {side**2:,} places; "
+        f"for 128 x 128 take --preset {preset}, beyond it another width in --vae-channels, which halves their side"
+    ]
 
 
 def parameters(model: ModelConfig) -> int:

@@ -1,9 +1,20 @@
 import argparse
 import json
+import re
 
 import pytest
 
-from ddpm.config import PRESETS, Config, ModelConfig, TrainConfig, Widths, add_flags, fields_of, given_flags
+from ddpm.config import (
+    PRESETS,
+    Config,
+    ModelConfig,
+    TrainConfig,
+    Widths,
+    add_flags,
+    fields_of,
+    given_flags,
+    size_warning,
+)
 from ddpm.tools.errors import UserError
 
 
@@ -46,6 +57,21 @@ def test_lowvram_is_the_specs_plan_for_a_small_card():
     assert settings.batch_size // settings.accumulation in (1, 2)
     assert settings.gradient_checkpointing
     assert 50 <= settings.steps_per_epoch <= 100 and 2 <= settings.epochs <= 3
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "named"),
+    [
+        ("celeba64", {"image_size": 128}, "latents of 64 x 64 .* 4,096 .* --preset celeba128,"),
+        ("drawn64", {"image_size": 256}, "--preset drawn128,"),
+        ("drawn64", {"image_size": 128}, ""),
+        *((preset, {}, "") for preset in PRESETS),
+    ],
+)
+def test_latents_larger_than_the_specs_are_warned_of_with_the_preset_to_take(preset, changes, named):
+    lines = size_warning(Config.from_preset(preset, **changes))
+    assert bool(lines) == bool(named)
+    assert all(re.search(named, line) for line in lines)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -475,7 +475,7 @@ def test_a_byte_order_mark_before_the_settings_is_no_harm(tmp_path):
     assert Config.read(tmp_path / "config.json") == Config.from_preset("tiny")
 
 
-@pytest.mark.parametrize("preset", ["tiny", "drawn64", "celeba64", "lowvram"])
+@pytest.mark.parametrize("preset", ["tiny", "drawn64", "drawn128", "celeba64", "celeba128"])
 def test_the_parameters_are_counted_within_a_factor_of_two(preset):
     config = Config.from_preset(preset).model
     with torch.device("meta"):

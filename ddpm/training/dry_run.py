@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ddpm.celeba.faces import draw_many, drawn_rows, drawn_split
 from ddpm.celeba.images import BadImage, read_image
 from ddpm.celeba.lists import TRAIN, ImageTable
-from ddpm.config import Config
+from ddpm.config import Config, size_warning
 from ddpm.model import TextToImage
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.tools.arrays import TOGETHER
@@ -93,6 +93,7 @@ def report(config: Config, table: ImageTable | None, device: torch.device, preci
         f"preset {config.preset}: pictures {side} x {side} x 3, latents {latent_side} x {latent_side} x "
         f"{config.model.latent_channels}, text {TOKENS} x {WIDTH}, {precision} on {device}"
     )
+    yield from size_warning(config)
     seconds = {}
     for stage, batch_size in (("vae", settings.vae_batch_size), ("unet", settings.batch_size)):
         need = measure(stage, model, config, precision)

@@ -12,7 +12,7 @@ import torch
 from ddpm.celeba.dataset import Pictures, fingerprint, load_pictures, open_data, reopen_data
 from ddpm.celeba.download import download_celeba
 from ddpm.celeba.lists import TRAIN, VALID
-from ddpm.config import TEXT_FILE, Config
+from ddpm.config import TEXT_FILE, Config, size_warning
 from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools import text_weights
 from ddpm.tools.command import SAMPLE, Stopped, be_quiet, progress_bar, say
@@ -133,6 +133,8 @@ def prepared(
     # a text tower that came from a file is kept in the run, because that file may go
     is_to_keep = text_file is None and not is_name(config.model.text_weights)
     run.create(partial(text_weights.save_tower, model.text) if is_to_keep else None)
+    for line in size_warning(config):
+        say(line)
     together = f", {group.size} processes" if group.size > 1 else ""
     say(f"run {run.folder}, preset {config.preset}, {precision} on {group.device}{together}")
     say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
