@@ -36,6 +36,7 @@ METADATA = {
 }
 KEPT = ("mystnb", "tags", "source_digest")  # metadata: a picture in words, equations, see `digests`
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 class Fault(Exception):
@@ -58,7 +59,6 @@ def execute(notebook: NotebookNode, celeba: bool):
         "PYTHONPATH": str(FOLDER.parent),
         "PYTHONHASHSEED": "0",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONWARNINGS": "ignore:IProgress",  # tqdm's, where ipywidgets is missing
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
     begun = []
@@ -92,6 +92,8 @@ def tidy(notebook: NotebookNode, number: str):
             cell.metadata["source_digest"] = digest
         cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in KEPT if key in cell.metadata})
         cell.pop("attachments", None)
+        if cell.cell_type == "code":  # without sliders, which need a live kernel
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", ())]
         if "plt." in cell.source and not re.search("imshow|labelled_grid|strip", cell.source):
             image = cell.metadata.get("mystnb", {}).get("image", {})
             image |= {"classes": "plot"} if image else {}  # the site inverts plots in the dark
@@ -108,7 +110,7 @@ def _tidy_output(output: NotebookNode, cell: int):
         return
     output.metadata = NotebookNode()
     for kind in set(output.data) - {"text/plain", "text/html", "text/markdown", "image/png"}:
-        del output.data[kind]  # widgets, and what only some front ends show
+        del output.data[kind]  # what only some front ends show
     for kind, content in output.data.items():
         output.data[kind] = _small(content) if kind == "image/png" else _plain(content, cell)
 

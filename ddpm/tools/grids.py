@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ddpm.tools.files import write_atomically
 
-PAPER = (255, 255, 255)
-INK = (40, 40, 40)
+PAPER = (56, 56, 56)  # a grid glares neither on a white page nor on a black one
+INK = (235, 235, 235)
 GAP = 8  # pixels between pictures
 LINE = 14  # pixels from one line of a label to the next
 MOST_LINES = 6  # of a label
