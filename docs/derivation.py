@@ -1,6 +1,7 @@
 r"""Makes what derivation.md and questions.md show: figures, and what was measured with the weights that ship.
 
     python docs/derivation.py figures     # docs/images/derivation-*.png, and the numbers in them; seconds
+    python docs/derivation.py weightings  # the weight of an error over time, and the loss by tenth of t; a minute
     python docs/derivation.py skips       # the UNet with one skip connection at zero, or all
     python docs/derivation.py blur        # how sharp the predicted picture is at each time
     python docs/derivation.py samplers    # how far each sampler's pictures are from those of a fine solution
@@ -19,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, Normal
@@ -27,13 +29,14 @@ from ddpm import TextToImage
 from ddpm.celeba.dataset import Pictures, drawn_pictures
 from ddpm.config import Config
 from ddpm.diffusion import q_posterior, q_sample, reverse_variance, x_0_and_eps
-from ddpm.losses import training_target
+from ddpm.losses import WEIGHTINGS, loss_weight, training_target
 from ddpm.sampling import ddim_step, guided, sample_loop
 from ddpm.schedule import SCHEDULES, Schedule
 from ddpm.tools.seeding import generator
+from ddpm.training.caches import Latents
 from ddpm.training.loops import train_vae
 from ddpm.training.optimization import Bound, Optimization
-from ddpm.training.validation import psnr
+from ddpm.training.validation import loss_by_timestep, psnr
 
 IMAGES = Path(__file__).parent / "images"
 GREY = "#8a8a8a"  # readable on white and on black, because the figures have no background
@@ -161,12 +164,43 @@ def times():
 # ------------------------------------------------------------------------------------------- measured
 
 
-def held_out(model: TextToImage, count: int) -> tuple[Pictures, Tensor, Tensor]:
-    r"""Drawn faces that no training saw, their latents at the UNet's scale, and their captions' states."""
+@torch.no_grad()
+def weightings(count: int = 64):
+    r"""How each weighting weighs an error of v over time, and the loss of the weights that ship by tenth of t."""
+    model = TextToImage.load()
+    pictures, x, _, context = held_out(model, count)
+    q = model.vae.encode(x)
+    moments = torch.stack([q.mu, q.logvar], dim=1)
+    latents = Latents(torch.stack([moments, moments], dim=1).numpy())  # no picture is mirrored
+    shape = {"figure.figsize": (7.5, 2.8), "axes.grid": True, "grid.alpha": 0.25, "legend.framealpha": 0}
+    with plt.rc_context(STYLE | shape):
+        figure, axes = plt.subplots(1, 3)
+        for weighting in WEIGHTINGS[1:]:
+            style = ":" if weighting == "min_snr" else "-"  # partly on the curve of eps
+            for axis, name in zip(axes, ("linear", "cosine"), strict=False):
+                schedule = Schedule.named(name)
+                t = torch.arange(schedule.timesteps)
+                weight = loss_weight(schedule, torch.zeros(len(t), 1), t, "v", weighting).flatten()
+                axis.plot(t, weight, style, label=weighting)
+                axis.set(xlabel="t", title=name)
+                at = {k: f"{weight[k]:.2g}" for k in (0, 100, 500, 999)}
+                print(f"weight of the error of v, {name}, {weighting}: {at}")
+            how = {"seed": 0, "weighting": weighting}
+            losses = loss_by_timestep(model, latents, lambda _: context, pictures, np.arange(count), **how)
+            axes[2].plot(torch.arange(50, 1000, 100), losses, f".{style}")
+            print(f"loss by tenths of t, {weighting}: {', '.join(f'{loss:.3f}' for loss in losses)}")
+        axes[0].set_ylabel("weight of the error of v")
+        axes[0].legend(fontsize=8)
+        axes[2].set(xlabel="t", ylabel="loss", title="measured", xticks=(0, 500, 1000))
+        save(figure, "weightings")
+
+
+def held_out(model: TextToImage, count: int) -> tuple[Pictures, Tensor, Tensor, Tensor]:
+    r"""Drawn faces that no training saw, as pixels, their latents at the UNet's scale, and their captions' states."""
     pictures = drawn_pictures(Path(tempfile.mkdtemp()), count, seed=12345, size=model.config.image_size)
     x = pictures.batch(list(range(count)))
     context = model.embed([pictures.caption(i, 0) for i in range(count)])
-    return x, model.vae.encode(x).mode() * model.latent_scale, context
+    return pictures, x, model.vae.encode(x).mode() * model.latent_scale, context
 
 
 def noised(model: TextToImage, z_0: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +213,7 @@ def noised(model: TextToImage, z_0: Tensor, t: int) -> tuple[Tensor, Tensor, Ten
 def skips():
     r"""The squared error of v where the part of an up block's input that is a skip is set to zero."""
     model = TextToImage.load()
-    _, z_0, context = held_out(model, 64)
+    _, _, z_0, context = held_out(model, 64)
     blocks = [block for level in model.unet.up_blocks for block in level.resnets]
     skip = {  # width of each skip, in the order in which the way up takes them
         "128 x 8 x 8, of the lower level": 128,
@@ -222,7 +256,7 @@ def sharpness(x: Tensor) -> float:
 def blur():
     r"""What the network predicts from z_t, with the caption and without: spread, sharpness, distance."""
     model = TextToImage.load()
-    x, z_0, context = held_out(model, 64)
+    _, x, z_0, context = held_out(model, 64)
     edges = sharpness(model.decode(z_0))
     spread = z_0.var(dim=0).mean()
     print("t, caption | share of the latents' variance | share of the pictures' sharpness | PSNR")
@@ -239,7 +273,7 @@ def blur():
 def samplers():
     r"""Median root mean square distance of latents from those of 200 steps of dpm++; same noise, guidance 1."""
     model = TextToImage.load()
-    _, _, context = held_out(model, 8)
+    *_, context = held_out(model, 8)
     start = model.draw_noise([generator(0, i) for i in range(8)])
     denoise = guided(model.unet, context, context, 1.0)
     schedule = model.schedule
@@ -292,7 +326,7 @@ def kl():
         print(f"root mean square of mu {sizes[0]:.3f}, of sigma {sizes[1]:.3f}")
 
 
-PARTS = {part.__name__: part for part in (figures, skips, blur, samplers, kl)}
+PARTS = {part.__name__: part for part in (figures, weightings, skips, blur, samplers, kl)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
