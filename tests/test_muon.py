@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from ddpm.training import muon
+from ddpm.training.dry_run import LiveBytes
 from ddpm.training.muon import Muon, muon_groups, orthogonalized
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
@@ -81,6 +83,22 @@ def test_a_parameter_without_a_gradient_stays_and_shapes_may_mix():
     optimizer.step()
     assert torch.equal(still, normal(3, 5)) and still not in optimizer.state
     assert not torch.equal(wide, normal(3, 5)) and not torch.equal(tall, normal(5, 3))
+
+
+def test_a_step_takes_the_memory_of_a_few_matrices_and_not_of_all(monkeypatch):
+    matrices = [nn.Parameter(normal(64, 64)) for _ in range(16)]
+    alone = nn.Parameter(normal(64, 64))
+    for p in [*matrices, alone]:
+        p.grad = normal(64, 64, seed=1)
+    Muon([alone], lr=0.1).step()
+    monkeypatch.setattr(muon, "TOGETHER", 2 * alone.numel())
+    optimizer = Muon(matrices, lr=0.1)
+    with LiveBytes() as live:
+        optimizer.step()
+    assert live.now == 16 * alone.nbytes  # the momentum
+    assert live.peak - live.now < 14 * alone.nbytes
+    for p in matrices:
+        torch.testing.assert_close(p, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", [UNet(4, 4, (32, 64), (1,), 1), KLVAE((32, 32), 1)])

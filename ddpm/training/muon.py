@@ -1,4 +1,4 @@
-r"""Muon, for the inner matrices of `drawn64` and `celeba64-laptop`: every direction learns at the same speed.
+r"""Muon, for the inner matrices of every preset but `tiny`: every direction learns at the same speed.
 
 A word about the mouth changes a twentieth of a picture, and a word about a hat half of it. Under AdamW the small change
 is learned late, because its gradient is small. Under Muon no direction is small. docs/experiments.md measures it.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steep at 0, so that five rounds are enough
 QUERY_KEY_DECAY = 0.5
 QUERIES_KEYS = {"to_q", "to_k"}
+TOGETHER = 2**20
 EDGES = {"conv_in", "conv_out", "quant_conv", "post_quant_conv"}
 
 
@@ -50,7 +51,7 @@ class Muon(torch.optim.Optimizer):
     \mathrm{orth}\left(\mu M + (1 - \mu)\, G\right)$$
 
     A convolution is the matrix of its output channels by all the rest. Matrices of one shape go through
-    `orthogonalized` together.
+    `orthogonalized` together, up to `TOGETHER` numbers, because its products take several times their memory.
 
     Args:
         parameters: or groups of them, as any optimizer of torch takes them.
@@ -71,11 +72,17 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[len(p), p[0].numel()].append(p)
             for (m, n), parameters in by_shape.items():
-                G = torch.stack([self._direction(p, group["momentum"]) for p in parameters])
-                size = 0.2 * group["lr"] * math.sqrt(max(m, n))
-                for p, update in zip(parameters, orthogonalized(G, dtype=self.dtype), strict=True):
-                    W = as_rows(p)
-                    W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view(W.shape), alpha=size)
+                count = max(1, TOGETHER // (m * n))
+                for first in range(0, len(parameters), count):
+                    self._step_together(parameters[first : first + count], group)
+
+    def _step_together(self, parameters: list[nn.Parameter], group: dict):
+        r"""One step of matrices of one shape."""
+        G = torch.stack([self._direction(p, group["momentum"]) for p in parameters])
+        size = 0.2 * group["lr"] * math.sqrt(max(G.shape[1:]))
+        for p, update in zip(parameters, orthogonalized(G, dtype=self.dtype), strict=True):
+            W = as_rows(p)
+            W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view(W.shape), alpha=size)
 
     def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
         r"""mu M + (1 - mu) G as a matrix, once M has taken G in."""
