@@ -2,34 +2,28 @@ r"""Short trainings side by side, each in the same minutes: what docs/experiment
 
     python tests/trials.py                              # the names
     python tests/trials.py muon adamw --minutes 2.5     # on an idle machine; the first time makes the caches
-    python tests/trials.py muon --run runs/NAME         # the data, the preset and the VAE of a run
+    python tests/trials.py muon --run runs/NAME         # the settings, the data and the VAE of a run
 
-A trial of the UNet trains on the latents of the VAE that ships and draws the full captions of held-out faces; its
-figures are the mean balanced accuracy with which the attribute classifier finds in the pictures what the captions say
-(0.5 is chance), and their Frechet distance from the held-out faces. A trial of the VAE is told by its PSNR on these.
+Each is a run, in runs/trials. A trial of the UNet has the VAE that ships and ends with an evaluation: do pictures of
+held-out captions show what the captions say, and how far are they from held-out pictures? A trial of the VAE ends with
+its PSNR on held-out pictures.
 """
 
 import argparse
-import time
+import sys
 from pathlib import Path
 
-import torch
-
 from ddpm.celeba.dataset import load_pictures, open_data
-from ddpm.celeba.lists import TEST, TRAIN, VALID
+from ddpm.celeba.lists import TRAIN
 from ddpm.config import Config
+from ddpm.evaluation import __main__ as evaluation
 from ddpm.evaluation.choices import EXTRACTORS
-from ddpm.evaluation.classifier import attribute_classifier, truths
-from ddpm.evaluation.features import feature_extractor
-from ddpm.evaluation.metrics import balanced_accuracy, frechet_distance, gaussian_of
-from ddpm.model import TextToImage
-from ddpm.tools import command, devices, text_weights
+from ddpm.model import SHIPPED, TextToImage
+from ddpm.tools import command, devices
+from ddpm.tools.files import check_new_folder
 from ddpm.training.caches import Texts, encode_latents
-from ddpm.training.loops import train_unet, train_vae
-from ddpm.training.optimization import Bound, Optimization
-from ddpm.training.validation import measure_latent_scale, reconstruction_quality
+from ddpm.training.session import train
 
-CPU = torch.device("cpu")
 TRIALS = {  # settings over those of the preset, which is drawn64 without --run; names that begin with vae train the VAE
     "muon": {},
     "muon, lr 0.002": {"muon_lr": 0.002},
@@ -55,53 +49,41 @@ TRIALS = {  # settings over those of the preset, which is drawn64 without --run;
 }
 
 
-def bound_of(minutes: float) -> Bound:
-    start = time.monotonic()
-    return Bound(10**9, time.monotonic, start, start + 60 * minutes)
-
-
-def base(run: Path | None) -> tuple[str, str, TextToImage]:
-    r"""Preset and data of the trials, and the model whose VAE they take: those of a run, or drawn faces."""
-    if run is None:
-        return "drawn64", "drawn", TextToImage.load()
-    config = Config.read(run / "config.json")
-    return config.preset, config.training.data, TextToImage.load(run)
-
-
-def trial(name: str, a: argparse.Namespace, precision: str) -> str:
-    r"""Run one trial; its line for the table."""
-    preset, data, trained = base(a.run)
-    config = Config.from_preset(preset, **{"data": data, "seed": a.seed} | TRIALS[name])
-    pictures = load_pictures(config, open_data(config), a.cache, command.progress_bar)
-    torch.manual_seed(a.seed)
-    model = TextToImage(config.model, text_weights.random_tower())
+def config_of(name: str, a: argparse.Namespace) -> Config:
+    r"""The settings of a run, or those of drawn64 for drawn faces, with the trial's over them."""
+    base = (
+        Config.from_preset("drawn64", data="drawn") if a.run is None else Config.read(a.run / "config.json")
+    )
+    settings = {**vars(base.model), **vars(base.training)}
+    settings |= {"init": "", "seed": a.seed, "max_minutes": a.minutes}
     if name.startswith("vae"):
-        opt = Optimization(model.vae, config, config.training.vae_lr, bound_of(a.minutes), False, precision)
-        for _ in train_vae(model, pictures, config, opt, precision):
+        settings["max_minutes"] /= base.training.vae_share  # of which the VAE has this share
+    return Config.from_preset(base.preset or "drawn64", **settings | TRIALS[name])
+
+
+def trial(name: str, a: argparse.Namespace):
+    r"""Train and measure one trial, which says what it finds."""
+    config = config_of(name, a)
+    folder = a.out / name.replace(",", "").replace(" ", "-")
+    check_new_folder(folder, "choose another --out")
+    pictures = load_pictures(config, open_data(config), a.cache, command.progress_bar)
+    if name.startswith("vae"):
+        for _ in train(config, folder, stage="vae", cache=a.cache, pictures=pictures):
             pass
-        model.vae.eval()
-        psnr, ssim = reconstruction_quality(model, pictures, pictures.rows(VALID)[:256], precision)
-        return f"{opt.step} steps, PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"
-    model.vae = trained.vae
-    latents = encode_latents(a.cache, model.vae, pictures, precision, command.progress_bar)
-    model.latent_scale = measure_latent_scale(latents, pictures.rows(TRAIN))
-    held = pictures.rows(TEST)[:391]
-    prompts = [pictures.full_caption(i) for i in held]
-    sentences = {pictures.caption(i, a.seed) for i in pictures.rows(TRAIN)} | set(prompts)
-    texts = Texts(a.cache, model.text, sentences, precision, progress=command.progress_bar)
-    classifier = attribute_classifier(a.cache, pictures, CPU, precision, progress=command.progress_bar)
-    opt = Optimization(model.unet, config, config.training.lr, bound_of(a.minutes), True, precision)
-    for _ in train_unet(model, latents, texts, pictures, config, opt, precision):
+        return
+    trained = TextToImage.load(a.run or SHIPPED)
+    folder.mkdir(parents=True)
+    trained.save_vae(folder)
+    precision = devices.choose_precision(config.training.precision, devices.choose_device("auto"))
+    # The caches are made before the minutes begin.
+    encode_latents(a.cache, trained.vae, pictures, precision, command.progress_bar)
+    variants = range(config.training.caption_variants)
+    captions = {pictures.caption(i, a.seed, k) for i in pictures.rows(TRAIN) for k in variants}
+    Texts(a.cache, trained.text, captions, precision, progress=command.progress_bar)
+    for _ in train(config, folder, resume=True, stage="unet", cache=a.cache, pictures=pictures):
         pass
-    extract = classifier.features if a.extractor == "classifier" else feature_extractor(a.extractor, CPU)
-    with opt.ema.applied(model.unet), torch.no_grad():
-        x = model.sample(prompts, seed=a.seed, precision=precision)
-        seen = torch.cat([classifier(part) for part in x.split(64)]) > 0
-        drawn, real = (torch.cat([extract(part) for part in y.split(64)]) for y in (x, pictures.batch(held)))
-    accuracy = balanced_accuracy(truths(pictures, held)[:, classifier.columns], seen)
-    late = ", ".join(n for n, v in zip(classifier.names, accuracy.tolist(), strict=True) if v < 0.75)
-    distance = frechet_distance(*gaussian_of(drawn), *gaussian_of(real))
-    return f"{opt.step} steps, adherence {accuracy.mean():.3f}, distance {distance:.1f}; below 0.75: {late or 'none'}"
+    how = ["--only", "adherence,frechet", "--extractor", a.extractor, "--seed", a.seed, "--cache", a.cache]
+    evaluation.main([str(word) for word in (folder, *how)])
 
 
 def known(name: str) -> str:
@@ -115,23 +97,24 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("trials", nargs="*", type=known, metavar="TRIAL", help=", ".join(TRIALS))
     p.add_argument("--minutes", type=float, default=2.5, help="of training [2.5]")
     p.add_argument("--seed", type=int, default=0, help="[0]")
-    run = "a run whose data, preset and VAE they take; without, drawn faces"
+    run = "a run whose settings, data and VAE they take; without, drawn faces"
     p.add_argument("--run", type=Path, help=run)
     extractor = "of the distance [classifier]"
     p.add_argument("--extractor", choices=EXTRACTORS, default="classifier", help=extractor)
     p.add_argument("--cache", type=Path, default=Path("runs/cache"), help="[runs/cache]")
+    p.add_argument("--out", type=Path, default=Path("runs/trials"), help="folder for the runs [runs/trials]")
     return p
 
 
 def main(argv: list[str] | None = None):
     a = parser().parse_args(argv)
     command.keep_freed_memory()
-    precision = devices.choose_precision("auto", CPU)
     for name in a.trials:
-        print(f"{name}: {trial(name, a, precision)}", flush=True)
+        command.say(f"trial {name}")
+        trial(name, a)
     if not a.trials:
-        print("\n".join(TRIALS))
+        command.say("\n".join(TRIALS))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.exit_code(main))
