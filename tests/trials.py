@@ -56,6 +56,7 @@ def config_of(name: str, a: argparse.Namespace) -> Config:
     )
     settings = {**vars(base.model), **vars(base.training)}
     settings |= {"init": "", "seed": a.seed, "max_minutes": a.minutes}
+    settings |= {"vae_steps": 10**9, "unet_steps": 10**9, "epochs": 0}  # the minutes alone end it
     if name.startswith("vae"):
         settings["max_minutes"] /= base.training.vae_share  # of which the VAE has this share
     return Config.from_preset(base.preset or "drawn64", **settings | TRIALS[name])
