@@ -63,11 +63,10 @@ def _wordings_lines(result: dict) -> Iterator[str]:
         row = result[kind]
         yield f"wordings, {kind}, {row['n']} pictures of {row['prompts']} rows: {_mean(row)}"
     free = result["free"]
-    yield f"wordings, free prompts: all that they state in {_number(free['mean']):.1%} of the pictures"
-    rates = {prompt: _number(row["right"]) for prompt, row in free["prompts"].items()}
-    few = [f"{prompt!r} {rate:.0%}" for prompt, rate in rates.items() if rate < 0.75]
-    if few:
-        yield f"fewer than three of four: {', '.join(few)}"
+    rates = {prompt: row["right"] for prompt, row in free["prompts"].items() if row["stated"]}
+    least = ", ".join(f"{prompt!r} {rates[prompt]:.0%}" for prompt in sorted(rates, key=rates.get)[:3])
+    mean = _number(free["mean"])
+    yield f"wordings, free prompts: all that they state in {mean:.1%} of the pictures; least: {least}"
 
 
 def _mean(row: dict) -> str:
