@@ -16,12 +16,8 @@ class Attention(nn.Module):
     $$\mathrm{Attention}(Q, K, V) = \mathrm{softmax}\left(\frac{Q K^\top}{\sqrt{d}}\right) V, \qquad
     Q = W_q x, \quad K = W_k c, \quad V = W_v c$$
 
-    Self-attention when no context is given (c = x), cross-attention otherwise.
-
-    Args:
-        width: D of the queries and of the result.
-        context_width: width of the context; None for self-attention.
-        head_width: d, the width of one head; the number of heads is D / d.
+    where x gives the queries and c is `context`, or x itself without one: cross-attention or self-attention. D is
+    `width`, d is `head_width`, and the number of heads is D / d.
 
     Shapes: x (B, L, D), context (B, M, context_width) -> (B, L, D).
     """
@@ -71,8 +67,8 @@ class FeedForward(nn.Module):
 
     $$y = W_2 \left(a \odot \mathrm{GELU}(g)\right), \qquad [a, g] = W_1 x$$
 
-    The inner width is four times the outer. The two halves of W_1 are multiplied apart, because halves of one
-    product would be strided views, which are slow to compute on. Shapes: (B, L, D) -> (B, L, D).
+    where a and g are 4 D wide. The two halves of W_1 are multiplied apart, because halves of one product would be
+    strided views, which are slow to compute on. Shapes: (B, L, D) -> (B, L, D).
     """
 
     def __init__(self, width: int):

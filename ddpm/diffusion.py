@@ -18,10 +18,7 @@ def forward_step(schedule: Schedule, x_prev: Tensor, t: Tensor, eps: Tensor) -> 
 
     $$q(x_t \mid x_{t-1}) = \mathcal N(x_t;\ \sqrt{1 - \beta_t}\, x_{t-1},\ \beta_t \mathbf I)$$
 
-    Args:
-        x_prev: (B, ...) x_{t-1}; at t = 0 the clean picture.
-        t: (B,) the step that is taken, 0..T-1.
-        eps: (B, ...) standard normal noise.
+    where x_{t-1} is `x_prev`, the clean picture at t = 0. `eps` is standard normal noise like x_prev.
     """
     beta_t = schedule.beta_at(t, x_prev)
     x_t = (1 - beta_t).sqrt() * x_prev + beta_t.sqrt() * eps
@@ -29,7 +26,7 @@ def forward_step(schedule: Schedule, x_prev: Tensor, t: Tensor, eps: Tensor) -> 
 
 
 def q_sample(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    r"""All steps up to t at once (DDPM, equation 4).
+    r"""All steps up to t at once (DDPM, equation 4); eps is standard normal noise like x_0.
 
     $$q(x_t \mid x_0) = \mathcal N(x_t;\ \sqrt{\bar\alpha_t}\, x_0,\ (1 - \bar\alpha_t) \mathbf I), \qquad
     x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon$$
@@ -50,9 +47,8 @@ def q_posterior(
     \tilde\beta = \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} \beta_{t|s}\right), \quad
     \alpha_{t|s} = \bar\alpha_t / \bar\alpha_s, \ \beta_{t|s} = 1 - \alpha_{t|s}$$
 
-    Args:
-        s: (B,) the earlier time, t - 1 when not given (then alpha_{t|s} is alpha_t, beta_{t|s} is beta_t).
-            Samplers that skip steps pass a smaller one; -1 is the clean picture.
+    where s, (B,), is the earlier time: t - 1 when not given (then alpha_{t|s} is alpha_t and beta_{t|s} is beta_t),
+    smaller where samplers skip steps, and -1 for the clean picture.
 
     Returns: the mean, like x_t, and the variance, (B, 1, ..., 1). At s = -1 they are x_0 and 0.
     """
@@ -78,7 +74,7 @@ def earlier(t: Tensor, s: Tensor | None) -> Tensor:
 
 
 def v_from(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    r"""The velocity of x_t along the chain (Progressive Distillation, appendix D).
+    r"""The velocity of x_t along the chain, from its picture and its noise (Progressive Distillation, appendix D).
 
     $$v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$$
     """
@@ -98,7 +94,7 @@ def score_from(schedule: Schedule, t: Tensor, eps: Tensor) -> Tensor:
 def x_0_and_eps(
     schedule: Schedule, x_t: Tensor, t: Tensor, output: Tensor, prediction: str
 ) -> tuple[Tensor, Tensor]:
-    r"""The picture and the noise that make up x_t, from a network that predicts eps, v or x_0.
+    r"""The picture and the noise in x_t, from the `output` of a network that predicts eps, v or x_0.
 
     $$\hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\, \hat\epsilon}{\sqrt{\bar\alpha_t}}
     = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1 - \bar\alpha_t}\, \hat v, \qquad
@@ -125,15 +121,15 @@ def x_0_and_eps(
 def reverse_variance(schedule: Schedule, x_t, t, s=None, variance="posterior", nu=None) -> Tensor:
     r"""Sigma_theta(x_t, t, c), the variance of the reverse step, in its three forms.
 
-    `posterior` is beta-tilde of `q_posterior`, right for a single picture. `beta` is beta_{t|s}, right for standard
+    `posterior` is beta-tilde of `q_posterior`, exact for a single picture. `beta` is beta_{t|s}, exact for standard
     normal data (DDPM, section 3.2). `learned` lies between the two (Improved DDPM, equation 15; its v is nu here):
 
     $$\Sigma_\theta = \exp\left(\nu \log \beta_{t|s} + (1 - \nu) \log \tilde\beta\right)$$
 
     Args:
         x_t: (B, ...), whose shape alone is used.
-        s: (B,) the earlier time, t - 1 when not given. At s = -1 beta-tilde is 0, which no density has: the
-            beta-tilde of the step from 1 to 0 takes its place, as in DDPM. Samplers add no noise there at all.
+        s: (B,) the earlier time, t - 1 when not given. At s = -1 beta-tilde is 0, which no density has, so the
+            beta-tilde of the step from 1 to 0 takes its place, as in DDPM. Samplers add no noise there.
         nu: (B, ...) like x_t, for `learned`.
 
     Returns: (B, 1, ..., 1), or (B, ...) where it is learned; float64 (float32 on devices without it).

@@ -19,11 +19,7 @@ def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tens
     $$\gamma(t) = \left[\cos(\omega_i t),\ \sin(\omega_i t)\right]_{i=0}^{w/2-1}, \qquad
     \omega_i = 10000^{-2i/w}$$
 
-    Args:
-        t: (B,) times, 0..T-1.
-        width: w, even.
-
-    Returns: (B, width) float32 in [-1, 1], all cosines first.
+    where t is (B,) times in 0..T-1 and w is `width`, even. Returns (B, w) float32 in [-1, 1], all cosines first.
     """
     half = width // 2
     frequency = torch.exp(-math.log(longest) * torch.arange(half, device=t.device) / half)
@@ -49,12 +45,14 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     r"""Group normalisation (Wu and He 2018, equation 1): each of 32 groups of channels to mean 0 and variance 1.
 
     $$y = \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \varepsilon}}\, \gamma + \beta$$
+
+    where $\mu_g$ and $\sigma_g^2$ are a group's mean and variance, and $\gamma$ and $\beta$ are learned.
     """
     return nn.GroupNorm(32, channels, eps=eps)
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    r"""Set every parameter of `module` to zero: it then starts by adding nothing to its residual branch."""
+    r"""Set every parameter of `module` to zero, so that its branch starts by adding nothing to the shortcut."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -66,10 +64,9 @@ class ResBlock(nn.Module):
     $$h = \mathrm{conv}_1(\mathrm{SiLU}(\mathrm{norm}_1(x))) + W\,\mathrm{SiLU}(e_t), \qquad
     y = \mathrm{skip}(x) + \mathrm{conv}_2(\mathrm{SiLU}(\mathrm{norm}_2(h)))$$
 
-    Args:
-        time_width: D of the time embedding; None for a block without time (the VAE's).
-        eps: of the group normalisation; 1e-5 in the UNet, 1e-6 in the VAE.
+    where e_t is the vector of `TimeEmbedding`, W a linear layer, and skip a convolution if the widths differ.
 
+    Args: time_width: D, or None for a block without time (the VAE's). eps: of the group normalisations.
     Shapes: (B, in, H, W), (B, D) -> (B, out, H, W). conv_2 starts at zero, so the block starts as its shortcut.
     """
 
@@ -121,7 +118,6 @@ class Level(nn.Module):
 
     Args:
         inputs: the channels of each ResBlock's input. channels: of all their outputs.
-        time_width, eps: as for `ResBlock`.
         attention: callable () -> nn.Module, which makes one attention block; None for a level without.
 
     `gradient_checkpointing` keeps only the inputs of each pair for the backward pass and computes the rest again.
@@ -182,7 +178,7 @@ class MidLevel(nn.Module):
 class UpLevel(Level):
     r"""One level on the way up: pairs, then twice the size, except at the largest level.
 
-    In the UNet every ResBlock takes one skip from the way down, the last one first, beside its input.
+    In the UNet every ResBlock takes its input and one skip from the way down, the last skip first.
     """
 
     def __init__(self, inputs: list[int], channels: int, last: bool, **options):

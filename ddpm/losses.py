@@ -30,9 +30,9 @@ def loss_weight(schedule: Schedule, x_0: Tensor, t: Tensor, prediction: str, wei
     \lVert v - \hat v \rVert^2 = (\mathrm{SNR} + 1)\, \lVert x_0 - \hat x_0 \rVert^2, \qquad
     \mathrm{SNR} = \frac{\bar\alpha_t}{1 - \bar\alpha_t}$$
 
-    For example a network that predicts v minimises the spec's error of eps when its square is weighted by
-    SNR / (SNR + 1), which is alpha_bar_t. `min_snr` weights the error of x_0 by min(SNR, 5) (Min-SNR, equation 8),
-    and `prediction` leaves every prediction its own square.
+    For example, a network that predicts v minimises the spec's error of eps when its square is weighted by
+    SNR / (SNR + 1), which is alpha_bar_t. `min_snr` weights the error of x_0 by min(SNR, 5) (Min-SNR, equation 8).
+    `prediction` gives every prediction the weight 1.
     """
     alpha_bar_t = schedule.alpha_bar_at(t, x_0)
     snr = alpha_bar_t / (1 - alpha_bar_t)
@@ -57,18 +57,15 @@ def diffusion_loss(
     \left[\lVert \epsilon - \epsilon_\theta(z_t, t, c) \rVert^2\right], \qquad
     z_t = \sqrt{\bar\alpha_t}\, z_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon$$
 
-    The square is averaged over the elements of z, so it does not grow with the picture. v and x_0 take the place of
-    eps when `prediction` says so, and `weighting` may weigh their errors as another's, see `loss_weight`. A network
-    with twice the channels learns its variance too, by the bound, through which no gradient reaches the mean
-    (Improved DDPM, equation 16):
+    where the square is averaged over the elements of z, so it does not grow with the picture. `prediction` puts v or
+    x_0 in place of eps, and `weighting` weighs their errors, see `loss_weight`. A network with twice the channels also
+    learns its variance by the bound, through which no gradient reaches the mean (Improved DDPM, equation 16):
 
     $$\mathcal L_{\mathrm{hybrid}} = \mathcal L + \lambda\, T\, L_{t-1}$$
 
-    where T L_{t-1} estimates the whole bound from one time.
+    where $\lambda$ is `vlb_weight`, and T L_{t-1} estimates the whole bound from one time.
 
-    Args:
-        denoise: callable (z_t, t) -> (B, ...), the network with its condition filled in.
-        vlb_weight: lambda, for a network with twice the channels.
+    Args: denoise: callable (z_t, t) -> (B, ...), the network with its condition filled in.
 
     Returns: (B,) float32.
     """
@@ -93,14 +90,10 @@ def diffusion_loss(
 
 
 def split_output(output: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    r"""A network's output as its prediction and, from a network with twice the channels, its variance.
+    r"""A network's output, (B, C, ...) or (B, 2 C, ...), as its prediction and, from the latter, its variance.
 
-    Args:
-        output: (B, C, ...), or (B, 2 C, ...) where the variance is learned.
-        z_t: (B, C, ...) the network's input.
-
-    Returns: the prediction, (B, C, ...), and nu for `reverse_variance`, or None. Raw numbers from -1 to 1 become nu
-    from 0 to 1, without a bound (Improved DDPM, section 3.1).
+    Returns: the prediction, like z_t (B, C, ...), and nu for `reverse_variance`, or None. Raw numbers from -1 to 1
+    become nu from 0 to 1, without a bound (Improved DDPM, section 3.1).
     """
     if output.shape == z_t.shape:
         return output, None
@@ -123,13 +116,13 @@ def variational_term(
     + \frac{\bar\alpha_{t-1}\, \beta_t^2}{(1 - \bar\alpha_t)^2} \cdot
     \frac{(z_0 - \hat z_0)^2}{\Sigma_\theta}\right]$$
 
-    because both means contain z_t with the same factor; and for the last step, t = 0 in code, the density of z_0:
+    because both means contain z_t with the same factor. For the last step, t = 0 in code, it is the density of z_0:
 
     $$L_0 = -\log p_\theta(z_0 \mid z_1, c)
     = \frac12 \left[\log 2 \pi \Sigma_\theta + \frac{(z_0 - \hat z_0)^2}{\Sigma_\theta}\right]$$
 
-    in nats; the value is divided by log 2. Latents are continuous, so L_0 bounds a density. It is below 0 where that
-    density is above 1.
+    Both are in nats, and the value is divided by log 2. Latents are continuous, so L_0 is below 0 where that density
+    is above 1.
 
     Args: z_0, z_t (B, ...); t (B,) integers; output: the network's prediction; variance, nu as for `reverse_variance`.
     """
@@ -152,7 +145,7 @@ def prior_term(schedule: Schedule, z_0: Tensor) -> Tensor:
     $$L_T = D_{\mathrm{KL}}\left(q(z_T \mid z_0)\ \|\ \mathcal N(0, \mathbf I)\right)
     = \frac12 \left[\bar\alpha_T z_0^2 - \bar\alpha_T - \log(1 - \bar\alpha_T)\right]$$
 
-    in nats; the value is divided by log 2.
+    in nats. The value is divided by log 2.
     """
     alpha_bar_T = schedule.alpha_bar[-1].item()
     nats = 0.5 * (alpha_bar_T * z_0.cpu().double() ** 2 - alpha_bar_T - math.log1p(-alpha_bar_T))

@@ -34,7 +34,7 @@ class TextToImage(nn.Module):
 
     Attributes:
         vae: `KLVAE`. text: `TextTower`. unet: `UNet`. schedule: `Schedule`.
-        latent_scale: 1 / root mean square of the latents; the UNet sees z times this.
+        latent_scale: 1 / root mean square of the latents. The UNet's latents are the VAE's times this.
         config: the `ModelConfig` it was built from.
     """
 
@@ -94,10 +94,10 @@ class TextToImage(nn.Module):
             precision: fp32, bf16 or fp16 for all three networks.
             batch_size: pictures computed at once. first: the number i of the first picture.
             variance: Sigma of the sampler ddpm, posterior, beta or learned; None: as the model was trained.
-            start: pictures to draw over, in pixels, one for all or one each. Where its mask is False the result has
-                their pixels, pasted in after decoding, because the VAE does not return them exactly.
+            start: pictures to draw over, in pixels, one for all or one each. Where its mask is False, their pixels are
+                pasted into the result after decoding, because the VAE does not return them exactly.
 
-        Raises: ValueError for prompts that are no list of strings, and for a setting outside its range.
+        Raises: ValueError for prompts that are not a list of strings, and for a setting outside its range.
         """
         prompts = list_of_strings(prompts, "prompts")
         if negative is None or isinstance(negative, str):
@@ -214,7 +214,7 @@ class TextToImage(nn.Module):
     def save(self, folder: str | Path, preset: str = ""):
         r"""Write config.json, vae.safetensors and ema.safetensors: a folder that `load` reads.
 
-        The text tower goes to text.safetensors where no name brings it back.
+        The text tower goes to text.safetensors if no name stands for its weights.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ class TextToImage(nn.Module):
         Args:
             weights: `ema`, the averaged weights, or `unet`, the last ones.
 
-        Raises: UserError when the folder is no run, or its training has not come far enough.
+        Raises: UserError when the folder is not a run, or its training has not come far enough.
         """
         if weights not in ("ema", "unet"):
             raise ValueError(f"expected weights ema or unet, got {weights!r}")

@@ -37,7 +37,7 @@ class Start:
     $$x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, \qquad
     t = \max \lbrace t_k : t_k < S T \rbrace$$
 
-    t_k are the sampler's times. For example, S = 0.5 begins in the middle of the chain and takes half of the steps.
+    where t_k are the sampler's times. For example, S = 0.5 begins in the middle of the chain and takes half the steps.
 
     Attributes:
         x_0: (B, ...) the picture: latents in `sample_loop`, pixels in `TextToImage.sample`.
@@ -75,8 +75,8 @@ def ddpm_step(schedule: Schedule, x_t, t, s, x_0, noise, variance="posterior", n
     $$p_\theta(x_s \mid x_t, c) = \mathcal N\left(x_s;\ \mu_\theta(x_t, t, c),\ \Sigma_\theta(x_t, t, c)\right), \qquad
     \mu_\theta = \tilde\mu(x_t, \hat x_0)$$
 
-    Sigma is the posterior's variance, beta_{t|s}, or learned between the two by nu; see `reverse_variance`. The last
-    step, to the clean picture, adds no noise.
+    where $\tilde\mu$ is the mean of `q_posterior`. Sigma is the posterior's variance, beta_{t|s}, or learned between
+    the two by nu, see `reverse_variance`. The last step, to the clean picture, adds no noise.
     """
     mean, _ = q_posterior(schedule, x_0, x_t, t, s)
     sigma_2 = reverse_variance(schedule, x_t, t, s, variance, nu)
@@ -91,7 +91,7 @@ def ddim_step(schedule: Schedule, x_t, t, s, x_0, eps, noise, eta: float = 0.0) 
     + \sigma\, \epsilon', \qquad
     \sigma^2 = \eta^2\, \frac{1 - \bar\alpha_s}{1 - \bar\alpha_t} \left(1 - \frac{\bar\alpha_t}{\bar\alpha_s}\right)$$
 
-    eta = 0 is deterministic, eta = 1 is a step of DDPM with the posterior's variance.
+    where $\epsilon'$ is `noise`. eta = 0 is deterministic, and eta = 1 is a step of DDPM with the posterior's variance.
     """
     alpha_bar_t = schedule.alpha_bar_at(t, x_t)
     alpha_bar_s = schedule.alpha_bar_at(s, x_t)
@@ -108,14 +108,13 @@ def dpmpp_2m_step(schedule: Schedule, x_t, t, s, x_0, previous, noise, eta: floa
     D = \hat x_0 + \frac{1}{2r}\left(\hat x_0 - \hat x_0^{\,\mathrm{prev}}\right), \quad
     h = \lambda_s - \lambda_t, \ r = \frac{h_{\mathrm{prev}}}{h}$$
 
-    with a_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t), lambda_t = log(a_t / sigma_t); sigma is DDIM's.
+    where a_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t), lambda_t = log(a_t / sigma_t); sigma is DDIM's.
     eta = 0 is algorithm 2 of Lu et al. 2022, $x_s = \frac{\sigma_s}{\sigma_t} x_t - a_s (e^{-h} - 1) D$, and eta = 1
     their SDE-DPM-Solver++ 2M, $x_s = \frac{\sigma_s}{\sigma_t} e^{-h} x_t + a_s (1 - e^{-2h}) D
     + \sigma_s \sqrt{1 - e^{-2h}}\, \epsilon'$.
 
-    Args:
-        previous: (time, x_0) of the step before; None makes this step first order, which is DDIM's. The last step, to
-            the clean picture, is first order in any case: lambda is infinite there and x_s = x_0.
+    Args: previous: (time, x_0) of the step before. None makes this step DDIM's, of first order. The last step, to the
+    clean picture, always has first order, because lambda is infinite there and x_s = x_0.
     """
     D = x_0
     if previous is not None:
@@ -141,8 +140,8 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
     $$\hat\epsilon = \epsilon_\theta(z_t, t, \varnothing)
     + s \left(\epsilon_\theta(z_t, t, c) - \epsilon_\theta(z_t, t, \varnothing)\right)$$
 
-    s = 1 is the conditional model and s = 0 the unconditional one; each runs the network once, not twice. A learned
-    variance is the conditional model's, because an extrapolated one would leave its bounds.
+    where s is `scale`. s = 1 is the conditional model and s = 0 the unconditional one, and each runs the network once,
+    not twice. A learned variance is the conditional model's, because an extrapolated one would leave its bounds.
 
     Args:
         network: callable (z_t, t, context) -> (B, ...), the UNet; the formula holds for eps, v and x_0 alike.
@@ -172,9 +171,9 @@ def keep_known(schedule: Schedule, x_s: Tensor, s: Tensor, start: Start, eps: Te
 
     $$x_s \leftarrow m\, x_s + (1 - m) \left(\sqrt{\bar\alpha_s}\, x_0 + \sqrt{1 - \bar\alpha_s}\, \epsilon\right)$$
 
-    m is `start.mask`, 1 - m in the paper. At s = -1 the kept part is the picture itself. eps is the noise that sampling
-    starts with, so a deterministic sampler stays deterministic; RePaint draws it anew at every step. Its jumps back and
-    forth, which make the two parts agree better, are left out.
+    where m is `start.mask`, 1 - m in the paper. At s = -1 the kept part is the picture itself. eps is the noise that
+    sampling starts with, so a deterministic sampler stays deterministic. RePaint draws it anew at every step, and jumps
+    back and forth between times, so that the two parts agree better.
     """
     return torch.where(start.mask, x_s, q_sample(schedule, start.x_0, s, eps))
 
@@ -193,7 +192,7 @@ def sample_loop(
 ) -> Iterator[State]:
     r"""The reverse process from x_T to the clean sample; yields the state after every step. The last x is the result.
 
-    A generator: wrong arguments are refused when the first state is wanted.
+    A generator, so wrong arguments are refused when the first state is asked for.
 
     Args:
         denoise: callable (x_t, t) -> (B, ...), the network with condition and guidance filled in; with twice the

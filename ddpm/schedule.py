@@ -1,10 +1,9 @@
 r"""The noise schedule: how much noise each of the T steps of the chain adds.
 
 Time in this project, said once: code counts `t` from 0 to T-1 and papers count from 1 to T, so `t` here is
-`t + 1` there. `alpha_bar[t]` belongs to x_t *after* step t. The clean picture before step 0 has alpha_bar 1;
-wherever a time may also be "clean" it is written -1.
+`t + 1` there. `alpha_bar[t]` belongs to x_t *after* step t. The clean picture is at t = -1, where alpha_bar is 1.
 
-In the DDIM paper the symbol alpha means what is `alpha_bar` here (and in DDPM).
+The DDIM paper writes alpha for what is `alpha_bar` here and in DDPM.
 """
 
 import copy
@@ -34,10 +33,10 @@ def scaled_linear_beta(timesteps: int, start: float = 0.00085, end: float = 0.01
 def cosine_beta(timesteps: int, offset: float = 0.008, largest: float = 0.999) -> Tensor:
     r"""alpha_bar falls along a squared cosine (Improved DDPM, equation 17). Returns (T,) float64.
 
-    With t from 1 to T, as in the paper:
-
     $$\bar\alpha_t = \frac{f(t)}{f(0)}, \quad f(t) = \cos^2\left(\frac{t/T + s}{1 + s} \cdot \frac{\pi}{2}\right),
     \quad \beta_t = \min\left(1 - \frac{\bar\alpha_t}{\bar\alpha_{t-1}},\ 0.999\right)$$
+
+    where t counts from 1 to T, as in the paper, s is `offset` and 0.999 is `largest`.
     """
     time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     f = torch.cos((time + offset) / (1 + offset) * math.pi / 2) ** 2
@@ -53,7 +52,7 @@ class Schedule:
     $$\alpha_t = 1 - \beta_t, \qquad \bar\alpha_t = \prod_{s=0}^{t} \alpha_s$$
 
     Attributes: `beta`, `alpha`, `alpha_bar`, each (T,) float64 in (0, 1). Double precision keeps 1 - alpha_bar
-    exact where alpha_bar is close to 1.
+    accurate where alpha_bar is close to 1.
 
     >>> schedule = Schedule.named("linear")
     >>> schedule.timesteps, round(schedule.alpha_bar[-1].item(), 7)
@@ -97,11 +96,7 @@ class Schedule:
         return self.beta[t].reshape(-1, *[1] * (x.ndim - 1))
 
     def alpha_bar_at(self, t: Tensor, x: Tensor) -> Tensor:
-        r"""alpha_bar_t for each picture of x.
-
-        Args:
-            t: (B,) integers in -1..T-1; -1 is the clean picture, where alpha_bar is 1.
-            x: (B, ...), whose shape alone is used.
+        r"""alpha_bar_t for each picture of x, whose shape alone is used; t is (B,) integers in -1..T-1.
 
         Returns: (B, 1, ..., 1) float64, so an equation with it is computed in double precision. The functions of
         `diffusion` round once, at their end.

@@ -22,9 +22,7 @@ class TextTower(nn.Module):
 
     The tower is causal: the state of a token depends on the tokens up to it, so padding changes no word.
 
-    Args:
-        quick_gelu: use x sigmoid(1.702 x) for GELU, as the weights `openai` and `laion400m` were trained.
-
+    Args: quick_gelu: use x sigmoid(1.702 x) for GELU, as the weights `openai` and `laion400m` were trained.
     Shapes: B prompts -> (B, 77, 512) float32. The empty prompt is the unconditional one.
     """
 

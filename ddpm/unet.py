@@ -19,11 +19,10 @@ class UNet(nn.Module):
     The defaults are the spec's: 18,773,444 parameters, laid out like diffusers' UNet2DConditionModel.
 
     Args:
-        channels: one width a level, multiples of 32; each step from one to the next halves the side.
+        channels: one width a level, multiples of 32. Each level after the first halves the side.
         attention_levels: which levels, counted from the largest, attend to the caption; the middle always does.
         res_blocks: ResBlocks a level on the way down; one more on the way up.
-        context_width: width of one caption token.
-        head_width: width of one attention head.
+        context_width: of one caption token. head_width: of one attention head.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class UNet(nn.Module):
     def set_gradient_checkpointing(self, on: bool):
         r"""Trade time for memory: the larger levels keep less for the backward pass and compute it again.
 
-        The lowest level and the middle stay as they are, because their maps are small and their weights many.
+        The lowest level and the middle stay as they are, because their maps are small.
         """
         larger = max(1, len(self.down_blocks) - 1)
         for level in (*self.down_blocks[:larger], *self.up_blocks[-larger:]):

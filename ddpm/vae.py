@@ -107,8 +107,8 @@ class KLVAE(nn.Module):
     r"""The compact KL-regularised autoencoder of Latent Diffusion (section 3.1), trained with `vae_loss`.
 
     Args:
-        channels: one width a level; each step from one to the next halves the side, so (64, 128) gives 64 -> 32 and
-            (32, 64, 128) gives 64 -> 16. Multiples of 32.
+        channels: one width a level, multiples of 32. Each level after the first halves the side, so (64, 128) gives
+            64 -> 32 and (32, 64, 128) gives 64 -> 16.
         layers: ResBlocks a level in the encoder; the decoder has one more.
         latent_channels: c.
     """
@@ -155,7 +155,7 @@ class KLVAE(nn.Module):
 
 
 def in_range(x: Tensor) -> bool:
-    r"""Whether x has pictures in [-1, 1] and not in 0..255; a GPU, which would have to wait, is not asked."""
+    r"""Whether x has pictures in [-1, 1] and not in 0..255; unchecked on a GPU, which would have to wait."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return False
     return x.device.type != "cpu" or not x.numel() or bool(x.detach().abs().amax() < 10)
@@ -169,9 +169,9 @@ def vae_loss(
     $$\mathcal L = \frac1n \lVert x - \hat x \rVert_1 + \lambda \frac1m
     \mathrm{KL}\left(q(z \mid x)\, \Vert\, \mathcal N(0, \mathbf I)\right)$$
 
-    With norm l2 the first term has the squares, $\lVert x - \hat x \rVert_2^2$. n and m are the numbers of elements of
-    a picture and of a latent: both terms are means. Latent Diffusion sums both with a KL weight of 1e-6; at
-    64 x 64 x 3 -> 32 x 32 x 4 the same balance is 3.3e-7 here.
+    where n and m are the numbers of elements of a picture and of a latent, and $\lambda$ is `kl_weight`. With norm l2
+    the first term has the squares. Latent Diffusion sums both terms, with a KL weight of 1e-6. At 64 x 64 x 3 ->
+    32 x 32 x 4 the same balance is 3.3e-7 here.
 
     Returns: the reconstruction term and the sum, two scalars.
     """

@@ -41,7 +41,7 @@ class Pictures:
         attributes: (N, 40) uint8, or None where the data has captions.
         captions: one or more wordings a picture, or None.
         bad: (file, reason) of what was skipped.
-        key: names this very data in other caches.
+        key: the name of this data in other caches.
     """
 
     pixels: np.ndarray
@@ -57,7 +57,7 @@ class Pictures:
         return np.flatnonzero((self.split == split) & self.good)
 
     def subset(self, rows: np.ndarray) -> "Pictures":
-        r"""These rows as a data set of their own; `bad` is empty, because a subset skips nothing itself."""
+        r"""These rows as a data set of their own. Its `bad` is empty, because a subset skips nothing itself."""
         return Pictures(
             pixels=self.pixels[rows],
             good=self.good[rows],
@@ -71,8 +71,8 @@ class Pictures:
     def caption(self, i: int, seed: int, variant: int = 0) -> str:
         r"""Training caption of picture i in wording number `variant`: one of its own, or one of its attributes.
 
-        The wording follows from the attributes and not from the picture: equal rows share their captions, and each
-        caption is embedded once.
+        The wording follows from the attributes and not from the picture, so equal rows share captions, each of which
+        is embedded once.
         """
         if self.captions is not None:
             return self.captions[i][variant % len(self.captions[i])]
@@ -110,7 +110,7 @@ def open_data(config: Config) -> ImageTable | None:
 
 
 def reopen_data(config: Config) -> ImageTable | None:
-    r"""`open_data` for a run that has begun; where its data has moved, the refusal names --data."""
+    r"""`open_data` for a run that has begun; if its data has moved, the refusal names --data."""
     try:
         return open_data(config)
     except DataError as error:
@@ -158,7 +158,7 @@ def drawn_pictures(
 
 
 def pictures_in_memory(pixels: np.ndarray, captions: Sequence[str]) -> Pictures:
-    r"""(N, S, S, 3) uint8 pictures with a caption each as a data set; every tenth is held out to validate.
+    r"""A data set of (N, S, S, 3) uint8 pictures with a caption each. Every tenth is held out for validation.
 
     Raises: UserError for another shape or type, or another number of captions.
     """
@@ -249,7 +249,7 @@ def _decode(
 
 
 def _in_threads(action: Callable, things: Iterable) -> Iterator:
-    r"""What `action` returns for each thing, in order; not many things wait, because they may be large."""
+    r"""What `action` returns for each thing, in order. Few things wait at once, because they may be large."""
     pool = ThreadPoolExecutor(os.cpu_count())
     waiting = deque()
     try:

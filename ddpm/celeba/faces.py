@@ -465,7 +465,7 @@ def draw_face(attributes: ArrayLike | Mapping[str, bool], seed: Seed, size: int 
 
 
 def draw_person(body: Pen, look: Look):
-    r"""From back to front: the body stands straight, the head is tilted, the features look a little aside."""
+    r"""Draw from back to front: a straight body, a tilted head, features that look a little aside."""
     has = look.has
     head = replace(body, turn=body.turn * look.turn)
     features = head.moved(look.gaze)

@@ -34,7 +34,7 @@ def crop_and_resize(image: Image.Image, size: int = 64, crop: int = 0) -> Image.
     Args:
         image: any Pillow image.
         size: side of the result, at least 1.
-        crop: side of the square that is kept, never more than the picture has; 0 means 148 for a picture of
+        crop: side of the square that is kept, at most that of the picture; 0 means 148 for a picture of
             exactly 178 x 218, and the largest square for any other.
     Returns:
         A new RGB image, `size` x `size`; with the same bytes if the picture was one already.

@@ -151,7 +151,7 @@ def _open_celeba(home: Path, file: Path) -> ImageTable:
 
 
 def _open_own(folder: Path, lists: list[Path]) -> ImageTable:
-    r"""Any pictures with lists: captions, or at least one of the 40 attributes."""
+    r"""Pictures with lists of captions, or of at least one of the 40 attributes."""
     tables, names = zip(*map(_own_table, lists), strict=True)
     table = tables[0] if len(lists) == 1 else _joined(folder, tables)
     return _with_split(table, [name for some in names for name in some])
@@ -249,7 +249,7 @@ def _find(home: Path, subfolder: str, name: str) -> Path | None:
 
 
 def _own_lists(folder: Path) -> list[Path]:
-    r"""What annotates a folder of one's own pictures: a list, or one for each split, or parquet files."""
+    r"""The annotations of a folder of your own pictures: a list, or one for each split, or parquet files."""
     names = sorted(_listing(folder, {""}))
     for name in OWN_LISTS:
         if name in names:
@@ -306,7 +306,7 @@ def _with_pictures(
 
 
 def _paths_alike(names: list[str], home: Path, folders: Sequence[str], taken: set[str]) -> dict[str, str]:
-    r"""The one picture called as a name is, but for subfolders before it, case, Unicode form or format."""
+    r"""The one picture with this name, whatever its subfolder, case, Unicode form or format."""
     by_stem = defaultdict(set)
     for top in ("", *(folder for folder in folders if (home / folder).is_symlink())):
         for path in filter(is_image_name, _walk(home, top)):
@@ -420,7 +420,7 @@ def _attribute_columns(sheet: Sheet) -> dict[str, int]:
 
 
 def _picture_names(sheet: Sheet, once: bool = True) -> list[str]:
-    r"""The file name in each row, once every row has a cell for each column; `once` lets no picture stand twice."""
+    r"""The file name in each row, if every row has a cell for each column. `once` refuses a picture twice."""
     if sheet.file.suffix == ".parquet":
         return [f"{sheet.file.name}/{row}" for row, _ in sheet.rows]
     start = sheet.rows[0][1]
@@ -488,7 +488,7 @@ def _read_partition(file: Path, names: list[str]) -> np.ndarray:
 
 
 def _with_split(table: ImageTable, names: Sequence[str]) -> ImageTable:
-    r"""The split of the list, or of the folders and parquet files where they are all called after one, or by name."""
+    r"""The split of the list, else of folders and parquet files that are all named after one, else by name."""
     split = table.split
     if (split == UNKNOWN).any():
         split = np.array([_split_of(name) for name in table.files], np.uint8)
@@ -497,7 +497,7 @@ def _with_split(table: ImageTable, names: Sequence[str]) -> ImageTable:
 
 
 def _split_of(name: str) -> int:
-    r"""The split after which a folder of a picture, or its parquet file, is called.
+    r"""The split that a folder of a picture, or its parquet file, is named after.
 
     >>> [_split_of(f"{name}/1") for name in ("validation/cat", "data/test-00000-of-00019.parquet", "train-station")]
     [1, 2, 255]

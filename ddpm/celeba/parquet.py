@@ -18,7 +18,7 @@ PICTURE = re.compile(r"(struct<.*\bbytes: )?(large_)?binary")  # the type of a c
 
 
 def read_parquet(file: Path) -> Sheet:
-    r"""What the rows of a file, counted from 0, say of their pictures; no picture is read.
+    r"""The cells of a file beside its pictures, whose rows count from 0; no picture is read.
 
     The column `path` has the name that each picture had, or "". A list of `attributes` becomes 40 columns.
     """
@@ -80,7 +80,7 @@ def _picture_column(file: Path, schema) -> str:
 
 
 def _columns(file: Path) -> dict[str, list]:
-    r"""The columns that are of use, by `plain_name`, and `path`, as long as they are small."""
+    r"""The useful columns by `plain_name`, and `path`, as long as they are small."""
     columns = defaultdict(list)
     with _refusing(file):
         parquet = _opened(file)
@@ -106,7 +106,7 @@ def _columns(file: Path) -> dict[str, list]:
 
 
 def _class_names(metadata) -> list[str]:
-    r"""What Hugging Face's `datasets` writes beside the columns of the classes in `label`."""
+    r"""The names of the classes in `label`, which Hugging Face's `datasets` writes beside the columns."""
     with contextlib.suppress(TypeError, KeyError, ValueError):
         return parse_json(metadata[b"huggingface"].decode())["info"]["features"][LABEL]["names"]
     return []

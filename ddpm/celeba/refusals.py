@@ -27,7 +27,7 @@ def first_few(names: Sequence) -> str:
 
 
 def kind_of(head: bytes) -> str:
-    r"""What a file is by its first bytes, of the things that people save by mistake; else an empty string."""
+    r"""What a file saved by mistake is, by its first bytes; an empty string for any other file."""
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|!--)", head, re.IGNORECASE):
         return "an HTML page (a saved error or quota page)"
     if head.startswith(b"version https://git-lfs"):

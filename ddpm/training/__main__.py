@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def configuration(arguments: argparse.Namespace) -> Config:
-    r"""The run's configuration: its preset's, or that of the run to resume, under the flags that were given."""
+    r"""The configuration of the preset, or of the run to resume, changed by the flags that were given."""
     flags = given_flags(arguments)
     for name in ("max_steps", "stop_after"):
         value = getattr(arguments, name)
@@ -75,7 +75,7 @@ def configuration(arguments: argparse.Namespace) -> Config:
 
 
 def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
-    r"""The stored configuration with its bounds moved; anything else that differs is refused by name."""
+    r"""The stored configuration with its bounds moved. Any other difference is refused by name."""
     folder = arguments.resume
     if arguments.out or arguments.preset or arguments.config:
         raise UserError("expected --resume without --out, --preset, --config; a resumed run keeps its own")

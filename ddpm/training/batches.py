@@ -13,8 +13,8 @@ from ddpm.tools.seeding import seed_of
 def batch_rows(rows: np.ndarray, batch: int, step: int, *name) -> tuple[np.ndarray, int]:
     r"""Which pictures step number `step` (from 0) sees, and the epoch it is in.
 
-    Every epoch is a permutation of `rows` of its own; an incomplete last batch is left out. Data smaller than a
-    batch is repeated.
+    Every epoch has its own permutation of `rows`. An incomplete last batch is left out. Data smaller than a batch is
+    repeated.
     """
     if len(rows) < batch:
         rows = np.resize(rows, batch)
@@ -26,12 +26,12 @@ def batch_rows(rows: np.ndarray, batch: int, step: int, *name) -> tuple[np.ndarr
 
 @lru_cache(maxsize=1)
 def permutation(n: int, seed: int) -> np.ndarray:
-    r"""0..n-1 in a random order; the last one is kept, because all steps of an epoch need the same."""
+    r"""0..n-1 in a random order. The last order is kept, because all steps of an epoch share it."""
     return np.random.default_rng(seed).permutation(n)
 
 
 def stage_steps(config: Config, stage: str, count: int) -> int:
-    r"""The bound of a stage, vae or unet, in steps, with `count` pictures; epochs count where the settings say so."""
+    r"""How many steps bound a stage, vae or unet, with `count` pictures: the settings count steps or epochs."""
     settings = config.training
     if not settings.epochs:
         return settings.vae_steps if stage == "vae" else settings.unet_steps
@@ -40,18 +40,18 @@ def stage_steps(config: Config, stage: str, count: int) -> int:
 
 
 def mirrored(batch: int, g: torch.Generator, settings: TrainConfig) -> Tensor:
-    r"""(B,) booleans: which pictures are mirrored. Each is by chance one half; none without `flip`."""
+    r"""(B,) booleans: which pictures are mirrored. Each is with probability 1/2, and none without `flip`."""
     return torch.rand(batch, generator=g) < (0.5 if settings.flip else 0.0)
 
 
 def timestep_batch(batch: int, T: int, g: torch.Generator) -> Tensor:
-    r"""(B,) timesteps, each uniform on 0..T-1, together spread evenly (Variational Diffusion Models, appendix I.1)."""
+    r"""(B,) timesteps, each uniform on 0..T-1 and all spread evenly (Variational Diffusion Models, appendix I.1)."""
     u = (torch.rand(1, generator=g) + torch.arange(batch) / batch) % 1
     return (u * T).long()[torch.randperm(batch, generator=g)]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    r"""`tensor` on `device`; from the CPU to a GPU by pinned memory, so that this copy is not waited for."""
+    r"""`tensor` on `device`; from the CPU to a GPU through pinned memory, so that nothing waits for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -68,7 +68,7 @@ class Encoded:
 def encode_latents(
     folder: Path, vae: KLVAE, pictures: Pictures, precision: str = "fp32", progress: Progress = silent
 ) -> Latents:
-    r"""The latents of all pictures, both ways round, encoded now and not when they are needed."""
+    r"""The latents of all pictures and their mirror images, encoded now and not when they are needed."""
     encoded = Encoded(folder, vae, pictures, precision)
     rows, flipped = np.indices((len(pictures.pixels), 2)).reshape(2, -1)
     fill(lambda some: encoded[rows[some], flipped[some]], len(rows), progress, "encoding pictures")
@@ -86,8 +86,8 @@ class Texts:
     r"""Sentences to context vectors, each distinct sentence embedded once and kept in a file of `folder`.
 
     Callable: sentences -> (B, 77, 512) float32. In bf16 a CPU with matrix units embeds more than three times as many a
-    second. The rounding is about a hundredth of the difference between two sentences. The first sentence that is cut is
-    a warning.
+    second. The rounding is about a hundredth of the difference between two sentences. A warning names the first
+    sentence that is cut.
 
     Args:
         sentences: those that are embedded now, others when they are first asked for.

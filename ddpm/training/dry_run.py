@@ -35,9 +35,9 @@ ATTENTION_ON_CPU = {  # torch's counter knows only the fused attention of GPUs; 
 
 
 class LiveBytes(TorchDispatchMode):
-    r"""Counts the bytes of tensors that are made within it and are still there, and the most there were at once.
+    r"""Counts the bytes of the tensors made within it: those still there, and the most at once.
 
-    What a kernel takes for itself alone is not seen.
+    Buffers inside a kernel are not counted.
     """
 
     def __init__(self):
@@ -65,7 +65,7 @@ def storages(values) -> list[torch.UntypedStorage]:
 
 
 def bytes_kept(loss: Callable[[], Tensor], network: nn.Module) -> int:
-    r"""What autograd keeps of `loss` for the backward pass, by its saved-tensor hooks; no storage is counted twice."""
+    r"""Bytes that autograd keeps of `loss` for the backward pass, each storage counted once."""
     weights = {storage._cdata for storage in storages(list(network.parameters()))}
     kept = {}
 
@@ -161,7 +161,7 @@ def minutes(config: Config, table: ImageTable | None, seconds: dict[str, float])
 
 
 def seconds_of_a_picture(config: Config, table: ImageTable | None, some: int = 32) -> float:
-    r"""To draw one, or to read one with all processors, by a few of them."""
+    r"""To draw or, with all processors, to read a picture, measured on a few."""
     size = config.model.image_size
     begun = time.perf_counter()
     if table is None:

@@ -1,7 +1,7 @@
 r"""Muon, for the inner matrices of every preset but `tiny`: every direction learns at the same speed.
 
-A word about the mouth changes a twentieth of a picture, and a word about a hat half of it. Under AdamW the small change
-is learned late, because its gradient is small. Under Muon no direction is small. docs/experiments.md measures it.
+A smile changes a latent by a twentieth of the difference between faces, a hat by half of it. AdamW learns the small
+change late, because its gradient is small. Under Muon no direction is small. docs/experiments.md measures it.
 """
 
 import math
@@ -21,8 +21,8 @@ EDGES = {"conv_in", "conv_out", "quant_conv", "post_quant_conv"}
 def orthogonalized(G: Tensor, rounds: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     r"""About the nearest matrix to G with orthonormal rows or columns (Jordan et al. 2024, Newton-Schulz).
 
-    With G = U diag(s) V^T, about U V^T: the same directions, each with a singular value of 0.7 to 1.2, or less where
-    it was below a thousandth of the norm of G. Each round is
+    For G = U diag(s) V^T the result is about U V^T: the same directions, each with a singular value of 0.7 to 1.2, or
+    less where it was below a thousandth of the norm of G. Each round is
 
     $$X \leftarrow a X + \left(b\, X X^\top + c\, (X X^\top)^2\right) X, \qquad X_0 = G / \lVert G \rVert_F$$
 
@@ -50,8 +50,9 @@ class Muon(torch.optim.Optimizer):
     W \leftarrow (1 - \eta \lambda)\, W - 0.2\, \eta \sqrt{\max(m, n)}\
     \mathrm{orth}\left(\mu M + (1 - \mu)\, G\right)$$
 
-    A convolution is the matrix of its output channels by all the rest. Matrices of one shape go through
-    `orthogonalized` together, up to `TOGETHER` numbers, because its products take several times their memory.
+    where W is (m, n), G its gradient and M the momentum. A convolution is a matrix of its output channels by all the
+    rest. Matrices of one shape go through `orthogonalized` together, up to `TOGETHER` numbers, because its products
+    take several times their memory.
 
     Args:
         parameters: or groups of them, as any optimizer of torch takes them.
@@ -65,7 +66,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        r"""One step from the gradients that are there."""
+        r"""One step from the gradients."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
@@ -85,7 +86,7 @@ class Muon(torch.optim.Optimizer):
             W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view(W.shape), alpha=size)
 
     def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
-        r"""mu M + (1 - mu) G as a matrix, once M has taken G in."""
+        r"""mu M + (1 - mu) G as a matrix, after the update of M."""
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
@@ -94,16 +95,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def as_rows(p: Tensor) -> Tensor:
-    r"""A convolution's (out, in, h, w) as (out, h, w, in): how channels-last keeps it. Any order of columns will do."""
+    r"""A convolution's (out, in, h, w) as (out, h, w, in), as channels-last stores it. The order of columns is free."""
     return p.movedim(1, -1)
 
 
 def muon_groups(network: nn.Module) -> tuple[list[dict], list[nn.Parameter]]:
     r"""Groups for `Muon`, the matrices and convolutions between the first layer and the last; and all other parameters.
 
-    The first and the last layer read and write pictures or latents, whose directions are rightly of unequal size.
-    Queries and keys are a group with a stronger decay. Without it they grow until each softmax selects a single token,
-    whose gradient vanishes.
+    The first and the last layer read and write pictures or latents, whose directions should differ in size. Queries and
+    keys have a group with a stronger decay. Without it they grow until each softmax selects a single token, and its
+    gradient vanishes.
     """
     inner = []
     queries_keys = []

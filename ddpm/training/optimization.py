@@ -20,7 +20,7 @@ BAD_STEPS = 5  # non-finite steps in a row after which a run stops
 
 
 class NotFinite(UserError):
-    r"""The loss or its gradient was not finite for several steps in a row; the weights are those before them."""
+    r"""The loss or its gradient was not finite for several steps in a row. The weights are those before these steps."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class EMA:
 
     $$\bar\theta \leftarrow d\, \bar\theta + (1 - d)\, \theta, \qquad
     d = \min\left(d_{\max},\ \frac{1 + n}{10 + n}\right)$$
+
+    where n counts the steps from 1, and $d_{\max}$ is `decay`.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -77,7 +79,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, n: int):
-        r"""Move the average towards the parameters after step number n, from 1; skipped steps count."""
+        r"""Move the average towards the parameters after step n; skipped steps count."""
         d = min(self.decay, (1 + n) / (10 + n))
         parameters = [p.detach() for p in network.parameters()]
         torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - d)
@@ -109,8 +111,7 @@ class Optimization:
     r"""One network that learns: optimizers, learning rate, gradient clipping, loss scaling, EMA, the count of steps.
 
     A step is `begin_step`, a `backward` for each of the `micro_batches`, and `end_step`. With a `muon_lr` the inner
-    matrices are under `Muon`; all else is under AdamW. `state_dict` holds all that a resumed run needs, weights
-    included.
+    matrices learn by `Muon` and all else by AdamW. `state_dict` holds all that a resumed run needs, weights included.
 
     Attributes: parallel: the network for the forward passes of training, whose gradients are averaged over the group.
     """
@@ -137,7 +138,7 @@ class Optimization:
         return self.bound.progress(self.step)
 
     def set_learning_rate(self, progress: float):
-        r"""Linear warm-up over the first steps, times a cosine that falls to 1 % as progress goes to 1."""
+        r"""A linear warm-up over the first steps, times a cosine that falls to 1 % as progress rises to 1."""
         warmup = min(1.0, (self.step + 1) / max(1, self.settings.warmup))
         factor = warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         for optimizer in self.optimizers:
@@ -159,9 +160,9 @@ class Optimization:
         self.network.train()
 
     def micro_batches(self, *batch: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        r"""The tensors of a batch in `accumulation` equal parts, each on the network's device when its turn comes.
+        r"""The tensors of a batch in `accumulation` equal parts, each moved to the network's device in its turn.
 
-        Several processes average their gradients in the last backward pass alone.
+        Several processes average their gradients only in the last backward pass.
         """
         count = self.settings.accumulation
         parts = zip(*(tensor.chunk(count) for tensor in batch), strict=True)
@@ -171,7 +172,7 @@ class Optimization:
                 yield tuple(to_device(tensor, self.device) for tensor in part)
 
     def backward(self, loss: Tensor):
-        r"""Add the gradient of a micro-batch's mean loss, in its part of the mean over the batch."""
+        r"""Add the gradient of a micro-batch's mean loss, divided by the number of micro-batches."""
         loss = loss / self.settings.accumulation
         self.scaler.scale(loss).backward()
         self.losses.append(loss.detach())
@@ -229,7 +230,7 @@ class Optimization:
 
 
 def optimizers(network, settings: TrainConfig, lr: float, precision) -> list[torch.optim.Optimizer]:
-    r"""AdamW for all parameters; with a `muon_lr` AdamW for the outer ones, and Muon for the inner matrices."""
+    r"""AdamW for all parameters; with a `muon_lr`, AdamW for the outer ones and Muon for the inner matrices."""
     decay = settings.weight_decay
     inner, outer = muon_groups(network) if settings.muon_lr else ([], list(network.parameters()))
     fused = outer[0].device.type in ("cuda", "cpu")

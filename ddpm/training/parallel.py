@@ -1,7 +1,7 @@
 r"""Several processes train one model: torchrun starts them, torch's DistributedDataParallel averages their gradients.
 
 Every process draws the random numbers of the whole batch, which come from counters, and computes its own shard of the
-batch. So a step does not depend on how many processes take it, but for the order in which sums are rounded.
+batch. So a step does not depend on the number of processes, except for the order in which sums are rounded.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ class Group:
         return batch[self.rank * length : (self.rank + 1) * length]
 
     def parallel(self, network: nn.Module) -> nn.Module:
-        r"""`network` with the main process's weights, whose backward pass averages gradients over the group."""
+        r"""`network` with the main process's weights. Its backward pass averages gradients over the group."""
         if self.size == 1:
             return network
         devices = [self.device] if self.device.type == "cuda" else None
@@ -121,7 +121,7 @@ class Group:
 
 
 def is_lost(error: Exception) -> bool:
-    r"""Whether an error says that another process of the group is gone; only the text tells gloo's errors."""
+    r"""Whether an error means that another process of the group is gone; gloo's errors differ only in their text."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 

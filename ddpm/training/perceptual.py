@@ -13,7 +13,7 @@ from ddpm.tools.errors import UserError
 def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     r"""Distance between VGG16 features of two batches of pictures in [-1, 1] (Johnson et al. 2016).
 
-    The features after the first three groups of convolutions, each normalised over its channels.
+    It compares the features after the first three groups of convolutions, each normalised over its channels.
 
     Raises: UserError when torchvision cannot get the network's weights.
     """

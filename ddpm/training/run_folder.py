@@ -1,4 +1,4 @@
-r"""The folder of a run: configuration, resume state, metrics and their plot; each file is whole or not there.
+r"""The folder of a run: configuration, resume state, metrics and their plot. No file is ever half-written.
 
 A process may be killed between any two lines here. So the metrics are written before the state, and rows beyond the
 state are dropped when a run goes on. The state before the last is kept, and a state carries a digest of its content.
@@ -55,7 +55,7 @@ class Run:
 
     Attributes:
         config: the run's configuration.
-        state: what the newest whole state held when the run is resumed; None else, and once `restore` has used it.
+        state: what the newest whole state held when the run is resumed; None otherwise, and after `restore`.
         rows: of metrics.csv, as far as the state goes; one for each step.
         saved: (stage, step) of the newest whole state, or None.
         data: digests of the pictures, their captions and their split, see `check_data`.
@@ -183,9 +183,9 @@ class Run:
             )
 
     def check_data(self, data: dict[str, str]):
-        r"""Hold digests of the data against those of the checkpoint; what changed is a warning.
+        r"""Compare digests of the data with those of the checkpoint, and warn of what changed.
 
-        Raises: UserError where --data names other pictures than those the run began with.
+        Raises: UserError if --data names other pictures than those the run began with.
         """
         self.data = data
         before = self.state.get("data", {}) if self.state else {}
@@ -202,9 +202,9 @@ class Run:
             warnings.warn(f"the {names} of {folder} changed since {self.folder} was saved", stacklevel=3)
 
     def create(self, text: Callable[[Path], None] | None = None):
-        r"""Make the folder, once everything that can be refused has been looked at; config.json last.
+        r"""Make the folder, after every check that may refuse the run; config.json comes last.
 
-        Args: text: writes the text tower's weights, where no name brings them back.
+        Args: text: writes the text tower's weights, if no name stands for them.
         """
         if not self.writes:
             return
@@ -219,7 +219,7 @@ class Run:
 
     @property
     def quoted(self) -> str:
-        r"""The folder as a shell reads it, for a command that is printed."""
+        r"""The folder quoted for a shell, for a command that is printed."""
         return shlex.quote(str(self.folder))
 
     @property
@@ -252,7 +252,7 @@ class Run:
         return self.log(stage=stage, step=step, seconds=f"{self.clock():.1f}")
 
     def save(self, stage: str, optimization, **more):
-        r"""Write the metrics, then the checkpoint up to which they go, then their plot; the checkpoint before stays."""
+        r"""Write the metrics, then their checkpoint, then their plot. The checkpoint before stays."""
         if not self.writes:
             self.saved = (stage, optimization.step)
             return
@@ -287,7 +287,7 @@ class Run:
 
     @contextlib.contextmanager
     def fitting(self) -> Iterator[None]:
-        r"""Within this context what the state holds is used; UserError where it is whole but not of this model."""
+        r"""Within this context the state is used; UserError if it is whole but not of this model."""
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -302,7 +302,7 @@ def all_settings(config: Config) -> dict:
 
 
 def written_at(path: Path) -> int | None:
-    r"""When a file was written, in nanoseconds; None where there is none."""
+    r"""When a file was written, in nanoseconds; None without a file."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 
@@ -361,7 +361,7 @@ def csv_of(rows: list[dict]) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    r"""The rows of metrics.csv, also as a spreadsheet saves it; a file with other lines is kept beside, and named."""
+    r"""The rows of metrics.csv, also as a spreadsheet saves it. A file with other lines is set aside, and named."""
     if not path.is_file():
         warnings.warn(f"{path} is not there; its history begins anew", stacklevel=3)
         return []

@@ -49,8 +49,8 @@ def train(
 ) -> Iterator[Step]:
     r"""Train in `folder`, which is new, or resumed with the stored `config`: a step whenever the caller asks for one.
 
-    Yields the stage's name, vae or unet, and the step's report. A caller that asks for no more leaves a run that is
-    saved at that step, and that goes on by `resume`.
+    Yields the stage's name, vae or unet, and the step's report. If the caller stops asking, the run is saved at that
+    step, and `resume` goes on from there.
 
     Args:
         stage: vae, unet or all.
@@ -86,7 +86,7 @@ def train(
 
 @contextlib.contextmanager
 def advising(run: Run) -> Iterator[None]:
-    r"""Within this context what ends the training says how to go on."""
+    r"""Within this context the error that ends the training says how to go on."""
     try:
         yield
     except (CannotWrite, NotFinite, LostGroup) as error:
@@ -102,7 +102,7 @@ def advising(run: Run) -> Iterator[None]:
 def prepared(
     run: Run, group: Group, precision: str, stage: str, resume, cache: Path, download, given: Pictures | None
 ) -> Session:
-    r"""The data and the model of a run, and its folder once all that can be refused has been looked at."""
+    r"""The data and the model of a run, and its folder, made after every check that may refuse the run."""
     config = run.config
     settings = config.training
     with group.main_process_first():
@@ -144,7 +144,7 @@ def prepared(
 
 
 def begin_from(model: TextToImage, source: str):
-    r"""Give the networks the weights of another run, or those that ship, where their shapes fit; say which."""
+    r"""Give the networks those weights of another run, or of the package, whose shapes fit; print which."""
     folder = SHIPPED if source == "shipped" else Path(source)
     taken, refused = [], []
     files = {"VAE": (model.vae, "vae.safetensors"), "UNet": (model.unet, "ema.safetensors")}

@@ -153,7 +153,7 @@ class Stage:
         self.run.save(self.name, self.opt, **self.more)
 
     def check_stop(self):
-        r"""Raise Stopped where a signal asked for it, in all processes or none."""
+        r"""Raise Stopped if a signal asked for it, in all processes or none."""
         signum = int(self.group.max(self.stop.signum))
         if signum:
             raise Stopped(signum, f"stopped at {self.name} step {self.opt.step}")
@@ -170,7 +170,7 @@ class Stage:
                 raise
 
     def description(self, report: Report) -> str:
-        r"""A step that was not finite, with the pictures and timesteps it saw, in one line."""
+        r"""One line on a step that was not finite, with its pictures and timesteps."""
         files = self.session.files
         pictures = " ".join(str(i) if files is None else files[i] for i in report.rows)
         timesteps = "" if report.t is None else f"; t {' '.join(map(str, report.t.tolist()))}"
@@ -180,7 +180,7 @@ class Stage:
         )
 
     def show(self, shown, report: Report, seconds: float):
-        r"""Running mean of the loss and speed, in the bar, or without a terminal in a line now and then."""
+        r"""Show the running mean of the loss and the speed, in the bar or, without a terminal, in lines."""
         if report.finite:
             is_first = math.isnan(self.mean_loss)
             self.mean_loss = report.loss if is_first else 0.98 * self.mean_loss + 0.02 * report.loss
@@ -207,7 +207,7 @@ class Stage:
 
 
 def inference_batch(batch_size: int, accumulation: int) -> int:
-    r"""Pictures that go through a network together where no activations are kept for a backward pass."""
+    r"""How many pictures go through a network together when nothing is kept for a backward pass."""
     return min(64, 2 * batch_size // accumulation)
 
 
@@ -291,7 +291,7 @@ class UnetStage(Stage):
         return {"val_loss": f"{mean:.5f}"}
 
     def draw_samples(self, batch: int):
-        r"""A grid of the averaged weights' pictures, always from the same noise and prompts."""
+        r"""Draw a grid with the averaged weights, always from the same noise and prompts."""
 
         def leave(_):
             shown.update()
@@ -308,7 +308,7 @@ class UnetStage(Stage):
 
 
 def restore_vae(run: Run, model: TextToImage, stage: str) -> bool:
-    r"""Load the VAE if its training is over; returns whether it is. The checkpoint's copy wins over vae.safetensors.
+    r"""Load the VAE if its training is over; returns whether it is. The checkpoint's copy has precedence.
 
     Args: stage: what was asked for; with `vae` the first stage goes on, if its bound was moved.
     """

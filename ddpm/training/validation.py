@@ -32,8 +32,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     $$\mathrm{SSIM} = \frac{(2 \mu_x \mu_y + C_1)(2 \sigma_{xy} + C_2)}
     {(\mu_x^2 + \mu_y^2 + C_1)(\sigma_x^2 + \sigma_y^2 + C_2)}$$
 
-    over Gaussian windows of 11 x 11, sigma 1.5, without padding; C_1 = 0.01^2 and C_2 = 0.03^2 for pictures in
-    [0, 1]; averaged over windows and the three colours.
+    where mu and sigma are moments in Gaussian windows of 11 x 11, sigma 1.5, without padding. For pictures in [0, 1]
+    C_1 = 0.01^2 and C_2 = 0.03^2. The result is averaged over windows and the three colours.
     """
     x = (x.double().clamp(-1, 1) + 1) / 2  # in double, because variances are small differences
     y = (y.double().clamp(-1, 1) + 1) / 2
@@ -75,11 +75,11 @@ def reconstruction_quality(
 def measure_latent_scale(
     latents: Latents, rows: np.ndarray, progress: Progress = silent, batch: int = 64, batches: int = 32
 ) -> float:
-    r"""1 / standard deviation of the latents around zero, over 2,048 pictures (Latent Diffusion, appendix G).
+    r"""1 / root mean square of the latents of 2,048 pictures (Latent Diffusion, appendix G).
 
     $$s = \left(\mathbb E\left[\mu^2 + \sigma^2\right]\right)^{-1/2}$$
 
-    so that s z has unit mean square, as the noise has.
+    so that s z has mean square 1, like the noise.
     """
     second_moments = []
     batches = min(batches, -(-len(rows) // batch))
@@ -108,7 +108,7 @@ def loss_by_timestep(
 
     Args:
         latents, texts, pictures, rows: as in `train_unet`; rows of held-out pictures.
-        weighting: of the loss; by itself the error of what the network predicts, whatever it was trained with.
+        weighting: of the loss; the default is the error of the prediction itself, whatever the training's weighting.
     """
     T = model.schedule.timesteps
     g = generator(seed, "validation")
