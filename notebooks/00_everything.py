@@ -347,8 +347,8 @@ plt.savefig("everything.png") if "__file__" in globals() else plt.show()
 # %% [markdown]
 # The loss falls from 0.62 to 0.10. Hair, hats and eyeglasses follow the sentences: all four women of the first prompt
 # are blond, and all four men of the last wear a dark hat. Baldness is learned worse: the second man has hair, and the
-# third a dark patch. A smile takes a few pixels and can hardly be seen. Every picture is grainy, because five minutes are short.
-# [Notebook 07](07_sampling_and_guidance.ipynb) draws with a model of 64 x 64 pixels that trained for longer.
+# third a dark patch. A smile takes a few pixels and can hardly be seen. Every picture is grainy, because five minutes
+# are short. [Notebook 07](07_sampling_and_guidance.ipynb) draws with a model of 64 x 64 pixels that trained for longer.
 #
 # ## Exercises
 #
