@@ -52,6 +52,7 @@ EQUIVALENT = {
     ("sampling.ddim_step", "another number", "0.0"): "a default",
     ("sampling.ddim_step", "", "clamp"): "guards devices without float64 against rounding",
     ("muon.Muon.__init__", "another number", "0.0"): "a default",
+    ("muon.Muon.step", "", "TOGETHER"): "how many matrices go together",
     ("TextToImage.sample", "another number", ""): "where a warning is from",
     ("TextToImage.sample", "mean for sum", "x.sum()"): "one is finite where the other is",
     ("TextToImage.sample", "Sub for Add", "first + i"): "which of several calls; a promise of its own",

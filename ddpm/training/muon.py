@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
     \mathrm{orth}\left(\mu M + (1 - \mu)\, G\right)$$
 
     where W is (m, n), G its gradient and M the momentum. A convolution is a matrix of its output channels by all the
-    rest. Matrices of one shape go through `orthogonalized` together, up to `TOGETHER` numbers, because its products
+    rest. Matrices of one shape go through `orthogonalized` together, about `TOGETHER` numbers, because its products
     take several times their memory.
 
     Args:
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[len(p), p[0].numel()].append(p)
             for (m, n), parameters in by_shape.items():
-                count = max(1, TOGETHER // (m * n))
+                count = -(-TOGETHER // (m * n))  # rounded up
                 for first in range(0, len(parameters), count):
                     self._step_together(parameters[first : first + count], group)
 
