@@ -53,6 +53,7 @@ SMALLER = {
     "--n": "8",
     "--stop-after": "2",
     "--max-steps": "8",
+    "--unet-steps": "8",
     "--max-minutes": "1",
 }
 FAST = ("train.py",)  # the default run: it needs no run before it
