@@ -127,6 +127,10 @@ def place(tmp_path, monkeypatch) -> Path:
     (tmp_path / "mine").mkdir()
     for i in range(12):
         Image.new("RGB", (40, 30), (i * 20, 90, 120)).save(tmp_path / f"mine/{i}.png")
+    (tmp_path / "prompts.txt").write_text("a man\na woman\n")
+    (tmp_path / "face").mkdir()
+    for name in ("face/0000.png", "mask.png"):
+        Image.new("RGB", (64, 64), "white").save(tmp_path / name)
     lines = ["file,caption", *(f"{i}.png,a flat colour number {i}" for i in range(12))]
     (tmp_path / "mine/captions.csv").write_text("\n".join(lines))
     return tmp_path
