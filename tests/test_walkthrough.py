@@ -128,9 +128,6 @@ def place(tmp_path, monkeypatch) -> Path:
     for i in range(12):
         Image.new("RGB", (40, 30), (i * 20, 90, 120)).save(tmp_path / f"mine/{i}.png")
     (tmp_path / "prompts.txt").write_text("a man\na woman\n")
-    (tmp_path / "face").mkdir()
-    for name in ("face/0000.png", "mask.png"):
-        Image.new("RGB", (64, 64), "white").save(tmp_path / name)
     lines = ["file,caption", *(f"{i}.png,a flat colour number {i}" for i in range(12))]
     (tmp_path / "mine/captions.csv").write_text("\n".join(lines))
     return tmp_path
@@ -144,6 +141,9 @@ def at_hand(words: list[str], request, place: Path) -> list[str]:
         kind = "vae" if "unet" in words else "begun"
     for before, word in zip(words, words[1:], strict=False):
         is_read = word.startswith("runs/") and before != "--out" and "--reverse" not in words
+        if before in ("--init-image", "--mask"):
+            (place / word).parent.mkdir(exist_ok=True)
+            Image.new("RGB", (64, 64), "white").save(place / word)
         if before == "--reverse":
             shutil.copytree(request.getfixturevalue("runs") / "exported", place / word)
         elif word == "ddpm/weights" or is_read:
