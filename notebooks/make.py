@@ -36,7 +36,7 @@ METADATA = {
 }
 KEPT = ("mystnb", "tags", "source_digest")  # metadata: a picture in words, equations, see `digests`
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-WIDGET = "application/vnd.jupyter.widget-view+json"
+NO_WIDGETS = "import sys; sys.modules['ipywidgets'] = None"  # with sliders a kernel may not end
 
 
 class Fault(Exception):
@@ -59,6 +59,7 @@ def execute(notebook: NotebookNode, celeba: bool):
         "PYTHONPATH": str(FOLDER.parent),
         "PYTHONHASHSEED": "0",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore:IProgress",  # tqdm's, where ipywidgets is missing
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
     begun = []
@@ -69,7 +70,7 @@ def execute(notebook: NotebookNode, celeba: bool):
         resources={"metadata": {"path": str(FOLDER)}},
         coalesce_streams=True,
         record_timing=False,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", f"--IPKernelApp.exec_lines={NO_WIDGETS}"],
         on_cell_start=lambda cell, cell_index: begun.append(cell_index),
     )
     try:
@@ -92,8 +93,6 @@ def tidy(notebook: NotebookNode, number: str):
             cell.metadata["source_digest"] = digest
         cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in KEPT if key in cell.metadata})
         cell.pop("attachments", None)
-        if cell.cell_type == "code":  # without sliders, which need a live kernel
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", ())]
         if "plt." in cell.source and not re.search("imshow|labelled_grid|strip", cell.source):
             image = cell.metadata.get("mystnb", {}).get("image", {})
             image |= {"classes": "plot"} if image else {}  # the site inverts plots in the dark
