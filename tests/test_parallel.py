@@ -2,6 +2,7 @@ r"""Two processes on the CPU take the steps that one would, and a process that d
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,15 +123,24 @@ def test_two_gpus_follow_one(tmp_path):
 
 
 def children_once(exists: Path, process: subprocess.Popen) -> list[int]:
-    r"""The ids of torchrun's processes, the main one first, once a file is there."""
+    r"""The ids of torchrun's processes, the main one first, once a file is there and all of them handle SIGTERM."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.kill()
         pytest.skip("needs /proc to find the processes")
     deadline = time.monotonic() + 240
-    while not exists.exists() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        pids = [int(pid) for pid in children.read_text().split()]
+        if exists.exists() and all(map(handles_sigterm, pids)):
+            break
         time.sleep(0.2)
-    return [int(pid) for pid in children.read_text().split()]
+    return pids
+
+
+def handles_sigterm(pid: int) -> bool:
+    r"""Whether a process has got as far as to end in its own way: until then the launcher's signal ends it unheard."""
+    caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def training(folder: Path, *more) -> tuple[subprocess.Popen, list[int]]:
