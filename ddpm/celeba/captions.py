@@ -54,6 +54,7 @@ TABLE = """
 -Male: / / girl, grandma, grandmother
 +Blurry: photo a blurry photo of | photo a blurry picture of / / blurry, out of focus
 +Attractive: is attractive | is good-looking | is beautiful | is handsome | is pretty / / gorgeous
+-Smiling: without a smile
 +Smiling: is smiling | with a smile | is laughing | is grinning | with a grin / with a big smile / smiles
 +Chubby: is chubby | is plump | is overweight | is fat / is very chubby
 +Bald: is bald | is bald-headed / is completely bald / baldheaded, hairless
@@ -92,13 +93,18 @@ TABLE = """
 +Mustache: with a mustache | with a moustache / with a big mustache
 +5_o_Clock_Shadow: with a five o'clock shadow | with stubble / with some stubble / clock shadow
 -No_Beard: with a beard / with a full beard / facial hair
+-Eyeglasses: without glasses | without eyeglasses
 +Eyeglasses: wearing eyeglasses | wearing glasses | with glasses | with sunglasses | wearing spectacles
     / wearing large glasses
+-Wearing_Hat: without a hat
 +Wearing_Hat: wearing a hat | with a hat | wearing a cap | wearing a beanie / wearing a large hat / fedora
+-Wearing_Earrings: without earrings
 +Wearing_Earrings: wearing earrings | with earrings / wearing big earrings / earring
 +Wearing_Necklace: wearing a necklace | with a necklace / wearing a gold necklace / necklaces
+-Wearing_Necktie: without a tie
 +Wearing_Necktie: wearing a necktie | wearing a tie | with a tie / wearing a dark tie
 +Wearing_Lipstick: wearing lipstick | with red lips / wearing bright lipstick
+-Heavy_Makeup: without makeup
 +Heavy_Makeup: wearing heavy makeup | with heavy makeup | wearing makeup / wearing a lot of makeup / make up
 """
 
@@ -172,7 +178,8 @@ def describe(
     With a seed it is one of many, used for training: wordings, order and opening vary, gender stays in 90 %. Half of
     the wordings are the first. One caption in four is a list of keywords. Half of the captions state everything else
     too, because a model learns late what some captions leave out. In the others each statement stays with a
-    probability that is itself drawn for the caption, so that some are short.
+    probability that is itself drawn for the caption, so that some are short. What a face lacks, for example a hat, is
+    said in 8 %.
 
     Args:
         attributes: as for `consistent`.
@@ -192,14 +199,18 @@ def describe(
     """
     row = dict(zip(ATTRIBUTES, consistent(attributes).tolist(), strict=True))
     rng = None if seed is None else np.random.default_rng(seed)
-    keep = 1.0 if kept or rng is None or rng.random() < 0.5 else rng.uniform(0.1, 1.0)
+    is_full = kept or rng is None
+    keep = 1.0 if is_full or rng.random() < 0.5 else rng.uniform(0.1, 1.0)
     places: dict[str, list[str]] = defaultdict(list)
     for phrase in PHRASES:
         if not phrase.wordings or row[phrase.name] != phrase.value or not _is_sensible(phrase, row, places):
             continue
-        if kept or rng is None or rng.random() < (0.9 if phrase.name == "Male" else keep):
+        stays = 0.9 if phrase.name == "Male" else keep
+        if phrase.wordings.startswith("without"):
+            stays = 0.0 if is_full else 0.08
+        if rng is not None and rng.random() < stays or is_full and stays:
             wordings = (kept and phrase.kept or phrase.wordings).split(" | ")
-            is_first = kept or rng is None or rng.random() < 0.5
+            is_first = is_full or rng.random() < 0.5
             place, _, text = wordings[0 if is_first else rng.integers(len(wordings))].partition(" ")
             places[place].append(text)
     if rng is None:
@@ -270,8 +281,9 @@ def _clauses(has: list[str], lacks: list[str], wears: list[str], who: bool, wear
     r""" "with black hair but no beard, wearing a hat", or the like."""
     wearing = f"wearing {_listed(wears)}" if wears else ""
     if not has:
-        return ", ".join(filter(None, [*(f"without {text}" for text in lacks), wearing]))
-    having = _listed(has) + "".join(f" but no {text.removeprefix('a ')}" for text in lacks)
+        lacking = f"without {' or '.join(lacks)}" if lacks else ""
+        return ", ".join(filter(None, [lacking, wearing]))
+    having = _listed(has) + (f" but no {' or '.join(map(_bare, lacks))}" if lacks else "")
     if who:
         comma = "," if len(has) > 1 else ""
         return f"who has {having}" + (f"{comma} and is {wearing}" if wears else "")
