@@ -8,12 +8,12 @@ r"""Everything at once: a text-to-image diffusion model in one file, from faces 
 # imported, because they are data. The other notebooks take the parts one by one, and [ddpm/](../ddpm/unet.py) holds
 # the full versions.
 #
-# The idea in two sentences: during training, a picture is mixed with noise, and a network learns to predict what was
-# mixed. To draw, start from pure noise and remove a little of the predicted noise at a time.
+# The idea in two sentences: during training, a picture is mixed with noise, and a network learns to predict both from
+# the mixture. To draw, the model starts from pure noise and removes a little of the predicted noise at a time.
 #
 # Three things are smaller here than in the package. A 2 x 2 patch of pixels takes the place of the VAE's latent. A
-# small learned table of words takes the place of CLIP's text tower, so only the words of the training captions are
-# known. The pictures have 32 x 32 pixels.
+# small learned table of words takes the place of CLIP's text tower, so a prompt may have only the words of the training
+# captions. The pictures have 32 x 32 pixels.
 #
 # It is also a script: `python notebooks/00_everything.py` trains and writes `everything.png`.
 
@@ -74,8 +74,9 @@ x_0, captions = faces(COUNT)
 print(len(captions), "faces, for example:", captions[0])
 
 # %% [markdown]
-# A sentence becomes numbers: every word of the training captions has its place in a list. Number 0 pads a sentence to
-# the length of the longest. The empty sentence is all padding, and it stands for "no caption" below.
+# A sentence becomes numbers: every word of the training captions has a place in a list, and its number is that place.
+# Number 0 pads a sentence to the length of the longest. The empty sentence is all padding, and it stands for "no
+# caption" below.
 
 # %%
 WORDS = ["", *sorted({word for caption in captions for word in caption.replace(",", "").split()})]
@@ -97,7 +98,7 @@ print(len(WORDS) - 1, "words, at most", LONGEST, "in a sentence")
 # %% [markdown]
 # ## 2. Forward: from picture to noise
 #
-# `alpha_bar[t]` says how much of the picture is left after step t. It falls along a squared cosine from 1 to 0:
+# `alpha_bar[t]` sets how much of the picture is left after step t. It falls along a squared cosine from 1 to 0:
 #
 # $$x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon, \qquad \epsilon \sim \mathcal N(0, I)$$
 #
@@ -130,8 +131,9 @@ def x_0_and_eps(x_t, t, v):
 
 
 # %% [markdown]
-# The network predicts v, because v is hard at every t. The noise alone is easy to predict where there is almost only
-# noise, and dividing by a small $\sqrt{\bar\alpha_t}$ then magnifies the small error.
+# The network predicts v rather than the noise. At a large t the noise is easy to predict, because x_t is almost only
+# noise. To read the picture from a predicted noise, one divides by $\sqrt{\bar\alpha_t}$, which is small there. So a
+# small error in the noise becomes a large one in the picture. To read the picture from v, nothing is divided.
 
 # %% Eight pictures of one face, from clean to pure noise
 t = torch.tensor([0, 150, 300, 450, 600, 750, 900, 999])
@@ -140,8 +142,8 @@ show(q_sample(x_0[:1].expand(8, -1, -1, -1), t, torch.randn(8, 3, 32, 32)), [f"t
 # %% [markdown]
 # ## 3. The network: a UNet that attends to words
 #
-# A block looks at neighbours with two 3 x 3 convolutions and adds what it found to its input. The time is added in
-# between, because the network should act differently on much and on little noise.
+# A block combines each place with its neighbours by two 3 x 3 convolutions, and adds the result to its input. The
+# time is added between the two, because the network must act differently on much and on little noise.
 
 
 # %%
@@ -169,13 +171,14 @@ class Block(nn.Module):
 
 
 # %% [markdown]
-# Attention lets every place choose words. A place sends a query q, each word offers a key k and a value v, and the
-# softmax turns likeness into weights that add up to 1:
+# Attention gives every place a weighted mean over the words. Each place has a query q. Each word has a key k and a
+# value v. The softmax turns the products of a query with all keys into weights that add up to 1, and the result is the
+# mean of the values with these weights:
 #
 # $$\mathrm{softmax}\left(q k^\top / \sqrt d\right) v$$
 #
-# For example, the places of the hair can put their weight on "blond". The same layer, given its own places instead
-# of words, is self-attention: it lets the left eye match the right one.
+# For example, the places of the hair can put their weight on "blond". When the keys and values come from the places
+# instead of the words, the layer is called self-attention. It lets the left eye match the right one.
 
 
 # %%
@@ -207,9 +210,9 @@ class Attention(nn.Module):
 
 
 # %% [markdown]
-# The UNet goes down from 16 x 16 to 4 x 4 places and up again. On the way up, each level also gets what the same level
-# had on the way down, because the small middle cannot hold where every edge is. Word and place in the sentence are
-# embedded by two learned tables.
+# The UNet goes down from 16 x 16 to 4 x 4 places and up again. On the way up, each level also gets the map that the
+# same level had on the way down, because 4 x 4 places are too few to keep the position of every edge. Two learned
+# tables embed each word and its place in the sentence.
 
 
 # %%
@@ -290,12 +293,13 @@ plt.show()
 # %% [markdown]
 # ## 5. Drawing: guidance and DDIM
 #
-# Guidance compares two predictions, one with the caption and one without, and goes on in the direction of their
-# difference:
+# Guidance makes two predictions, one with the caption and one without. It starts at the prediction without the caption
+# and adds s times the difference of the two:
 #
 # $$\hat v = v_\varnothing + s\,(v_c - v_\varnothing)$$
 #
-# For example, s = 1 is the prediction with the caption, and s = 3 follows the caption more strongly than the data do.
+# For example, s = 1 gives the prediction with the caption. With s = 3 a picture follows its caption more strongly than
+# the training pictures follow theirs.
 #
 # A step of DDIM goes from time t to an earlier time s. The prediction gives a picture and a noise. The step mixes the
 # same two again, with the smaller amount of noise that belongs to s:
@@ -348,7 +352,8 @@ plt.savefig("everything.png") if "__file__" in globals() else plt.show()
 # The loss falls from 0.62 to 0.10. Hair, hats and eyeglasses follow the sentences: all four women of the first prompt
 # are blond, and all four men of the last wear a dark hat. Baldness is learned worse: the second man has hair, and the
 # third a dark patch. A smile takes a few pixels and can hardly be seen. Every picture is grainy, because five minutes
-# are short. [Notebook 07](07_sampling_and_guidance.ipynb) draws with a model of 64 x 64 pixels that trained for longer.
+# of training are short. [Notebook 07](07_sampling_and_guidance.ipynb) draws with a model of 64 x 64 pixels that
+# trained for longer.
 #
 # ## Exercises
 #
