@@ -131,7 +131,7 @@ def x_0_and_eps(x_t, t, v):
 
 
 # %% [markdown]
-# The network predicts v rather than the noise. At a large t the noise is easy to predict, because x_t is almost only
+# The network predicts v rather than the noise. At a large t the noise is easy to predict, because $x_t$ is almost only
 # noise. To read the picture from a predicted noise, one divides by $\sqrt{\bar\alpha_t}$, which is small there. So a
 # small error in the noise becomes a large one in the picture. To read the picture from v, nothing is divided.
 
