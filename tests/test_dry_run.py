@@ -14,6 +14,7 @@ from conftest import Remembering
 from torch import nn
 
 from ddpm.celeba.dataset import drawn_pictures
+from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.config import Config
 from ddpm.model import TextToImage
 from ddpm.tools.arrays import TOGETHER
@@ -26,6 +27,7 @@ from ddpm.training.dry_run import (
     bytes_kept,
     measure,
     measure_caches,
+    minutes,
 )
 from ddpm.training.optimization import EMA
 from ddpm.training.stages import inference_batch
@@ -81,6 +83,24 @@ def test_a_need_adds_up(tower):
     muon = measure("unet", model, config.with_training(muon_lr=0.01), "fp32", 3)  # one moment in place of two
     assert size < muon["optimizer"] < 1.2 * size and muon["peak"] < whole["peak"]
     assert parts["flops"] == whole["flops"] > 0  # micro-batches do not change what is computed
+
+
+def test_minutes_are_shared_out_and_few_pictures_bound_the_steps():
+    r"""450 pictures in batches of 16; a second reads ten of all 500."""
+    split = np.repeat([TRAIN, VALID], [450, 50])
+    seconds = {"vae": 1.0, "unet": 0.6, "latent": 0.0, "caption": 0.0}
+    hour = Config.from_preset("celeba64", max_minutes=60.0, vae_share=0.1)
+    line, warning = minutes(hour, split, 0.1, seconds)
+    assert ": 0.8 for 500 pictures, 5.2 for 310 steps of the VAE, " in line
+    assert "52.8 for 5,280 steps of the UNet, 187.7 epochs" in line
+    assert "in 188 epochs; for 50 of them take --unet-steps 1406" in warning
+    [line] = minutes(Config.from_preset("celeba64", max_minutes=10.0), split, 1.15, seconds)
+    assert (
+        "9.6 for 500 pictures, 0.0 for 0 steps of the VAE, 0.0 for the latents' scale, 0.2 for 22 steps"
+        in line
+    )
+    [line] = minutes(Config.from_preset("celeba64", max_minutes=5.0), split, 1.15, seconds)
+    assert " 0 steps of the UNet, 0.0 epochs" in line
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from ddpm.celeba.captions import ATTRIBUTES
 from ddpm.celeba.dataset import photographs
 from ddpm.celeba.images import read_image
 from ddpm.celeba.lists import TEST, TRAIN, VALID, open_table, split_by_name
+from ddpm.config import Config
+from ddpm.training import dry_run
 
 
 def jsonl(*rows):
@@ -171,6 +173,14 @@ def test_celeba_in_parquet_gives_its_attributes_pictures_and_split(tmp_path, kin
         np.testing.assert_array_equal(pixels[i], read_image(tmp_path / "files" / FILES[row], 16))
     part = table.take([7, 2])
     np.testing.assert_array_equal(photographs(tmp_path / "cache", part, size=16).pixels, pixels[[7, 2]])
+
+
+def test_the_dry_run_reads_pictures_out_of_parquet(tmp_path, monkeypatch):
+    put_parquet(tmp_path, image=STRUCTS, **forty(bool))
+    sources = []
+    monkeypatch.setattr(dry_run, "read_image", lambda source, *_: sources.append(source))
+    assert dry_run.seconds_of_a_picture(Config.from_preset("tiny"), open_table(tmp_path), some=2) > 0
+    assert sources == [JPEGS[10], JPEGS[11]]
 
 
 CLASSES = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm.config import Config, TrainConfig
+from ddpm.tools.errors import UserError
 from ddpm.tools.seeding import seed_of
 
 
@@ -28,6 +29,15 @@ def batch_rows(rows: np.ndarray, batch: int, step: int, *name) -> tuple[np.ndarr
 def permutation(n: int, seed: int) -> np.ndarray:
     r"""0..n-1 in a random order. The last order is kept, because all steps of an epoch share it."""
     return np.random.default_rng(seed).permutation(n)
+
+
+def check_counts(train: int, valid: int):
+    r"""UserError unless there are pictures to train on and others to validate."""
+    if not train or not valid:
+        raise UserError(
+            f"expected pictures to train on and others to validate, got {train} and {valid}; "
+            "give more, or see the split or partition file"
+        )
 
 
 def stage_steps(config: Config, stage: str, count: int) -> int:

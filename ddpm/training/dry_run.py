@@ -16,16 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ddpm.celeba.faces import draw_many, drawn_rows, drawn_split
 from ddpm.celeba.images import BadImage, read_image
-from ddpm.celeba.lists import TRAIN, ImageTable
+from ddpm.celeba.lists import TRAIN, VALID, ImageTable
 from ddpm.config import Config, size_warning
 from ddpm.model import TextToImage
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.tools.arrays import TOGETHER
+from ddpm.tools.command import bar
 from ddpm.tools.devices import autocast, wait_for
-from ddpm.training.batches import stage_steps
+from ddpm.training.batches import check_counts, stage_steps
 from ddpm.training.optimization import Bound, Optimization
 
 MIB = 2**20
+MANY_EPOCHS = 50  # of the UNet; a rule of thumb
 ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 ATTENTION_ON_CPU = {  # torch's counter knows only the fused attention of GPUs; the arguments are shapes
@@ -85,6 +87,8 @@ def bytes_kept(loss: Callable[[], Tensor], network: nn.Module) -> int:
 def report(config: Config, table: ImageTable | None, device: torch.device, precision: str) -> Iterator[str]:
     r"""Lines of text: the model, what `measure` finds for each stage, `measure_caches` beside them, and `minutes`."""
     settings = config.training
+    split = drawn_split(settings.drawn_images) if table is None else table.split
+    check_counts(*((split == part).sum() for part in (TRAIN, VALID)))
     side = config.model.image_size
     latent_side = config.model.latent_size
     model = TextToImage(config.model, TextTower()).to(device)  # weights need not be read to be measured
@@ -114,18 +118,19 @@ def report(config: Config, table: ImageTable | None, device: torch.device, preci
         f"beside a step, MiB: {memory[0] / MIB:.0f} to encode {TOGETHER} pictures, {memory[1] / MIB:.0f} to embed "
         f"{TOGETHER} captions, each once"
     )
-    yield minutes(config, table, seconds)
+    yield from minutes(config, split, seconds_of_a_picture(config, table), seconds)
 
 
-def minutes(config: Config, table: ImageTable | None, seconds: dict[str, float]) -> str:
-    r"""How long each part of the run will take on the data that is there, in one line.
+def minutes(config: Config, split: np.ndarray, to_read: float, seconds: dict[str, float]) -> Iterator[str]:
+    r"""How long each part of the run will take on the data that is there, and what to change for few pictures.
 
-    Args: seconds: of a step of `vae` and `unet`, and of one `latent` and one `caption`.
+    Args:
+        split: of the pictures. to_read: seconds for one of them.
+        seconds: of a step of `vae` and `unet`, and of one `latent` and one `caption`.
     """
     settings = config.training
-    split = drawn_split(settings.drawn_images) if table is None else table.split
     count = int((split == TRAIN).sum())
-    reading = len(split) * seconds_of_a_picture(config, table)
+    reading = len(split) * to_read
     scale = min(count, 2048) * seconds["latent"]
 
     def new(steps: float) -> tuple[float, float]:
@@ -137,8 +142,9 @@ def minutes(config: Config, table: ImageTable | None, seconds: dict[str, float])
 
     if settings.max_minutes:
         whole = 60 * settings.max_minutes
-        vae = max(0.0, whole * settings.vae_share - reading)
-        unet = 0.98 * whole * (1 - settings.vae_share) - scale
+        second = max(reading, whole * settings.vae_share)  # when the second stage begins
+        vae = second - reading
+        unet = max(0.0, 0.98 * whole - second - scale)
         low, high = 0.0, unet / seconds["unet"]
         for _ in range(50):  # steps that the time allows, by halving
             steps = (low + high) / 2
@@ -149,15 +155,22 @@ def minutes(config: Config, table: ImageTable | None, seconds: dict[str, float])
         vae = steps["vae"] * seconds["vae"]
         unet = steps["unet"] * seconds["unet"] + sum(new(steps["unet"]))
     latents, captions = new(steps["unet"])
+    epochs = steps["unet"] * settings.batch_size / count
     parts = {
         f"for {len(split):,} pictures": reading,
         f"for {steps['vae']:,.0f} steps of the VAE": vae,
         "for the latents' scale": scale,
-        f"for {steps['unet']:,.0f} steps of the UNet, {steps['unet'] * settings.batch_size / count:,.1f} epochs": unet,
+        f"for {steps['unet']:,.0f} steps of the UNet, {epochs:,.1f} epochs": unet,
         "of these for new latents": latents,
         "and at most for new captions": captions,
     }
-    return "about, in minutes: " + ", ".join(f"{value / 60:,.1f} {name}" for name, value in parts.items())
+    yield "about, in minutes: " + ", ".join(f"{value / 60:,.1f} {name}" for name, value in parts.items())
+    if epochs > MANY_EPOCHS:
+        fewer = MANY_EPOCHS * count // settings.batch_size
+        yield (
+            f"warning: the UNet may learn {count:,} pictures by heart in {epochs:,.0f} epochs; for {MANY_EPOCHS} of "
+            f"them take --unet-steps {max(1, fewer)}, and fewer if the validation loss rises"
+        )
 
 
 def seconds_of_a_picture(config: Config, table: ImageTable | None, some: int = 32) -> float:
@@ -168,10 +181,11 @@ def seconds_of_a_picture(config: Config, table: ImageTable | None, some: int = 3
         for _ in draw_many(drawn_rows(some, 0), 0, size):
             pass
         return (time.perf_counter() - begun) / some
-    for i in np.linspace(0, len(table) - 1, some).astype(int):
+    pictures = next(table.batches(some))
+    for _, source in pictures:
         with contextlib.suppress(BadImage):
-            read_image(table.root / table.files[i], size, config.training.crop)
-    return (time.perf_counter() - begun) / some / os.cpu_count()
+            read_image(source, size, config.training.crop)
+    return (time.perf_counter() - begun) / len(pictures) / os.cpu_count()
 
 
 def measure(stage: str, model: TextToImage, config: Config, precision: str, steps: int = 4) -> dict:
@@ -201,8 +215,10 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
             opt.backward(loss())
         opt.end_step()
         wait_for(model.device)
+        shown.update()
         return time.monotonic() - start
 
+    shown = bar(total=steps, desc=f"measuring steps, {stage}", leave=False)
     opt.network.train()
     kept = bytes_kept(loss, opt.network)
     seconds = [step()]  # the optimizers' moments are there from now on
@@ -214,6 +230,7 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
         step()
     seconds += [step() for _ in range(steps - 3)]
+    shown.close()
     parameters = sum(p.numel() for p in opt.network.parameters())
     average = 4 * parameters if opt.ema else 0
     weights = sum(tensor.nbytes for part in model.children() for tensor in part.state_dict().values())

@@ -21,6 +21,7 @@ from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.files import CannotWrite, remove_leftovers
 from ddpm.tools.weights import load_weights
 from ddpm.training import dry_run, perceptual
+from ddpm.training.batches import check_counts
 from ddpm.training.optimization import NotFinite, check_batches
 from ddpm.training.parallel import Group, LostGroup, is_lost
 from ddpm.training.run_folder import Run
@@ -177,12 +178,7 @@ def check_pictures(config: Config, pictures: Pictures):
     size = config.model.image_size
     if pictures.pixels.shape[1:] != (size, size, 3):
         raise UserError(f"expected pictures of {size} x {size} x 3, got {pictures.pixels.shape[1:]}")
-    train_count, valid_count = len(pictures.rows(TRAIN)), len(pictures.rows(VALID))
-    if not train_count or not valid_count:
-        raise UserError(
-            f"expected pictures to train on and others to validate, got {train_count} and {valid_count}; "
-            "give more, or see the split or partition file"
-        )
+    check_counts(len(pictures.rows(TRAIN)), len(pictures.rows(VALID)))
     if pictures.bad:
         few = ", ".join(f"{name} ({reason})" for name, reason in pictures.bad[:3])
         say(f"skipped {len(pictures.bad)} unreadable pictures: {few}")
