@@ -11,6 +11,7 @@ from ddpm.celeba.dataset import Pictures
 from ddpm.diffusion import q_sample
 from ddpm.losses import prior_term, split_output, variational_term
 from ddpm.model import TextToImage
+from ddpm.tools.arrays import Progress, silent
 from ddpm.tools.devices import autocast
 from ddpm.tools.seeding import generator
 from ddpm.training.caches import Latents, Texts
@@ -28,6 +29,7 @@ def bits_per_dimension(
     width: float,
     precision: str = "fp32",
     seed: int = 0,
+    progress: Progress = silent,
 ) -> dict:
     r"""The full variational bound of some held-out pictures: of their latents, and of the 8-bit pictures themselves.
 
@@ -63,7 +65,7 @@ def bits_per_dimension(
     slices = list(itertools.pairwise(edges))  # the first is t = 0 alone
 
     terms = {form: torch.zeros(len(slices), len(rows), dtype=torch.float64) for form in forms}
-    for k, (first, end) in enumerate(slices):
+    for k, (first, end) in enumerate(progress(slices, len(slices), "variational terms, by time")):
         t = torch.randint(first, end, (len(rows),), generator=g)
         z_t = q_sample(schedule, z_0, t, torch.randn(z_0.shape, generator=g))
         with autocast(model.device, precision):

@@ -6,6 +6,7 @@ import torch
 from ddpm.evaluation import metrics, plots
 from ddpm.evaluation.bits import bits_per_dimension
 from ddpm.evaluation.shared import Evaluation
+from ddpm.tools.command import progress_bar
 from ddpm.training.validation import loss_by_timestep, psnr, ssim
 
 
@@ -28,7 +29,7 @@ def loss(e: Evaluation) -> dict:
     n = min(e.n, 256)
     prediction = e.model.config.prediction
     inputs = (e.model, e.encoded, e.texts, e.held_out, np.arange(n))
-    tenths = loss_by_timestep(*inputs, e.options.precision, seed=e.options.seed)
+    tenths = loss_by_timestep(*inputs, e.options.precision, seed=e.options.seed, progress=progress_bar)
     e.files["loss.png"] = plots.plot_loss(tenths, prediction)
     return {"n": n, "prediction": prediction, "tenths": tenths, "mean": sum(tenths) / len(tenths)}
 
@@ -39,5 +40,5 @@ def bits(e: Evaluation) -> dict:
     train = e.train_pictures[:n]
     width = (train - e.decoded(train)).abs().mean().item()
     inputs = (e.model, e.encoded, e.texts, e.held_out, np.arange(n))
-    found = bits_per_dimension(*inputs, width, e.options.precision, seed=e.options.seed)
+    found = bits_per_dimension(*inputs, width, e.options.precision, e.options.seed, progress_bar)
     return {"n": n, "variance": e.model.config.variance, "width": width, **found}

@@ -6,11 +6,13 @@ No torch, so that `--help` answers at once.
 import argparse
 import contextlib
 import ctypes
+import io
 import math
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,7 +30,9 @@ OUT_OF_MEMORY = (
     "out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
     f"--preset lowvram ({TRAIN} --dry-run prints what is needed); to draw, ask for fewer pictures at once"
 )
+QUIET_SECONDS = 10  # after which a command that draws no bar prints how far it is
 _quiet = False  # by `be_quiet`
+_newest = time.monotonic()  # when a line was printed last
 
 
 class Parser(argparse.ArgumentParser):
@@ -212,16 +216,31 @@ def be_quiet():
     warnings.simplefilter("ignore")
 
 
-def bar(things: Iterable | None = None, **options):
-    r"""A tqdm bar, on a terminal and in a process that may speak; elsewhere it is silent."""
-    return tqdm(things, disable=_quiet or None, **options)
+class Lines(tqdm):
+    r"""A bar for a log or a notebook: now and then a line, so that nothing is silent for long."""
+
+    def __init__(self, *things, **options):
+        form = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}{postfix}]"
+        super().__init__(*things, file=io.StringIO(), bar_format=form, mininterval=0, miniters=1, **options)
+
+    def display(self, msg=None, pos=None):
+        if msg is None and time.monotonic() - _newest >= QUIET_SECONDS:
+            say(str(self))
+
+
+def bar(things: Iterable | None = None, **options) -> tqdm:
+    r"""A tqdm bar on a terminal, `Lines` elsewhere, and nothing in a process that is quiet."""
+    kind = tqdm if sys.stderr and sys.stderr.isatty() else Lines
+    return kind(things, disable=_quiet, **options)
 
 
 def progress_bar(things: Iterable, total: int, label: str) -> Iterable:
-    r"""`things` with a bar on the terminal while they pass."""
+    r"""`things` with a bar while they pass."""
     return bar(things, desc=label, total=total, leave=False)
 
 
 def say(text: str):
     r"""Print a line above a bar that is being drawn."""
+    global _newest
+    _newest = time.monotonic()
     tqdm.write(escaped(text))  # file names may be in it

@@ -76,7 +76,6 @@ class Stage:
         self.stop = StopRequest()
         self.more: dict = {}  # what the checkpoint holds beside the optimization
         self.mean_loss = math.nan
-        self.last_line = time.monotonic()
         self.opt = Optimization(network, self.config, lr, self.bound(), ema, self.precision, self.group)
         self.run.restore(name, self.opt)
 
@@ -180,7 +179,7 @@ class Stage:
         )
 
     def show(self, shown, report: Report, seconds: float):
-        r"""Show the running mean of the loss and the speed, in the bar or, without a terminal, in lines."""
+        r"""Show the running mean of the loss and the speed in the bar."""
         if report.finite:
             is_first = math.isnan(self.mean_loss)
             self.mean_loss = report.loss if is_first else 0.98 * self.mean_loss + 0.02 * report.loss
@@ -190,9 +189,6 @@ class Stage:
             status += f", {max(0.0, until - self.run.clock()) / 60:.1f} min left"
         shown.set_postfix_str(status, refresh=False)
         shown.update()
-        if shown.disable and time.monotonic() - self.last_line >= 30:
-            self.last_line = time.monotonic()
-            say(f"{self.name} step {report.step}: {status}")
 
     def log(self, report: Report, seconds: float):
         self.run.log(
@@ -275,7 +271,9 @@ class UnetStage(Stage):
         with self.opt.ema.applied(unet):
             how = {"precision": self.precision, "seed": self.settings.seed, "batch": batch}
             weighting = self.settings.weighting
-            losses = loss_by_timestep(*self.data, self.held_out, **how, weighting=weighting)
+            losses = loss_by_timestep(
+                *self.data, self.held_out, **how, weighting=weighting, progress=progress_bar
+            )
             save_weights(self.run.folder / "ema.safetensors", unet.state_dict())
             self.draw_samples(max(1, batch // 2))  # guidance runs the UNet on twice as many
         mean = sum(losses) / len(losses)

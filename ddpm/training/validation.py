@@ -57,11 +57,12 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_quality(
-    model: TextToImage, pictures: Pictures, rows: np.ndarray, precision="fp32", batch=64
+    model: TextToImage, pictures: Pictures, rows: np.ndarray, precision="fp32", batch=64, progress=silent
 ) -> tuple[float, float]:
     r"""Mean PSNR (dB) and SSIM of decode(encode(x).mode()) over the given pictures."""
     scores = []
-    for begin in range(0, len(rows), batch):
+    starts = range(0, len(rows), batch)
+    for begin in progress(starts, len(starts), f"reconstructing pictures, {batch} at a time"):
         x = pictures.batch(rows[begin : begin + batch]).to(model.device)
         with autocast(model.device, precision):
             x_hat = model.vae.decode(model.vae.encode(x.contiguous(memory_format=torch.channels_last)).mode())
@@ -103,6 +104,7 @@ def loss_by_timestep(
     seed=0,
     batch=64,
     weighting="prediction",
+    progress: Progress = silent,
 ) -> list[float]:
     r"""Validation loss in each tenth of the time axis, on fixed pictures, noise and captions.
 
@@ -121,7 +123,7 @@ def loss_by_timestep(
             return model.unet(z_t, t, context)
 
     losses = []
-    for bucket in range(buckets):
+    for bucket in progress(range(buckets), buckets, "losses by time"):
         t = (bucket + torch.rand(len(rows), generator=g)) / buckets * T
         t = t.clamp(max=T - 1).long()  # it may be rounded up to T
         eps = torch.randn(z_0.shape, generator=g)
