@@ -137,7 +137,7 @@ class TextToImage(nn.Module):
             given = start and Start(start.x_0[part], start.strength, start.mask[part])
             with autocast(self.device, precision), context_read_once(self.unet):
                 context = self.embed(prompts[part])
-                uncond = self.embed(negative[part])
+                uncond = context if negative[part] == prompts[part] else self.embed(negative[part])
                 denoise = guided(self.unet, context, uncond, guidance_scale)
                 settings["start"] = given and self.encode_start(given)
                 for state in sample_loop(self.schedule, denoise, draw(), draw, **settings):

@@ -141,7 +141,8 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
     + s \left(\epsilon_\theta(z_t, t, c) - \epsilon_\theta(z_t, t, \varnothing)\right)$$
 
     where s is `scale`. s = 1 is the conditional model and s = 0 the unconditional one, and each runs the network once,
-    not twice. A learned variance is the conditional model's, because an extrapolated one would leave its bounds.
+    not twice. Once is enough for every s where `negative` is `context`. A learned variance is the conditional model's,
+    because an extrapolated one would leave its bounds.
 
     Args:
         network: callable (z_t, t, context) -> (B, ...), the UNet; the formula holds for eps, v and x_0 alike.
@@ -151,8 +152,8 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
     """
     if not math.isfinite(scale):
         raise ValueError(f"expected a finite guidance scale, got {scale}")
-    if scale in (0.0, 1.0):
-        alone = context if scale == 1.0 else negative
+    if scale in (0.0, 1.0) or negative is context:
+        alone = negative if scale == 0.0 else context
         return lambda z_t, t: network(z_t, t, alone)
     both = torch.cat([negative, context])
 

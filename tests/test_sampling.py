@@ -490,10 +490,20 @@ def test_guidance_leads_from_the_unconditional_past_the_conditional_in_one_call(
 
 
 @pytest.mark.equation("guidance")
-@pytest.mark.parametrize("scale, context", [(1, PROMPTS), (1.0, PROMPTS), (0, EMPTY), (0.0, EMPTY)])
-def test_guidance_one_is_conditional_and_zero_unconditional_with_half_the_work(scale, context):
+@pytest.mark.parametrize(
+    "scale, prompts, context",
+    [
+        (1, PROMPTS, PROMPTS),
+        (1.0, PROMPTS, PROMPTS),
+        (0, PROMPTS, EMPTY),
+        (0.0, PROMPTS, EMPTY),
+        (3.0, EMPTY, EMPTY),
+    ],
+)
+def test_guidance_one_is_conditional_and_zero_unconditional_with_half_the_work(scale, prompts, context):
+    r"""So is any guidance of the empty prompt, which is led away from itself."""
     network = Recorder()
-    output = guided(network, PROMPTS, EMPTY, scale)(Z, T)
+    output = guided(network, prompts, EMPTY, scale)(Z, T)
     [(z, _, seen)] = network.inputs
     assert z is Z and seen is context
     assert torch.equal(output, Recorder()(Z, T, context))
