@@ -194,6 +194,17 @@ def test_a_row_is_as_far_as_the_nearest_training_row(pictures):
     assert found.tolist() == expected and found[3] == 0 and found.max() > 1
 
 
+def test_mirrored_copies_count_where_training_mirrors(run, pictures, tmp_path, monkeypatch):
+    r"""Most of the pictures here are mirrored, so their median is near 0 only if those are found."""
+    copies = pictures.batch(pictures.rows(TRAIN)[:20], torch.arange(20) % 3 > 0)
+    monkeypatch.setattr(TextToImage, "sample", lambda self, prompts, *_, **__: copies[: len(prompts)])
+    unmirrored = Config.read(run / "config.json").with_training(flip=False)
+    monkeypatch.setattr(Config, "read", lambda path: unmirrored)
+    assert evaluate(run, "--only", "neighbours", "--out", tmp_path) == 0
+    found = result_in(tmp_path)["neighbours"]
+    assert all(space["ratio_to_held_out"] > 1e-3 for space in found.values())
+
+
 def test_copies_of_training_pictures_are_found_mirrored_ones_too(run, pictures, tmp_path, monkeypatch):
     copies = pictures.batch(pictures.rows(TRAIN)[:20], torch.arange(20) % 2 == 0)
     monkeypatch.setattr(TextToImage, "sample", lambda self, prompts, *_, **__: copies[: len(prompts)])

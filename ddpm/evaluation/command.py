@@ -46,7 +46,7 @@ def evaluate(options: argparse.Namespace):
     model, config, pictures = open_run(options)
     rows = choose_rows(pictures, options)
     model.to(device, memory_format=torch.channels_last)
-    evaluation = Evaluation(model, pictures, rows, options)
+    evaluation = Evaluation(model, pictures, rows, options, config.training.flip)
     say(f"{len(rows)} {options.split} pictures of {config.training.data}, {options.precision} on {device}")
     if evaluation.planned:
         say(f"drawing will take about {evaluation.minutes_of_drawing():.1f} minutes")

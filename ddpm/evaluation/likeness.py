@@ -37,7 +37,7 @@ def frechet(e: Evaluation) -> dict:
 
 
 def neighbours(e: Evaluation) -> dict:
-    r"""How near the generated pictures come to training pictures and to their mirror images, trained on as well.
+    r"""How near the generated pictures come to training pictures, and to their mirror images if trained on as well.
 
     Beside it how near held-out pictures come, as they are and through the VAE, because what is smooth is near to
     much. A ratio of medians near 1 is as new as new photographs are; near 0, copies.
@@ -62,9 +62,10 @@ def neighbours(e: Evaluation) -> dict:
 
 
 def nearest_train(e: Evaluation, network: Callable, queries: Tensor, label: str) -> tuple[Tensor, Tensor]:
-    r"""`metrics.nearest` among all training pictures, and after them all their mirror images."""
+    r"""`metrics.nearest` among all training pictures, and after them all their mirror images if trained on."""
     train = e.train_rows
-    both = [(train[i : i + POOL], flip) for flip in (False, True) for i in range(0, len(train), POOL)]
+    ways = (False, True) if e.flips else (False,)
+    both = [(train[i : i + POOL], flip) for flip in ways for i in range(0, len(train), POOL)]
     parts = progress_bar(both, len(both), f"nearest training pictures, {label}")
     pool = (e.pictures.batch(rows, torch.full((len(rows),), flip)) for rows, flip in parts)
     return metrics.nearest(e.through(network, queries), (e.through(network, x) for x in pool))

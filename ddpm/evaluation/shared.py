@@ -46,12 +46,21 @@ class Evaluation:
         held_out: the n held-out pictures, as a data set of their own; x: the same, (n, 3, S, S).
         prompts: kind -> prompts; `full` are the full captions, and `prompts_of` makes the others.
         groups: (n,) long, equal where the full captions are.
+        flips: whether the model was trained on mirror images too.
         planned: (kind of prompts, setting) -> how many of these prompts the chosen parts draw with it.
         files: name -> plot or grid.
     """
 
-    def __init__(self, model: TextToImage, pictures: Pictures, rows: np.ndarray, options: argparse.Namespace):
+    def __init__(
+        self,
+        model: TextToImage,
+        pictures: Pictures,
+        rows: np.ndarray,
+        options: argparse.Namespace,
+        flips: bool = True,
+    ):
         self.model = model
+        self.flips = flips
         self.pictures = pictures
         self.options = options
         self.train_rows = pictures.rows(TRAIN)
