@@ -8,6 +8,7 @@ python sample.py "a woman with eyeglasses" --init-image face.png --mask eyes.png
 import argparse
 import contextlib
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -73,9 +74,8 @@ def check(a: argparse.Namespace):
     if a.strength is None:
         a.strength = 0.8 if a.init_image and not a.mask else 1.0
     if not 1 / a.steps <= a.strength <= 1:
-        raise UserError(
-            f"expected --strength from {1 / a.steps:.3g}, one of {a.steps} steps, to 1, got {a.strength}"
-        )
+        least = math.ceil(1e4 / a.steps) / 1e4
+        raise UserError(f"expected --strength from {least:g}, one of {a.steps} steps, to 1, got {a.strength}")
     if a.variance and a.sampler != "ddpm":
         raise UserError(f"expected --variance with --sampler ddpm, got it with {a.sampler}; leave it out")
     if is_grid(a.out) and a.out.is_dir():
@@ -148,6 +148,10 @@ def read_start(a: argparse.Namespace, size: int, crop: int):
     sides, expected = upright_size(a.mask), upright_size(a.init_image)
     if sides != expected:
         raise UserError(f"expected --mask of {expected}, as {a.init_image} is, got {sides}; resize the mask")
+    if not mask.any():
+        raise UserError(
+            f"expected white in --mask {a.mask} where to draw anew, got none after the crop; make it 255 there"
+        )
     return Start(x_0, a.strength, mask)
 
 

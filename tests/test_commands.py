@@ -213,10 +213,12 @@ def test_a_picture_is_drawn_over_and_what_the_mask_keeps_has_its_own_pixels(trai
             "man --init-image photo.png --mask small.png",
             "expected --mask of 20 x 30, as photo.png is, got 20 x 20",
         ),
+        ("man --init-image photo.png --mask photo.png", "expected white in --mask photo.png"),
         (
             "man --init-image photo.png --strength 0",
             "expected --strength from 0.05, one of 20 steps, to 1, got 0.0",
         ),
+        ("man --init-image photo.png --strength 0 --steps 30", "from 0.0334, one of 30 steps"),
         ("man --init-image photo.png --strength nan", "got nan"),
         ("man --init-image photo.png --strength 1.5", "got 1.5"),
         ("man --init-image photo.png --steps 1", "expected --strength from 1, one of 1 steps, to 1, got 0.8"),
