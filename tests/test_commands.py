@@ -2,10 +2,12 @@ r"""train.py and sample.py: what they write, what they refuse and in which words
 
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from ddpm.celeba.images import read_image
 from ddpm.config import PRESETS
 from ddpm.evaluation import __main__ as evaluation
 from ddpm.model import TextToImage
+from ddpm.tools import command
 from ddpm.tools.command import Output, exit_code
 
 ROOT = Path(__file__).parents[1]
@@ -279,6 +282,21 @@ def test_a_run_begins_with_what_fits_of_another_and_with_its_settings(trained, t
     assert "begins with" not in capsys.readouterr().out
 
 
+def test_the_second_stage_alone_may_have_the_vae_of_another_run(trained, tmp_path, capsys):
+    r"""A run that was killed before its first checkpoint begins in the same way again."""
+    flags = [*SMALL, "--prediction", "eps", "--init", trained, "--stage", "unet", "--out", tmp_path / "run"]
+    assert run_train(*flags) == 0
+    assert "that UNet has learned with another prediction\n" in capsys.readouterr().out
+    assert {row["stage"] for row in rows_of(tmp_path / "run")} == {"unet"}
+    old, new = (load_file(folder / "vae.safetensors") for folder in (trained, tmp_path / "run"))
+    assert all(torch.equal(old[key], new[key]) for key in old)
+    for path in (tmp_path / "run").glob("*.*"):
+        if path.name != "config.json":
+            path.unlink()
+    first = run_train("--resume", tmp_path / "run", "--stage", "unet", "--stop-after", 1, "--device", "cpu")
+    assert first == 0 and "begins with the VAE" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("data, mirrored", [("--flip", True), ("--no-flip", False)])
 def test_pictures_are_mirrored_unless_left_and_right_matter(data, mirrored, tmp_path, monkeypatch):
     seen = []
@@ -314,6 +332,8 @@ def test_pictures_are_mirrored_unless_left_and_right_matter(data, mirrored, tmp_
         ("--text-weights no_such_tag", "no_such_tag"),
         ("--device tpu", "tpu"),
         ("--init /no/such/run", "nothing that fits"),
+        ("--init /no/such/run --stage unet", "nothing that fits"),
+        ("--dry-run --drawn-images 1", "to train on and others to validate, got 0 and 1"),
         ("--config /no/such/run", "/no/such/run"),
         ("--config x --preset tiny", "or --config, got both"),
         ("--drawn-images 1", "to train on and others to validate, got 0 and 1"),
@@ -401,6 +421,15 @@ def test_output_goes_on_when_its_reader_leaves_and_escapes_what_its_encoding_lac
     output.write("caf\xe9 \u0142\n")
     output.flush()
     assert content.getvalue() == b"caf\xe9 \\u0142\n"
+
+
+def test_without_a_terminal_a_line_tells_how_far_it_is_where_ten_seconds_had_none(monkeypatch, capsys):
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(command, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(command, "_newest", 0)
+    assert list(command.progress_bar(range(10), 10, "drawing faces")) == list(range(10))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" [")[0] for line in lines] == [f"drawing faces: {n} of 10" for n in (3, 6, 9)]
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def train(
             check_batches(config, group)
             session = prepared(run, group, precision, stage, resume, cache, download, pictures)
             session.steps_left = stop_after
-            is_vae_done = restore_vae(run, session.model, stage) or (yield from VaeStage(session).train())
+            is_vae_done = restore_vae(session, stage) or (yield from VaeStage(session).train())
             if is_vae_done and stage != "vae" and (yield from UnetStage(session).train()):
                 say(f"done in {run.clock() / 60:.1f} minutes; try:")
                 prompt = "a smiling woman with blond hair and eyeglasses"
@@ -121,8 +121,8 @@ def prepared(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = TextToImage(config.model, text_weights.tower_from_file(text_file) if text_file else None)
-    if settings.init and not resume:
-        begin_from(model, settings.init)
+    if settings.init and run.state is None:
+        begin_from(model, settings.init, stage)
     model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
     with group.main_process_first():
         remove_leftovers(cache)
@@ -144,26 +144,35 @@ def prepared(
     return Session(run, model, pictures, files, cache, precision, group)
 
 
-def begin_from(model: TextToImage, source: str):
-    r"""Give the networks those weights of another run, or of the package, whose shapes fit; print which."""
+def begin_from(model: TextToImage, source: str, stage: str):
+    r"""Give the networks those weights of another run, or of the package, whose shapes fit; print which.
+
+    Raises: UserError where none fit, or not those of the VAE although the UNet alone is to be trained.
+    """
     folder = SHIPPED if source == "shipped" else Path(source)
-    taken, refused = [], []
+    refused = {}
     files = {"VAE": (model.vae, "vae.safetensors"), "UNet": (model.unet, "ema.safetensors")}
     for name, (network, file) in files.items():
         try:
             load_weights(folder / file, network)
-            taken.append(f"the {name} of {folder}")
         except UserError as error:
-            refused.append(f"no {name}: {error}")
-    if not taken:
-        raise UserError(f"--init {source} has nothing that fits; {'; '.join(refused)}")
-    say(f"begins with {', '.join([*taken, *refused])}")
+            refused[name] = f"no {name}: {error}"
+    taken = [f"the {name} of {folder}" for name in files if name not in refused]
+    if not taken or (stage == "unet" and "VAE" in refused):
+        raise UserError(f"--init {source} has nothing that fits; {'; '.join(refused.values())}")
+    say(f"begins with {', '.join([*taken, *refused.values()])}")
+    if "UNet" not in refused:
+        before = vars(Config.read(folder / "config.json").model)
+        differing = [name for name, value in vars(model.config).items() if before[name] != value]
+        if differing:
+            say(f"warning: that UNet has learned with another {', '.join(differing)}")
 
 
 def check_stage(run: Run, stage: str):
     r"""Refuse a stage that cannot be trained in this run."""
     vae = run.folder / "vae.safetensors"
-    if stage == "unet" and not vae.is_file() and not run.in_second_stage:
+    is_given = run.config.training.init and run.state is None
+    if stage == "unet" and not (vae.is_file() or run.in_second_stage or is_given):
         raise UserError(
             f"expected {vae} for the second stage; train it with --stage vae first, then --resume"
         )

@@ -217,28 +217,33 @@ class VaeStage(Stage):
 
     def train(self) -> Generator[Step, None, bool]:
         r"""Train, encode and write vae.safetensors; False when it was stopped before its end."""
-        model = self.model
-        reports = train_vae(model, self.pictures, self.config, self.opt, self.precision)
+        reports = train_vae(self.model, self.pictures, self.config, self.opt, self.precision)
         if not (yield from self.take(reports)):
             return False
         if self.run.writes and float(self.run.row("vae", self.opt.step)["psnr"]) < ENOUGH_PSNR:
             advice = "the VAE blurs what the UNet draws; give the first stage more time"
             say(f"warning: below {ENOUGH_PSNR} dB {advice}")
-        with self.group.main_process_first():  # which encodes them
-            rows = self.pictures.rows(TRAIN)
-            model.latent_scale = measure_latent_scale(self.session.latents(), rows, progress_bar)
-        if self.run.writes:
-            model.save_vae(self.run.folder)
-        say(f"latents {model.latent_shape}, scale {model.latent_scale:.4f}")
+        finish_vae(self.session)
         return True
 
     def validate(self) -> dict:
         self.model.vae.eval()
-        how = (self.precision, self.inference_batch)
+        how = (self.precision, self.inference_batch, progress_bar)
         psnr, ssim = reconstruction_quality(self.model, self.pictures, self.held_out, *how)
         figures = f"held-out PSNR {psnr:.2f} dB, SSIM {ssim:.4f} on {len(self.held_out)} pictures"
         say(f"vae step {self.opt.step}: {figures}")
         return {"psnr": f"{psnr:.3f}", "ssim": f"{ssim:.4f}"}
+
+
+def finish_vae(session: Session):
+    r"""Measure the scale of the VAE's latents, and write vae.safetensors."""
+    model = session.model
+    with session.group.main_process_first():  # which encodes them
+        rows = session.pictures.rows(TRAIN)
+        model.latent_scale = measure_latent_scale(session.latents(), rows, progress_bar)
+    if session.run.writes:
+        model.save_vae(session.run.folder)
+    say(f"latents {model.latent_shape}, scale {model.latent_scale:.4f}")
 
 
 class UnetStage(Stage):
@@ -305,14 +310,19 @@ class UnetStage(Stage):
         save_png(path, labelled_grid(x, self.prompts, 8), text)
 
 
-def restore_vae(run: Run, model: TextToImage, stage: str) -> bool:
+def restore_vae(session: Session, stage: str) -> bool:
     r"""Load the VAE if its training is over; returns whether it is. The checkpoint's copy has precedence.
 
     Args: stage: what was asked for; with `vae` the first stage goes on, if its bound was moved.
     """
+    run, model = session.run, session.model
     path = run.folder / "vae.safetensors"
     state = run.state
-    if not run.in_second_stage and (not path.is_file() or (state and stage == "vae")):
+    is_there = session.group.broadcast(path.is_file())  # in all processes or none
+    if stage == "unet" and state is None and not is_there:  # it is the one of --init
+        finish_vae(session)
+        return True
+    if not run.in_second_stage and (not is_there or (state and stage == "vae")):
         return False
     if state is None:
         model.load_vae(run.folder)
