@@ -25,13 +25,13 @@ class Attention(nn.Module):
     attend = staticmethod(F.scaled_dot_product_attention)  # softmax(Q K^T / sqrt(d)) V
 
     def __init__(
-        self, width: int, context_width: int | None = None, head_width: int = 32, qkv_bias: bool = False
+        self, width: int, context_width: int | None = None, head_width: int = 32, bias: bool = False
     ):
         super().__init__()
         self.heads = width // head_width
-        self.to_q = nn.Linear(width, width, bias=qkv_bias)
-        self.to_k = nn.Linear(context_width or width, width, bias=qkv_bias)
-        self.to_v = nn.Linear(context_width or width, width, bias=qkv_bias)
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_width or width, width, bias=bias)
+        self.to_v = nn.Linear(context_width or width, width, bias=bias)
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -53,7 +53,7 @@ class PixelAttention(Attention):
     """
 
     def __init__(self, channels: int, eps: float = 1e-6):
-        super().__init__(channels, head_width=channels, qkv_bias=True)
+        super().__init__(channels, head_width=channels, bias=True)
         self.group_norm = group_norm(channels, eps)
 
     def forward(self, x: Tensor, context: None = None) -> Tensor:

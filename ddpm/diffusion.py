@@ -36,9 +36,7 @@ def q_sample(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     return x_t.to(x_0.dtype)
 
 
-def q_posterior(
-    schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, s: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def q_posterior(schedule: Schedule, x_0, x_t, t, s=None) -> tuple[Tensor, Tensor]:
     r"""Mean and variance of the reverse step when x_0 is known (DDPM, equations 6 and 7).
 
     $$q(x_s \mid x_t, x_0) = \mathcal N\left(
@@ -91,9 +89,7 @@ def score_from(schedule: Schedule, t: Tensor, eps: Tensor) -> Tensor:
     return (-eps / (1 - alpha_bar_t).sqrt()).to(eps.dtype)
 
 
-def x_0_and_eps(
-    schedule: Schedule, x_t: Tensor, t: Tensor, output: Tensor, prediction: str
-) -> tuple[Tensor, Tensor]:
+def x_0_and_eps(schedule: Schedule, x_t, t, output, prediction: str) -> tuple[Tensor, Tensor]:
     r"""The picture and the noise in x_t, from the `output` of a network that predicts eps, v or x_0.
 
     $$\hat x_0 = \frac{x_t - \sqrt{1 - \bar\alpha_t}\, \hat\epsilon}{\sqrt{\bar\alpha_t}}

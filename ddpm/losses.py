@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import PREDICTIONS, q_sample, reverse_variance, v_from, x_0_and_eps
-from ddpm.schedule import Schedule
+from ddpm.schedule import Schedule, one_of
 
 WEIGHTINGS = ("prediction", "eps", "v", "x_0", "min_snr")
 
@@ -43,13 +43,13 @@ def loss_weight(schedule: Schedule, x_0: Tensor, t: Tensor, prediction: str, wei
 
 def diffusion_loss(
     schedule: Schedule,
-    denoise: Callable[[Tensor, Tensor], Tensor],
-    z_0: Tensor,
-    t: Tensor,
-    eps: Tensor,
-    prediction: str = "eps",
-    vlb_weight: float = 0.001,
-    weighting: str = "prediction",
+    denoise: Callable,
+    z_0,
+    t,
+    eps,
+    prediction="eps",
+    vlb_weight=0.001,
+    weighting="prediction",
 ) -> Tensor:
     r"""The simplified objective, one number for each picture (DDPM, equation 14; the spec's objective).
 
@@ -65,18 +65,17 @@ def diffusion_loss(
 
     where $\lambda$ is `vlb_weight`, and T L_{t-1} estimates the whole bound from one time.
 
-    Args: denoise: callable (z_t, t) -> (B, ...), the network with its condition filled in.
+    Args: denoise: callable (z_t, t) -> (B, ...), the network with its condition filled in; z_0, eps (B, ...);
+        t (B,) integers.
 
     Returns: (B,) float32.
     """
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"expected a prediction out of {', '.join(PREDICTIONS)}, got {prediction!r}")
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"expected a weighting out of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    one_of(PREDICTIONS, prediction, "prediction")
+    one_of(WEIGHTINGS, weighting, "weighting")
     if eps.shape != z_0.shape or t.shape != z_0.shape[:1] or t.is_floating_point():
+        got = f"{tuple(eps.shape)} and {tuple(t.shape)} {t.dtype}"
         raise ValueError(
-            f"expected eps like z_0, {tuple(z_0.shape)}, and t as ({len(z_0)},) integers, "
-            f"got {tuple(eps.shape)} and {tuple(t.shape)} {t.dtype}"
+            f"expected eps like z_0, {tuple(z_0.shape)}, and ({len(z_0)},) integers t, got {got}"
         )
     z_t = q_sample(schedule, z_0, t, eps)
     target = training_target(schedule, z_0, t, eps, prediction)
@@ -98,10 +97,8 @@ def split_output(output: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor | None]:
     if output.shape == z_t.shape:
         return output, None
     if z_t.ndim < 2 or output.shape != (len(z_t), 2 * z_t.shape[1], *z_t.shape[2:]):
-        raise ValueError(
-            f"expected a network's output of shape {tuple(z_t.shape)}, or with twice the channels where it learned "
-            f"the variance, got {tuple(output.shape)}"
-        )
+        got = f"{tuple(output.shape)} for {tuple(z_t.shape)}"
+        raise ValueError(f"expected a network's output like its input, or with twice the channels, got {got}")
     prediction, raw = output.chunk(2, dim=1)
     return prediction, (raw.float() + 1) / 2
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm.diffusion import PREDICTIONS, VARIANCES, q_posterior, q_sample, reverse_variance, x_0_and_eps
 from ddpm.losses import split_output
-from ddpm.schedule import Schedule
+from ddpm.schedule import Schedule, one_of
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 
@@ -203,10 +203,9 @@ def sample_loop(
         steps: 1..T. eta: noise of ddim and dpm++, 0 (none, the same way every time) to 1 (that of ddpm).
         start: a picture to start from, with x_T as its noise; of the steps its strength leaves the last ones.
     """
-    choices = {"sampler": SAMPLERS, "prediction": PREDICTIONS, "variance": VARIANCES}
-    for (name, known), value in zip(choices.items(), (sampler, prediction, variance), strict=True):
-        if value not in known:
-            raise ValueError(f"expected a {name} out of {', '.join(known)}, got {value!r}")
+    one_of(SAMPLERS, sampler, "sampler")
+    one_of(PREDICTIONS, prediction, "prediction")
+    one_of(VARIANCES, variance, "variance")
     if not 0 <= eta <= 1:
         raise ValueError(f"expected eta in [0, 1], got {eta}")
     times = timesteps(schedule, steps, start.strength if start else 1.0)

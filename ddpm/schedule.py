@@ -8,6 +8,7 @@ The DDIM paper writes alpha for what is `alpha_bar` here and in DDPM.
 
 import copy
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ def cosine_beta(timesteps: int, offset: float = 0.008, largest: float = 0.999) -
 SCHEDULES = {"linear": linear_beta, "scaled_linear": scaled_linear_beta, "cosine": cosine_beta}
 
 
+def one_of(known: Iterable[str], value: str, name: str):
+    r"""Raise ValueError unless a setting has one of its known values."""
+    if value not in known:
+        raise ValueError(f"expected a {name} out of {', '.join(known)}, got {value!r}")
+
+
 class Schedule:
     r"""beta, alpha = 1 - beta and alpha_bar = alpha_0 alpha_1 ... alpha_t of a chain of T steps (DDPM, equation 4).
 
@@ -62,10 +69,8 @@ class Schedule:
     def __init__(self, beta: Tensor):
         beta = torch.as_tensor(beta, dtype=torch.float64)
         if beta.ndim != 1 or len(beta) < 2 or not bool(((beta > 0) & (beta < 1)).all()):
-            raise ValueError(
-                f"expected beta of shape (T,) with T >= 2 and every beta in (0, 1), got shape {tuple(beta.shape)} "
-                f"and values {beta.flatten()[:3].tolist()}, ...; check the schedule's ends and its timesteps"
-            )
+            got = f"shape {tuple(beta.shape)} and values {beta.flatten()[:3].tolist()}, ..."
+            raise ValueError(f"expected beta (T,) with T >= 2 and every beta in (0, 1), got {got}")
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
@@ -74,8 +79,7 @@ class Schedule:
     @classmethod
     def named(cls, name: str, timesteps: int = 1000) -> "Schedule":
         r"""The schedule called `name`: linear, scaled_linear or cosine."""
-        if name not in SCHEDULES:
-            raise ValueError(f"expected a schedule out of {', '.join(SCHEDULES)}, got {name!r}")
+        one_of(SCHEDULES, name, "schedule")
         return cls(SCHEDULES[name](timesteps))
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ddpm.attention import PixelAttention
 from ddpm.layers import DownLevel, MidLevel, UpLevel, group_norm
+from ddpm.schedule import one_of
 
 EPS = 1e-6
 
@@ -124,17 +125,10 @@ class KLVAE(nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         r"""q(z | x) of pictures x (B, 3, H, W) in [-1, 1]; H and W multiples of `factor`."""
-        if (
-            x.ndim != 4
-            or x.shape[1] != 3
-            or x.shape[2] % self.factor
-            or x.shape[3] % self.factor
-            or not in_range(x)
-        ):
-            raise ValueError(
-                f"expected pictures (B, 3, H, W) in [-1, 1] with H and W multiples of {self.factor}, as a tensor of "
-                f"floating-point numbers, got {tuple(x.shape)} {x.dtype} up to {x.max()}"
-            )
+        fits = x.ndim == 4 and x.shape[1] == 3 and not any(side % self.factor for side in x.shape[2:])
+        if not fits or not in_range(x):
+            expected = f"a tensor (B, 3, H, W) of floats in [-1, 1], H and W multiples of {self.factor}"
+            raise ValueError(f"expected {expected}, got {tuple(x.shape)} {x.dtype} up to {x.max()}")
         moments = self.quant_conv(self.encoder(x))  # (B, 2c, h, w)
         mu, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mu, logvar)
@@ -142,9 +136,7 @@ class KLVAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         r"""Pictures (B, 3, H, W), about in [-1, 1] and not clipped, of latents z (B, c, h, w)."""
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"expected latents of shape (B, {self.latent_channels}, h, w), got {tuple(z.shape)}"
-            )
+            raise ValueError(f"expected latents (B, {self.latent_channels}, h, w), got {tuple(z.shape)}")
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, DiagonalGaussian]:
@@ -175,8 +167,7 @@ def vae_loss(
 
     Returns: the reconstruction term and the sum, two scalars.
     """
-    if norm not in ("l1", "l2"):
-        raise ValueError(f"expected the reconstruction norm l1 or l2, got {norm!r}")
+    one_of(("l1", "l2"), norm, "norm")
     error = (x - x_hat.float()).abs() if norm == "l1" else (x - x_hat.float()) ** 2
     reconstruction = error.mean()
     elements = posterior.mu[0].numel()
