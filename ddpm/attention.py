@@ -24,9 +24,7 @@ class Attention(nn.Module):
 
     attend = staticmethod(F.scaled_dot_product_attention)  # softmax(Q K^T / sqrt(d)) V
 
-    def __init__(
-        self, width: int, context_width: int | None = None, head_width: int = 32, bias: bool = False
-    ):
+    def __init__(self, width: int, context_width: int | None = None, head_width: int = 32, bias=False):
         super().__init__()
         self.heads = width // head_width
         self.to_q = nn.Linear(width, width, bias=bias)
