@@ -108,6 +108,18 @@ def test_one_part_is_written_as_json_and_one_that_cannot_run_is_told(tmp_path, m
     assert "skipped vae: No module named 'diffusers'" in capsys.readouterr().out
 
 
+def test_an_operations_least_time_is_that_of_its_arithmetic_or_of_its_bytes():
+    from benchmarks.operations import Clock
+
+    a, b = torch.ones(2, 100, 100)
+    with Clock({torch.float32: 2e6}, bandwidth=1e3) as clock:
+        torch.mm(a, b).t().add_(1)
+    product, added = clock.spent["mm"], clock.spent["add_"]
+    assert (product.arithmetic, product.memory, product.least) == (1.0, 120.0, 120.0)
+    assert (added.arithmetic, added.least) == (0.0, 80.0)  # read, and written back
+    assert set(clock.spent) == {"mm", "add_"}  # a view moves nothing
+
+
 def test_an_unknown_part_is_refused_in_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["--only", "speed"])

@@ -24,6 +24,7 @@ PARTS = {  # name: the module and the function
     "train": ("networks", "train"),
     "train-like": ("networks", "train_like"),
     "peak": ("networks", "peak"),
+    "operations": ("operations", "operations"),
     "sample": ("sampling", "sample"),
     "vae": ("networks", "vae"),
     "overhead": ("training", "overhead"),
