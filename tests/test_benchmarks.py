@@ -145,3 +145,15 @@ def test_the_command_for_a_gpu_runs_in_its_small_form_on_a_cpu(tmp_path):
     assert [row["part"] for row in found["rows"]] == ["gpu-step", "gpu-peak", "gpu-sample"]
     assert found["train"]["returncode"] == 0 and "validation loss" in found["train"]["told"][-1]
     assert (tmp_path / "gpu" / "run" / "ema.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_time_to_quality_is_measured_of_both_sides(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    from benchmarks import quality
+
+    quality.main(["--preset", "tiny", "--minutes", "0.3", "--n", "16", "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "quality.json").read_text())["rows"]
+    assert [row["side"] for row in found] == ["ours", "diffusers"]
+    for row in found:
+        assert min(row["steps"].values()) > 0 and 0.2 < row["adherence"] < 1 and row["frechet"] > 0
