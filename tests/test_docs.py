@@ -19,7 +19,7 @@ import torch
 import trials
 from _ext import parsed
 from benchmarks import __main__ as benchmarks
-from benchmarks import gpu
+from benchmarks import gpu, quality
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
@@ -193,6 +193,8 @@ def check_command(words: list[str]):
             assert set(benchmarks.parser().parse_args(arguments).only.split(",")) <= set(benchmarks.PARTS)
         case ["python", "tests/benchmarks/gpu.py", *arguments]:
             gpu.parser().parse_args(arguments)
+        case ["python", "tests/benchmarks/quality.py", *arguments]:
+            quality.parser().parse_args(arguments)
         case ["python", "tests/trials.py", *arguments]:
             trials.parser().parse_args(arguments)
         case ["pip", "install", "-e", extras]:

@@ -184,18 +184,11 @@ def main(argv: list[str] | None = None):
             else:
                 config = Config.from_preset(a.preset, max_minutes=minutes, **settings)
                 steps = train_peer(config, folder, cache, minutes)
-            how = [
-                "--only",
-                "adherence,frechet",
-                "--extractor",
-                a.extractor,
-                "--n",
-                a.n,
-                "--cache",
-                a.out / "cache",
-            ]
-            words = [sys.executable, "-m", "ddpm.evaluation", folder, *how]
-            subprocess.run([str(word) for word in words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            shutil.rmtree(cache)
+            words = ["-m", "ddpm.evaluation", folder, "--only", "adherence,frechet", "--n", a.n]
+            words += ["--extractor", a.extractor, "--cache", a.out / "cache"]
+            command = [sys.executable, *map(str, words)]
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             result = json.loads((folder / "evaluation" / "result.json").read_text())
             row = {"minutes": minutes, "side": side, "steps": steps}
             row["adherence"] = result["adherence"]["held_out"]["generated"]["mean"]
