@@ -70,7 +70,8 @@ class Schedule:
         beta = torch.as_tensor(beta, dtype=torch.float64)
         if beta.ndim != 1 or len(beta) < 2 or not bool(((beta > 0) & (beta < 1)).all()):
             got = f"shape {tuple(beta.shape)} and values {beta.flatten()[:3].tolist()}, ..."
-            raise ValueError(f"expected beta (T,) with T >= 2 and every beta in (0, 1), got {got}")
+            advice = "check the schedule's ends and T"
+            raise ValueError(f"expected beta (T,) with T >= 2 and every beta in (0, 1), got {got}; {advice}")
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)

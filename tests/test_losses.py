@@ -109,11 +109,11 @@ def test_a_weighting_makes_the_loss_that_of_the_same_network_with_another_predic
         ({"prediction": "epsilon"}, "eps, v, x_0, got 'epsilon'"),
         ({"weighting": "snr"}, "prediction, eps, v, x_0, min_snr, got 'snr'"),
         ({"eps": torch.zeros(2, 1)}, r"eps like z_0, \(2, 3\), .* got \(2, 1\)"),  # it would broadcast
-        ({"t": at(1, 2, 3)}, r"t as \(2,\) integers, got .* \(3,\) torch.int64"),
-        ({"t": torch.tensor([0.5, 1.0])}, r"t as \(2,\) integers, got .* torch.float32"),
+        ({"t": at(1, 2, 3)}, r"\(2,\) integers t, got .* \(3,\) torch.int64"),
+        ({"t": torch.tensor([0.5, 1.0])}, r"\(2,\) integers t, got .* torch.float32"),
         (
             {"denoise": lambda z_t, t: z_t[:, :1]},
-            r"shape \(2, 3\), or with twice the channels.* got \(2, 1\)",
+            r"like its input, or with twice the channels.* got \(2, 1\) for \(2, 3\)",
         ),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_network_with_twice_the_channels_predicts_mean_and_variance():
         output, nu = split_output(torch.cat([z, torch.full_like(z, raw)], dim=1), z)
         assert torch.equal(output, z)
         assert torch.equal(nu, torch.full((2, 3, 4, 4), between))
-    with pytest.raises(ValueError, match=r"shape \(2, 3, 4, 4\), or .* got \(2, 5, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"twice the channels, got \(2, 5, 4, 4\)"):
         split_output(torch.zeros(2, 5, 4, 4), z)
 
 

@@ -186,5 +186,5 @@ def test_the_loss_by_hand_averages_over_the_batch_the_pixels_and_the_latent(norm
 
 def test_an_unknown_norm_is_refused():
     x = torch.zeros(1, 1)
-    with pytest.raises(ValueError, match="l1 or l2, got 'huber'"):
+    with pytest.raises(ValueError, match="norm out of l1, l2, got 'huber'"):
         vae_loss(x, x, DiagonalGaussian(x, x), 1.0, "huber")
