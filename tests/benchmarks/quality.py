@@ -62,6 +62,7 @@ def parser() -> cli.Parser:
     p.add_argument(
         "--extractor", choices=EXTRACTORS, default="classifier", help="of the distance [classifier]"
     )
+    p.add_argument("--drawn-images", type=int, default=8000, help="how many faces to draw [8000]")
     p.add_argument("--n", type=int, default=391, help="held-out prompts [391]")
     p.add_argument(
         "--out", type=cli.path, metavar="FOLDER", default=Path("runs/quality"), help="[runs/quality]"
@@ -168,8 +169,10 @@ def main(argv: list[str] | None = None):
     a = parser().parse_args(argv)
     check_new_folder(a.out)
     a.out.mkdir(parents=True)
-    settings = {"data": a.data, "text_weights": "random"}
-    flags = ["--preset", a.preset, "--data", a.data, "--text-weights", "random"]
+    settings = {"data": a.data, "drawn_images": a.drawn_images, "text_weights": "random"}
+    flags = ["--preset", a.preset]
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
     found = {
         "commit": commit(),
         "cpu": cpu_name(),
