@@ -66,7 +66,7 @@ def test_the_pictures_are_those_of_the_first_code_bit_for_bit(pictures, sampler)
 
 def test_the_folder_has_a_model_card_and_weights_of_at_most_12_megabytes():
     names = {path.name for path in SHIPPED.iterdir()}
-    assert names == {"README.md", "config.json", "vae.safetensors", "ema.safetensors"}
+    assert names == {"README.md", "config.json", "vae.safetensors", "ema.safetensors", "words.txt"}
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 12 * MEGABYTE
 
 
