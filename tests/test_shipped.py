@@ -25,9 +25,9 @@ PROMPTS = [
 ]
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 DIGESTS = {  # of the pictures in 8 bits, computed with AVX-512 by one thread
-    "ddpm": "0c4c2fd61c04d940f756ba26cec179c09261b58bc6982dc9575d2a61a6ed06c3",
-    "ddim": "06947367ae439df1d4249fc07ad00d17fd8d71976d8a83d7a9d3c8834c8a80d5",
-    "dpm++": "3f75cbfa33911bfc7bd5076b41b0b1a8a3b7f0d23d9b80ebf60646c0046d9897",
+    "ddpm": "eb778df546549d29fca0c3a77db1374fb7606157c6f617021eae3858c36bd374",
+    "ddim": "195883c479830a5d0b947133bc60d9deb95fcc877e6d5f16d6f3cd809085a5ca",
+    "dpm++": "355927944b32da89546f55183f0a8d5d717e76b0bc94376b0c42192bd47139f4",
 }
 
 
