@@ -1,24 +1,42 @@
-r"""Makes the pictures of break-it.md: what the weights that ship draw when one line of the program is wrong.
+r"""Makes the pictures of break-it.md: what is drawn when one line of the program is wrong.
 
-    python docs/break_it.py      # docs/images/break-*.webp, a picture for each mistake, seed 0; a minute
+    python docs/break_it.py               # docs/images/break-*.webp, with the weights that ship; a minute
+    python docs/break_it.py --training    # docs/images/break-training.png and its curves in docs/measured; six runs
 
-Nothing is downloaded.
+Seed 0 throughout. Nothing is downloaded.
 """
 
+import argparse
 import contextlib
+import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm import TextToImage, diffusion, sampling
+from ddpm import TextToImage, diffusion, losses, sampling
 from ddpm import model as model_file
+from ddpm.celeba.captions import ATTRIBUTES
+from ddpm.celeba.dataset import Pictures, drawn_pictures
+from ddpm.config import Config
 from ddpm.schedule import Schedule
 from ddpm.tools.grids import to_uint8
+from ddpm.training import loops, optimization
+from ddpm.training.caches import Latents
+from ddpm.training.optimization import Bound, Optimization
+from ddpm.training.validation import measure_latent_scale
 
 IMAGES = Path(__file__).parent / "images"
+CURVES = Path(__file__).parent / "measured" / "break-training.json"
 PROMPTS = [
     "a smiling woman with blond hair and eyeglasses",
     "a bald man with a mustache",
@@ -115,5 +133,104 @@ def draw_mistakes():
     row(IMAGES / "break-schedule.webp", draw(model, DPM))
 
 
+# ------------------------------------------------------------------------------- training: small runs, one mistake each
+
+
+def update_without_warmup(self: optimization.EMA, network: torch.nn.Module, n: int):
+    with torch.no_grad():
+        for mean, p in zip(self.shadow.values(), network.parameters(), strict=True):
+            mean.lerp_(p, 1 - self.decay)
+
+
+def noised_without_the_root(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    alpha_bar = schedule.alpha_bar_at(t, x_0)
+    return alpha_bar * x_0 + (1 - alpha_bar).sqrt() * eps
+
+
+def loss_a_time_late(schedule: Schedule, denoise: Callable, z_0: Tensor, t: Tensor, *rest) -> Tensor:
+    late = lambda z_t, t: denoise(z_t, (t + 1).clamp(max=schedule.timesteps - 1))  # noqa: E731
+    return losses.diffusion_loss(schedule, late, z_0, t, *rest)
+
+
+def batch_in_0_1(self: Pictures, rows, flip=None) -> Tensor:
+    return (right_batch(self, rows, flip) + 1) / 2
+
+
+right_batch = Pictures.batch
+TRAINING = {  # mistake: the owner of the wrong function, its name, the function
+    "nothing is wrong": None,
+    "captions are never dropped": None,  # a setting
+    "the average is never warmed up": (optimization.EMA, "update", update_without_warmup),
+    "pictures in 0..1": (Pictures, "batch", batch_in_0_1),
+    "a root of alpha_bar is forgotten": (losses, "q_sample", noised_without_the_root),
+    "the time is off by one": (loops, "diffusion_loss", loss_a_time_late),
+}
+
+
+def small_faces(folder: Path) -> Pictures:
+    r"""Drawn faces of 16 x 16 with captions of two words."""
+    pictures = drawn_pictures(folder, 800, seed=0, size=16)
+    male = pictures.attributes[:, ATTRIBUTES.index("Male")]
+    captions = tuple(("a man",) if is_male else ("a woman",) for is_male in male)
+    return Pictures(**{**vars(pictures), "attributes": None, "captions": captions})
+
+
+def run(pictures: Pictures, mistake: str, steps: int) -> tuple[list[float], Tensor]:
+    r"""Losses of a small UNet on pixels, and what its averaged weights then draw: four men, four women."""
+    drop = 0.0 if mistake == "captions are never dropped" else 0.1
+    settings = {"image_size": 16, "vae_channels": (32,), "latent_channels": 3, "caption_drop": drop}
+    settings |= {"unet_steps": steps, "lr": 3e-3, "warmup": 20, "ema_decay": 0.999, "batch_size": 16}
+    config = Config.from_preset("tiny", **settings)
+    torch.manual_seed(0)
+    model = TextToImage(config.model)
+    mu = pictures.batch(range(len(pictures.pixels)))
+    mu = torch.stack([mu, mu.flip(3)], dim=1)
+    latents = Latents(torch.stack([mu, torch.full_like(mu, -30.0)], dim=2).numpy())
+    model.latent_scale = measure_latent_scale(latents, pictures.rows(0))
+    states = {text: model.text([text])[0] for text in ("a man", "a woman", "")}
+
+    def texts(captions: list[str]) -> Tensor:
+        return torch.stack([states[caption] for caption in captions])
+
+    opt = Optimization(model.unet, config, config.training.lr, Bound(steps), ema=True, precision="fp32")
+    reports = loops.train_unet(model, latents, texts, pictures, config, opt, "fp32")
+    found = [report.loss for report in reports]
+    words = ["a man"] * 4 + ["a woman"] * 4
+    start = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with opt.ema.applied(model.unet), torch.no_grad():
+        denoise = sampling.guided(model.unet.eval(), texts(words), texts([""] * 8), 3.0)
+        *_, last = sampling.sample_loop(model.schedule, denoise, start, None, "dpm++", 20, "v")
+    return found, last.x / model.latent_scale
+
+
+def train_mistakes(steps: int = 300):
+    faces, curves = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = small_faces(Path(folder))
+        for mistake, patch in TRAINING.items():
+            with mock.patch.object(*patch) if patch else contextlib.nullcontext():
+                found, faces[mistake] = run(pictures, mistake, steps)
+            curves[mistake] = [
+                round(x, 4) for x in torch.tensor(found).unfold(0, 20, 20).mean(dim=1).tolist()
+            ]
+            print(f"{mistake}: loss, means of 20 steps: {curves[mistake]}", flush=True)
+    figure, axes = plt.subplots(len(faces), 2, figsize=(8, 9), width_ratios=(1, 2), constrained_layout=True)
+    for (curve, sheet), (mistake, x) in zip(axes, faces.items(), strict=True):
+        curve.semilogy(range(20, steps + 1, 20), curves["nothing is wrong"], color="0.7")
+        curve.semilogy(range(20, steps + 1, 20), curves[mistake])
+        curve.set(ylabel="loss", title=mistake)
+        sheet.imshow(to_uint8(x).transpose(1, 0, 2, 3).reshape(16, -1, 3))
+        sheet.axis("off")
+    axes[-1][0].set_xlabel("step")
+    figure.savefig(IMAGES / "break-training.png", dpi=110)
+    made = {"command": "python docs/break_it.py --training", "seed": 0, "steps": steps, "loss": curves}
+    CURVES.write_text(json.dumps(made, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    draw_mistakes()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--training", action="store_true", help="small runs with mistakes in training")
+    if parser.parse_args().training:
+        train_mistakes()
+    else:
+        draw_mistakes()
