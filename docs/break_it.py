@@ -144,7 +144,7 @@ def update_without_warmup(self: optimization.EMA, network: torch.nn.Module, n: i
 
 def noised_without_the_root(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     alpha_bar = schedule.alpha_bar_at(t, x_0)
-    return alpha_bar * x_0 + (1 - alpha_bar).sqrt() * eps
+    return (alpha_bar * x_0 + (1 - alpha_bar).sqrt() * eps).to(x_0.dtype)
 
 
 def loss_a_time_late(schedule: Schedule, denoise: Callable, z_0: Tensor, t: Tensor, *rest) -> Tensor:
@@ -167,6 +167,9 @@ TRAINING = {  # mistake: the owner of the wrong function, its name, the function
 }
 
 
+STEPS, MEANS = 300, 20  # of each run; losses to a point of its curve
+
+
 def small_faces(folder: Path) -> Pictures:
     r"""Drawn faces of 16 x 16 with captions of two words."""
     pictures = drawn_pictures(folder, 800, seed=0, size=16)
@@ -175,11 +178,11 @@ def small_faces(folder: Path) -> Pictures:
     return Pictures(**{**vars(pictures), "attributes": None, "captions": captions})
 
 
-def run(pictures: Pictures, mistake: str, steps: int) -> tuple[list[float], Tensor]:
+def run(pictures: Pictures, mistake: str) -> tuple[list[float], Tensor]:
     r"""Losses of a small UNet on pixels, and what its averaged weights then draw: four men, four women."""
     drop = 0.0 if mistake == "captions are never dropped" else 0.1
     settings = {"image_size": 16, "vae_channels": (32,), "latent_channels": 3, "caption_drop": drop}
-    settings |= {"unet_steps": steps, "lr": 3e-3, "warmup": 20, "ema_decay": 0.999, "batch_size": 16}
+    settings |= {"unet_steps": STEPS, "lr": 3e-3, "warmup": 20, "ema_decay": 0.999, "batch_size": 16}
     config = Config.from_preset("tiny", **settings)
     torch.manual_seed(0)
     model = TextToImage(config.model)
@@ -192,7 +195,7 @@ def run(pictures: Pictures, mistake: str, steps: int) -> tuple[list[float], Tens
     def texts(captions: list[str]) -> Tensor:
         return torch.stack([states[caption] for caption in captions])
 
-    opt = Optimization(model.unet, config, config.training.lr, Bound(steps), ema=True, precision="fp32")
+    opt = Optimization(model.unet, config, config.training.lr, Bound(STEPS), ema=True, precision="fp32")
     reports = loops.train_unet(model, latents, texts, pictures, config, opt, "fp32")
     found = [report.loss for report in reports]
     words = ["a man"] * 4 + ["a woman"] * 4
@@ -203,34 +206,41 @@ def run(pictures: Pictures, mistake: str, steps: int) -> tuple[list[float], Tens
     return found, last.x / model.latent_scale
 
 
-def train_mistakes(steps: int = 300):
-    faces, curves = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = small_faces(Path(folder))
-        for mistake, patch in TRAINING.items():
-            with mock.patch.object(*patch) if patch else contextlib.nullcontext():
-                found, faces[mistake] = run(pictures, mistake, steps)
-            curves[mistake] = [
-                round(x, 4) for x in torch.tensor(found).unfold(0, 20, 20).mean(dim=1).tolist()
-            ]
-            print(f"{mistake}: loss, means of 20 steps: {curves[mistake]}", flush=True)
-    figure, axes = plt.subplots(len(faces), 2, figsize=(8, 9), width_ratios=(1, 2), constrained_layout=True)
-    for (curve, sheet), (mistake, x) in zip(axes, faces.items(), strict=True):
-        curve.semilogy(range(20, steps + 1, 20), curves["nothing is wrong"], color="0.7")
-        curve.semilogy(range(20, steps + 1, 20), curves[mistake])
+def trained(mistake: str) -> tuple[list[float], Tensor]:
+    r"""The right program with one mistake: the means of 20 losses each, and the eight faces."""
+    torch.set_num_threads(1)  # rounding is then that of one thread everywhere
+    patch = TRAINING[mistake]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(*patch) if patch else contextlib.nullcontext(),
+    ):
+        found, faces = run(small_faces(Path(folder)), mistake)
+    curve = torch.tensor(found).unfold(0, MEANS, MEANS).mean(dim=1).tolist()
+    return [round(x, 4) for x in curve], faces
+
+
+def draw_training(results: dict[str, tuple[list[float], Tensor]]):
+    r"""A row for each mistake: its loss beside the right one, and its faces."""
+    right, _ = results["nothing is wrong"]
+    figure, axes = plt.subplots(len(results), 2, figsize=(8, 9), width_ratios=(1, 2), constrained_layout=True)
+    for (curve, sheet), (mistake, (means, x)) in zip(axes, results.items(), strict=True):
+        times = range(MEANS, STEPS + 1, MEANS)
+        curve.semilogy(times, right, color="0.7")
+        curve.semilogy(times, means)
         curve.set(ylabel="loss", title=mistake)
         sheet.imshow(to_uint8(x).transpose(1, 0, 2, 3).reshape(16, -1, 3))
         sheet.axis("off")
     axes[-1][0].set_xlabel("step")
     figure.savefig(IMAGES / "break-training.png", dpi=110)
-    made = {"command": "python docs/break_it.py --training", "seed": 0, "steps": steps, "loss": curves}
-    CURVES.write_text(json.dumps(made, indent=1) + "\n")
+    found = {"loss": {mistake: means for mistake, (means, _) in results.items()}}
+    found = {"command": "python docs/break_it.py --training", "seed": 0, "steps": STEPS} | found
+    CURVES.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--training", action="store_true", help="small runs with mistakes in training")
     if parser.parse_args().training:
-        train_mistakes()
+        draw_training({mistake: trained(mistake) for mistake in TRAINING})
     else:
         draw_mistakes()
