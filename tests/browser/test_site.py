@@ -14,9 +14,13 @@ for package in ("sphinx", "myst_nb", "furo", "sphinxcontrib.katex"):
 pytest.importorskip("playwright.sync_api", reason="needs the extra docs")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the extra docs").Axe()
 
-WAYS = ("wide light", "wide dark", "narrow light", "narrow dark")
+WAYS = ("wide light", "wide dark", "narrow light", "narrow dark", "widest light")
 EXAMINED = WAYS[:3]  # by axe
-WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+SIZES = {  # of the window
+    "narrow": {"width": 400, "height": 844},
+    "wide": {"width": 1280, "height": 900},
+    "widest": {"width": 1500, "height": 900},
+}
 LOOK = r"""() => {
   const prose = document.querySelector("article").cloneNode(true);
   prose.querySelectorAll("pre, code, annotation").forEach(e => e.remove());
@@ -38,7 +42,7 @@ LOOK = r"""() => {
 
 @dataclass
 class Visit:
-    r"""What was found on a page, in one of the four ways to look at it."""
+    r"""What was found on a page, in one of the ways to look at it."""
 
     page: str
     seen: dict
@@ -67,7 +71,7 @@ def watched(browser, address, console, outside, **settings):
 
 @pytest.fixture(scope="module")
 def looks(site, address, browser) -> dict[str, list[Visit]]:
-    r"""Every page of the site, loaded once, looked at in four ways and examined by axe.
+    r"""Every page of the site, loaded once, looked at in five ways and examined by axe.
 
     Colours do not depend on the width nor the structure on the colours, so axe asks each once: of a wide page
     both and of its dark form the contrast, of a narrow page the structure. It passes over the thousands of boxes inside
@@ -85,7 +89,7 @@ def looks(site, address, browser) -> dict[str, list[Visit]]:
         tab.goto(address + name, wait_until="load")
         for way in WAYS:
             width, scheme = way.split()
-            tab.set_viewport_size(WIDE if width == "wide" else NARROW)
+            tab.set_viewport_size(SIZES[width])
             tab.emulate_media(color_scheme=scheme)
             seen = tab.evaluate(LOOK)
             broken = examined(tab, way, name)
@@ -110,7 +114,7 @@ def examined(tab, way: str, name: str) -> list[dict]:
 
 @pytest.fixture(params=WAYS)
 def visits(request, looks) -> list[Visit]:
-    r"""Every page, in one of the four ways to look at it."""
+    r"""Every page, in one of the ways to look at it."""
     assert len(looks[request.param]) > 25
     return looks[request.param]
 
@@ -173,8 +177,8 @@ def test_axe_finds_nothing_to_mend(looks, way):
 
 
 def test_a_docstring_stands_beside_its_source_where_there_is_room_and_above_it_where_not(browser, address):
-    for viewport, beside in ((WIDE, True), (NARROW, False)):
-        tab = watched(browser, address, [], [], viewport=viewport)
+    for size, beside in (("widest", True), ("narrow", False)):
+        tab = watched(browser, address, [], [], viewport=SIZES[size])
         tab.goto(address + "code/diffusion.html")
         row = tab.locator("[id='ddpm.diffusion.q_sample'] .beside").first
         told, source = (row.locator(f".{part}").bounding_box() for part in ("told", "source"))
@@ -195,7 +199,7 @@ def test_a_docstring_stands_beside_its_source_where_there_is_room_and_above_it_w
     ],
 )
 def test_the_search_finds_symbols_and_words(query, page, browser, address):
-    tab = watched(browser, address, [], [], viewport=WIDE)
+    tab = watched(browser, address, [], [], viewport=SIZES["wide"])
     tab.goto(f"{address}search.html?q={query.replace(' ', '+')}")
     tab.wait_for_selector("#search-results ul.search li a", timeout=60_000)
     summary = "document.querySelector('#search-results .search-summary')"
@@ -206,7 +210,7 @@ def test_the_search_finds_symbols_and_words(query, page, browser, address):
 
 
 def test_without_javascript_everything_but_formulas_can_be_read(browser, address):
-    tab = browser.new_context(java_script_enabled=False, viewport=WIDE).new_page()
+    tab = browser.new_context(java_script_enabled=False, viewport=SIZES["wide"]).new_page()
     tab.goto(address + "code/vae.html")
     text = tab.locator("article").inner_text()
     assert "class DiagonalGaussian" in text and "The most likely z, which is mu." in text
