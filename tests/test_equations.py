@@ -229,7 +229,7 @@ def classifier_losses(V):
 
 def guided_answers(V):
     answer, empty = torch.cat([V.uncond, V.cond])[:, None], torch.zeros(N, 1, 1)
-    return guided(lambda z_t, t, context: answer, empty, empty, V.scale)(V.x_t[:, None], V.t)[:, 0]
+    return guided(lambda z_t, t, context: answer, empty, empty.clone(), V.scale)(V.x_t[:, None], V.t)[:, 0]
 
 
 EXACT = {  # id -> what the code computes of the drawn numbers, one tensor of N or several

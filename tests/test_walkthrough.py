@@ -37,6 +37,7 @@ BY_CI = ("python3 -m venv", "pip install", "python -m pytest", "python -m sphinx
 BY_A_TEST = (
     "python docs/derivation.py",
     "python tests/benchmarks/gpu.py",
+    "python tests/benchmarks/quality.py",
 )  # test_derivation.py, test_benchmarks.py
 SMALL_MODEL = (
     "--image-size 16 --vae-channels 32,32 --vae-layers 1 --latent-channels 4 --channels 32,32 --attention-levels 1 "
