@@ -41,6 +41,7 @@ FORMULA = "tests/test_equations.py::test_a_formula_gives_the_numbers_of_its_code
 # Parts of (function, operator, expression): why no test can notice the departure, or why it is from no equation.
 EQUIVALENT = {
     ("captions.describe", "", "rng"): "how often a word is left out is no truth",
+    ("captions.describe", "", "denials"): "the same",
     ("captions.describe", "", "Male"): "the same",
     ("captions.describe", "another number", ""): "the same",
     ("captions._sentence", "", ""): "how words are joined",

@@ -186,6 +186,21 @@ def test_gender_is_kept_in_ninety_percent_and_the_rest_in_three_of_four():
         assert stated[name] == pytest.approx(775, abs=60)
 
 
+def test_what_a_face_lacks_is_said_in_five_percent():
+    denied = Counter(
+        name for seed in range(1000) for name, value in parse(describe({}, seed)).items() if not value
+    )
+    for name in (
+        "Smiling",
+        "Eyeglasses",
+        "Wearing_Hat",
+        "Wearing_Earrings",
+        "Wearing_Necktie",
+        "Heavy_Makeup",
+    ):
+        assert denied[name] == pytest.approx(50, abs=25)
+
+
 def test_every_wording_is_used_and_understood():
     for phrase in filter(lambda phrase: phrase.wordings, PHRASES):
         male = int(phrase.name in ("Male", "No_Beard", *FACIAL_HAIR))
