@@ -125,7 +125,7 @@ class KLVAE(nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         r"""q(z | x) of pictures x (B, 3, H, W) in [-1, 1]; H and W multiples of `factor`."""
-        fits = x.ndim == 4 and x.shape[1] == 3 and not any(side % self.factor for side in x.shape[2:])
+        fits = x.ndim == 4 and x.shape[1] == 3 and x.shape[2] % self.factor == x.shape[3] % self.factor == 0
         if not fits or not in_range(x):
             expected = f"a tensor (B, 3, H, W) of floats in [-1, 1], H and W multiples of {self.factor}"
             raise ValueError(f"expected {expected}, got {tuple(x.shape)} {x.dtype} up to {x.max()}")
