@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from ddpm.config import WORDS_FILE, Config, ModelConfig
+from ddpm.config import SHIPPED, WORDS_FILE, Config, ModelConfig, fill_in_drawing
 from ddpm.tools import command
 from ddpm.tools.errors import UserError, printable
 
@@ -30,10 +30,10 @@ def parser() -> argparse.ArgumentParser:
     many = "a prompt a line instead, an empty line is anything; - is standard input"
     p.add_argument("--prompts", type=command.path, metavar="FILE", dest="file", help=many)
     p.add_argument("--model", type=command.path, metavar="RUN", help="a run folder [the weights that ship]")
-    p.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
-    p.add_argument("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
-    guidance = "how strongly to follow the prompt; 1 plain, 0 ignores it [3]"
-    p.add_argument("--guidance", type=float, default=3.0, help=guidance)
+    p.add_argument("--sampler", choices=SAMPLERS, help="[dpm++; ddim for a model of few steps]")
+    p.add_argument("--steps", type=int, help="steps, 1 to 1000 [20, or the model's few]")
+    guidance = "how strongly to follow the prompt; 1 plain, 0 ignores it [3; 1 with few steps]"
+    p.add_argument("--guidance", type=float, help=guidance)
     p.add_argument("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
     p.add_argument("--variance", choices=VARIANCES, help="ddpm's Sigma [as the model was trained]")
     p.add_argument("--negative", default=None, help="what to lead away from")
@@ -213,10 +213,11 @@ def texts(a: argparse.Namespace, variance: str) -> dict[str, str]:
 
 def main(argv: list[str] | None = None):
     a = parser().parse_args(argv)
+    fill_in_drawing(a, a.model or SHIPPED)
     check(a)
     if a.file:
         a.prompts = read_prompts(a.file)
-    from ddpm.model import SHIPPED, TextToImage  # late, because --help must not wait for torch
+    from ddpm.model import TextToImage  # late, because --help must not wait for torch
     from ddpm.sampling import timesteps
     from ddpm.tools import devices, grids
 

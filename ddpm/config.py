@@ -18,6 +18,7 @@ from ddpm.tools.command import TRAIN
 from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.strict_json import fits_in_64_bits, read_json
 
+SHIPPED = Path(__file__).parent / "weights"
 LARGEST_LATENT = 32  # side of the spec's; larger ones are warned of
 TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
 WORDS_FILE = "words.txt"  # of a run folder: what its training captions say, where the text tower is random
@@ -26,6 +27,7 @@ MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
 MOVABLE = {"data", "max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every"} | {
     "precision"
 }
+GUIDED = ("dpm++", 20, 3.0)  # sampler, steps and guidance by which a model draws unless it is told otherwise
 Widths = tuple[int, ...]
 WIDTHS = {"low": 32, "high": 4096}
 BOUNDS = {
@@ -70,11 +72,19 @@ class ModelConfig:
     caption_drop: float = option(
         0.1, "share of captions replaced by the empty one, which guidance needs", low=0, below=1
     )
+    few_steps: int = option(
+        0, "network calls of a picture, which the UNet learns from the run --init; 0: not distilled", low=0
+    )
 
     @property
     def latent_size(self) -> int:
         r"""Side of a latent: the image's side halved once for every VAE width after the first."""
         return self.image_size // 2 ** (len(self.vae_channels) - 1)
+
+    @property
+    def drawing(self) -> tuple[str, int, float]:
+        r"""Sampler, steps and guidance by which this model draws unless it is told otherwise."""
+        return ("ddim", self.few_steps, 1.0) if self.few_steps else GUIDED
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class TrainConfig:
         "drawn", "`drawn` for drawn faces, or a folder: CelebA in any layout, or images with a csv"
     )
     drawn_images: int = option(8_000, "how many faces to draw for --data drawn", low=1, high=10**7)
+    max_pictures: int = option(0, "pictures of a folder to train on, drawn by the seed; 0: all", low=0)
     crop: int = option(
         0, "side of the centre crop in pixels; 0: 148 for aligned CelebA, else the largest square", low=0
     )
@@ -165,7 +176,8 @@ PRESETS = {
     | {"image_size": 128, "vae_channels": (32, 32, 64, 64), "max_minutes": 20.0, "vae_share": 0.4},
     "celeba64": SPEC,  # the rest of the spec's numbers are the defaults
     "celeba128": SPEC | {"image_size": 128, "vae_channels": (32, 64, 128)},
-    "celeba64-laptop": LAPTOP | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25},
+    "celeba64-laptop": LAPTOP  # an hour sees 20,000 pictures several times, and reads each caption once
+    | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25, "max_pictures": 20_000},
     "lowvram": SPEC
     | {"batch_size": 16, "accumulation": 8, "gradient_checkpointing": True}
     | {"steps_per_epoch": 100, "epochs": 3},
@@ -174,6 +186,8 @@ PRESETS = {
     | {"batch_size": 8, "vae_batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128}
     | {"warmup": 5, "save_every": 10, "sample_every": 20},
 }
+DISTILL = {"few_steps": 4, "max_minutes": 20.0, "unet_steps": 1_000_000, "epochs": 0, "accumulation": 1}
+DISTILL |= {"muon_lr": 2e-3, "lr": 3e-4, "ema_decay": 0.99}  # over the settings of the run that is distilled
 
 
 @dataclass(frozen=True)
@@ -270,6 +284,15 @@ def parameters(model: ModelConfig) -> int:
         attention = 22 if level in model.attention_levels else 0
         unet += (2 * model.res_blocks + 1) * (26 + attention) * c**2
     return vae + unet
+
+
+def fill_in_drawing(a: argparse.Namespace, run: Path):
+    r"""Give --sampler, --steps and --guidance, where they are left out, the values by which the run's model draws."""
+    file = run / "config.json"
+    own = Config.read(file).model.drawing if file.is_file() else GUIDED
+    for name, value in zip(("sampler", "steps", "guidance"), own, strict=True):
+        if getattr(a, name) is None:
+            setattr(a, name, value)
 
 
 def fields_of(section) -> dict:
@@ -376,6 +399,8 @@ def _check_model(model: ModelConfig):
     levels = model.attention_levels
     last = len(model.channels) - 1
     _require(all(0 <= k <= last for k in levels), f"attention_levels out of 0..{last}", levels)
+    few = model.few_steps
+    _require(not few or GUIDED[1] % few == 0, f"few_steps that divide the teacher's {GUIDED[1]}, or 0", few)
     size = parameters(model)
     _require(size <= MOST_PARAMETERS, f"a model of at most {MOST_PARAMETERS:,} parameters", f"about {size:,}")
 

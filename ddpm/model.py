@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.config import TEXT_FILE, Config, ModelConfig, TrainConfig
+from ddpm.config import SHIPPED, TEXT_FILE, Config, ModelConfig, TrainConfig
 from ddpm.sampling import Start, State, guided, sample_loop
 from ddpm.schedule import Schedule
 from ddpm.text import WIDTH, TextTower, list_of_strings
@@ -25,8 +25,6 @@ from ddpm.tools.seeding import generator
 from ddpm.tools.weights import check_shapes, load_weights, save_weights
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
-
-SHIPPED = Path(__file__).parent / "weights"
 
 
 class TextToImage(nn.Module):
@@ -68,9 +66,9 @@ class TextToImage(nn.Module):
     def sample(
         self,
         prompts: Sequence[str],
-        sampler: str = "dpm++",
-        steps: int = 20,
-        guidance_scale: float = 3.0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
         seed: int = 0,
         negative: str | Sequence[str] | None = None,
         callback: Callable[[State], None] | None = None,
@@ -86,7 +84,8 @@ class TextToImage(nn.Module):
         Picture i depends on (seed, i, prompt i) alone: its noise has a stream of its own.
 
         Args:
-            sampler: ddpm, ddim or dpm++; steps: 1..T.
+            sampler: ddpm, ddim or dpm++; steps: 1..T. None: as `ModelConfig.drawing` has it, for most models dpm++, 20
+                steps and a guidance_scale of 3.
             guidance_scale: 1 is the plain conditional model, 0 the unconditional one; 2 to 5 follow the prompt more.
             negative: the prompt that guidance leads away from, one for all or one each; None: the empty prompt.
             eta: noise of ddim and dpm++, 0 (none) to 1 (that of ddpm).
@@ -99,6 +98,9 @@ class TextToImage(nn.Module):
 
         Raises: ValueError for prompts that are not a list of strings, and for a setting outside its range.
         """
+        asked = (sampler, steps, guidance_scale)
+        own = self.config.drawing
+        sampler, steps, guidance_scale = (b if a is None else a for a, b in zip(asked, own, strict=True))
         prompts = list_of_strings(prompts, "prompts")
         if negative is None or isinstance(negative, str):
             negative = [negative or ""] * len(prompts)

@@ -241,6 +241,18 @@ CODE = (
     ),
     Row("loss-weight", "The squared error of one prediction as that of another", "losses.loss_weight", "snr"),
     Row(
+        "distillation-target",
+        "The picture by which one step goes as far as a teacher went in many",
+        "training.distillation.x_0_between",
+        "z_t z_s ratio",
+    ),
+    Row(
+        "distillation-loss",
+        "How far a student's one step misses it",
+        "training.distillation.distillation_loss",
+        "x_0 target weight",
+    ),
+    Row(
         "variational-bound",
         "What one step adds to the variational bound, here in nats, in the code in bits",
         "losses.variational_term",

@@ -272,6 +272,20 @@ def test_a_list_in_json_is_several_wordings_which_are_used_in_turns(tmp_path):
         open_data(Config.from_preset("celeba64", data=str(tmp_path)))
 
 
+def test_a_part_of_the_training_pictures_is_drawn_by_the_seed_and_the_others_stay(tmp_path, capsys):
+    put_pictures(tmp_path, [f"{i:03}.png" for i in range(60)])
+    settings = {"data": str(tmp_path), "max_pictures": 12}
+    whole = open_data(Config.from_preset("celeba64", data=str(tmp_path)))
+    part, again, other = (open_data(Config.from_preset("celeba64", **settings, seed=s)) for s in (0, 0, 1))
+    assert f"trains on 12 of {(whole.split == TRAIN).sum()} pictures" in capsys.readouterr().out
+    names = [set(np.array(table.files)[table.split == TRAIN]) for table in (part, other)]
+    assert len(names[0]) == len(names[1]) == 12 and names[0] != names[1]
+    assert part.files == again.files == tuple(sorted(part.files))  # the order stays
+    for split in (VALID, TEST):
+        assert (part.split == split).sum() == (whole.split == split).sum()
+    assert set(part.files) < set(whole.files)
+
+
 def test_attributes_beside_captions_are_not_used_and_a_warning_says_so(tmp_path):
     put_pictures(tmp_path, ["a.png", "b.png"])
     put(tmp_path / "captions.csv", "file,Male,Smiling,caption\na.png,1,1,one\nb.png,1,1,two\n")

@@ -23,6 +23,7 @@ from ddpm.celeba.lists import TRAIN, VALID, ImageTable, open_table
 from ddpm.celeba.refusals import DataError
 from ddpm.config import Config
 from ddpm.tools.arrays import Progress, cached_array, checksum, key_of, silent
+from ddpm.tools.command import say
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import write_atomically
 from ddpm.tools.strict_json import parse_json
@@ -97,10 +98,16 @@ class Pictures:
 
 
 def open_data(config: Config) -> ImageTable | None:
-    r"""The table of the run's data folder, or None for drawn faces."""
+    r"""The table of the run's data folder, or None for drawn faces. `max_pictures` leaves some of the train split."""
     if config.training.data == "drawn":
         return None
     table = open_table(config.training.data)
+    train = np.flatnonzero(table.split == TRAIN)
+    if 0 < config.training.max_pictures < len(train):
+        count = config.training.max_pictures
+        left_out = np.random.default_rng(config.training.seed).permutation(train)[count:]
+        table = table.take(np.delete(np.arange(len(table)), left_out))
+        say(f"trains on {count:,} of {len(train):,} pictures; --max-pictures 0 takes all")
     most = max(map(len, table.captions or [()]))
     used = config.training.caption_variants
     if most > used:

@@ -9,6 +9,7 @@ An evaluation that is in the folder already is replaced; its figures stay as res
 import argparse
 import sys
 
+from ddpm.config import fill_in_drawing
 from ddpm.evaluation.choices import EXTRACTORS, PARTS, SAMPLERS, SCOPES
 from ddpm.tools.command import DEVICES, TRAIN, Parser, check_drawing, exit_code, path
 from ddpm.tools.errors import UserError
@@ -22,9 +23,9 @@ def parser() -> Parser:
     prompts = SCOPES["normal"].prompts
     add("--n", type=int, help=f"held-out pictures, whose captions are the prompts [{prompts}, or all]")
     add("--split", choices=("valid", "test"), default="test", help="where they come from [test]")
-    add("--sampler", choices=SAMPLERS, default="dpm++", help="[dpm++]")
-    add("--steps", type=int, default=20, help="calls of the network, 1 to 1000 [20]")
-    add("--guidance", type=float, default=3.0, help="how strongly to follow the prompt [3]")
+    add("--sampler", choices=SAMPLERS, help="[dpm++; ddim for a model of few steps]")
+    add("--steps", type=int, help="steps, 1 to 1000 [20, or the model's few]")
+    add("--guidance", type=float, help="how strongly to follow the prompt [3; 1 with few steps]")
     add("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
     add("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
     add("--seed", type=int, default=0, help="[0]")
@@ -58,6 +59,7 @@ def part_names(text: str) -> tuple[str, ...]:
 def main(argv: list[str] | None = None):
     r"""The command `python -m ddpm.evaluation`."""
     options = parser().parse_args(argv)
+    fill_in_drawing(options, options.run)
     check_drawing(options)
     if not options.run.is_dir():
         run = options.run

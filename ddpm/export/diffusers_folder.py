@@ -350,7 +350,8 @@ def without_variance(unet: UNet) -> UNet:
 def export(model: TextToImage, folder: str | Path):
     r"""Write `folder` for `StableDiffusionPipeline.from_pretrained(folder)`.
 
-    It appears whole or not at all. Raises UserError when something is there already.
+    It appears whole or not at all. A model of few steps gets DDIM's scheduler; the number of steps, and guidance 1, are
+    for the caller to give. Raises UserError when something is there already.
     """
     c = model.config
     bos, eos = model.text.tokenizer.all_special_ids
@@ -358,12 +359,16 @@ def export(model: TextToImage, folder: str | Path):
     text |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": 0}
     vae = {"sample_size": c.image_size, "scaling_factor": model.latent_scale}
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": VERSION}
+    sampler = named("scheduler") | SAMPLER
+    if c.few_steps:
+        index |= {"scheduler": ["diffusers", "DDIMScheduler"]}
+        sampler |= {"_class_name": "DDIMScheduler"}
     with new_folder(folder) as to:
-        write_json(to / "model_index.json", index | CLASSES | NO_CLASSES | {"requires_safety_checker": False})
+        write_json(to / "model_index.json", CLASSES | NO_CLASSES | index | {"requires_safety_checker": False})
         write_json(to / "unet/config.json", named("unet") | unet_config(c))
         write_json(to / "vae/config.json", named("vae") | vae_config(c) | vae)
         write_json(to / "text_encoder/config.json", text | text_config(model.text.quick_gelu))
-        write_json(to / "scheduler/scheduler_config.json", named("scheduler") | schedule_config(c) | SAMPLER)
+        write_json(to / "scheduler/scheduler_config.json", sampler | schedule_config(c))
         write_tokenizer(to / "tokenizer", model.text)
         write_weights(to / UNET_WEIGHTS, without_variance(model.unet), RENAMES)
         write_weights(to / VAE_WEIGHTS, model.vae, RENAMES)

@@ -3,6 +3,7 @@ r"""Train a text-to-image model: the VAE first, then the UNet on its latents.
 python train.py                           drawn faces, no download, minutes on a laptop's CPU
 python train.py --data PATH               CelebA in any layout, or your own images with a csv
 python train.py --resume runs/NAME        go on as if never stopped
+python train.py --distill runs/NAME       the same model in 4 network calls a picture
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from ddpm.config import MOVABLE, PRESETS, Config, add_flags, given_flags
+from ddpm.config import DISTILL, MOVABLE, PRESETS, SHIPPED, Config, add_flags, given_flags
 from ddpm.tools import command
 from ddpm.tools.errors import UserError
 
@@ -24,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--config", type=command.path, metavar="FILE", help="settings of a run's config.json for a preset's"
     )
+    distill = "learn to draw as this run does, in --few-steps calls; `shipped` is what ships"
+    p.add_argument("--distill", type=command.path, metavar="RUN", help=distill)
     p.add_argument("--out", type=command.path, metavar="RUN", help="run folder to make [runs/PRESET]")
     p.add_argument("--resume", type=command.path, metavar="RUN", help="go on with the run in this folder")
     p.add_argument(
@@ -64,21 +67,36 @@ def configuration(arguments: argparse.Namespace) -> Config:
         flags = {"max_minutes": 0.0} | flags | steps
     if arguments.resume is not None:
         return resumed_configuration(arguments, flags)
+    if arguments.distill is not None:
+        if arguments.preset or arguments.config or "init" in flags:
+            raise UserError(
+                "expected --distill without --preset, --config, --init; it takes that run's settings"
+            )
+        is_shipped = str(arguments.distill) == "shipped"
+        folder = SHIPPED if is_shipped else arguments.distill
+        return settings_of(folder / "config.json", DISTILL | {"init": str(arguments.distill)} | flags)
     if arguments.config is not None:
         if arguments.preset is not None:
             raise UserError("expected --preset or --config, got both")
-        given = Config.read(arguments.config)
-        preset = given.preset if given.preset in PRESETS else "celeba64"
-        return Config.from_preset(preset, **{**vars(given.model), **vars(given.training), "init": ""} | flags)
+        return settings_of(arguments.config, {"init": ""} | flags)
     default = "drawn64" if flags.get("data", "drawn") == "drawn" else "celeba64"
     return Config.from_preset(arguments.preset or default, **flags)
+
+
+def settings_of(file: Path, changes: dict) -> Config:
+    r"""The settings in a run's config.json with `changes` over them."""
+    given = Config.read(file)
+    preset = given.preset if given.preset in PRESETS else "celeba64"
+    return Config.from_preset(preset, **{**vars(given.model), **vars(given.training)} | changes)
 
 
 def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
     r"""The stored configuration with its bounds moved. Any other difference is refused by name."""
     folder = arguments.resume
-    if arguments.out or arguments.preset or arguments.config:
-        raise UserError("expected --resume without --out, --preset, --config; a resumed run keeps its own")
+    if arguments.out or arguments.preset or arguments.config or arguments.distill:
+        raise UserError(
+            "expected --resume without --out, --preset, --config, --distill; a resumed run keeps its own"
+        )
     if not folder.is_dir():
         raise UserError(
             f"expected the folder of a run after --resume, {folder} is none; start one with --out"
@@ -97,6 +115,14 @@ def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
     return config.with_training(**{name: value for name, value in flags.items() if name in MOVABLE})
 
 
+def default_folder(teacher: Path | None, config: Config) -> Path:
+    r"""runs/PRESET, or beside a teacher its name with the number of steps."""
+    if teacher is None:
+        return Path("runs") / config.preset
+    name = f"{teacher.resolve().name}-{config.model.few_steps}-steps"
+    return (Path("runs") if str(teacher) == "shipped" else teacher.resolve().parent) / name
+
+
 def main(argv: list[str] | None = None):
     started = time.monotonic()  # --max-minutes counts from here
     arguments = parser().parse_args(argv)
@@ -108,7 +134,7 @@ def main(argv: list[str] | None = None):
         return
     steps = session.train(
         config,
-        arguments.resume or arguments.out or Path("runs") / config.preset,
+        arguments.resume or arguments.out or default_folder(arguments.distill, config),
         resume=arguments.resume is not None,
         stage=arguments.stage,
         stop_after=arguments.stop_after,

@@ -25,7 +25,7 @@ from ddpm.training.batches import check_counts
 from ddpm.training.optimization import NotFinite, check_batches
 from ddpm.training.parallel import Group, LostGroup, is_lost
 from ddpm.training.run_folder import Run
-from ddpm.training.stages import Session, Step, UnetStage, VaeStage, restore_vae
+from ddpm.training.stages import FewStepsStage, Session, Step, UnetStage, VaeStage, restore_vae
 
 
 def print_needs(config: Config, device: str = "auto"):
@@ -67,6 +67,12 @@ def train(
     cache = cache or folder.parent / "cache"
     device = choose_device(device)
     precision = choose_precision(config.training.precision, device)
+    if config.model.few_steps:
+        if stage == "vae" or not config.training.init:
+            raise UserError(
+                "expected a teacher for --few-steps, and no --stage vae; name a run with --distill"
+            )
+        stage = "unet"
     with Group.joined(device) as group:
         if group.rank:
             be_quiet()
@@ -77,7 +83,8 @@ def train(
             session = prepared(run, group, precision, stage, resume, cache, download, pictures)
             session.steps_left = stop_after
             is_vae_done = restore_vae(session, stage) or (yield from VaeStage(session).train())
-            if is_vae_done and stage != "vae" and (yield from UnetStage(session).train()):
+            second = FewStepsStage if config.model.few_steps else UnetStage
+            if is_vae_done and stage != "vae" and (yield from second(session).train()):
                 say(f"done in {run.clock() / 60:.1f} minutes; try:")
                 prompt = "a smiling woman with blond hair and eyeglasses"
                 if session.pictures.captions is not None:
@@ -160,12 +167,20 @@ def begin_from(model: TextToImage, source: str, stage: str):
     taken = [f"the {name} of {folder}" for name in files if name not in refused]
     if not taken or (stage == "unet" and "VAE" in refused):
         raise UserError(f"--init {source} has nothing that fits; {'; '.join(refused.values())}")
-    say(f"begins with {', '.join([*taken, *refused.values()])}")
+    before = {}
     if "UNet" not in refused:
         before = vars(Config.read(folder / "config.json").model)
-        differing = [name for name, value in vars(model.config).items() if before[name] != value]
-        if differing:
-            say(f"warning: that UNet has learned with another {', '.join(differing)}")
+    differing = [name for name, value in vars(model.config).items() if before and before[name] != value]
+    if model.config.few_steps:
+        if refused or differing != ["few_steps"] or before["few_steps"]:
+            other = [f"another {name}" for name in differing if name != "few_steps"]
+            got = ", ".join([*refused.values(), *other]) or "a run that was distilled itself"
+            raise UserError(f"expected a teacher with the settings of this run, got {got}; name another run")
+        model.load_vae(folder)  # with its scale
+        differing = []
+    say(f"begins with {', '.join([*taken, *refused.values()])}")
+    if differing:
+        say(f"warning: that UNet has learned with another {', '.join(differing)}")
 
 
 def check_stage(run: Run, stage: str):

@@ -8,19 +8,21 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ddpm.celeba.dataset import Pictures
 from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.config import WORDS_FILE
-from ddpm.model import TextToImage
+from ddpm.model import SHIPPED, TextToImage, networks
 from ddpm.tools.command import Stopped, StopRequest, bar, on_signals, progress_bar, say
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import CannotWrite, digest_of, write_atomically
 from ddpm.tools.grids import labelled_grid, save_png
-from ddpm.tools.weights import save_weights
+from ddpm.tools.weights import load_weights, save_weights
 from ddpm.training.batches import stage_steps
 from ddpm.training.caches import Encoded, Latents, Texts
+from ddpm.training.distillation import Trajectories, captions_of, loss_by_step, train_distilled
 from ddpm.training.loops import train_unet, train_vae
 from ddpm.training.optimization import Bound, NotFinite, Optimization, Report
 from ddpm.training.parallel import Group, LostGroup, is_lost
@@ -238,9 +240,10 @@ class VaeStage(Stage):
 def finish_vae(session: Session):
     r"""Measure the scale of the VAE's latents, and write vae.safetensors."""
     model = session.model
-    with session.group.main_process_first():  # which encodes them
-        rows = session.pictures.rows(TRAIN)
-        model.latent_scale = measure_latent_scale(session.latents(), rows, progress_bar)
+    if not model.config.few_steps:  # else it is the teacher's
+        with session.group.main_process_first():  # which encodes them
+            rows = session.pictures.rows(TRAIN)
+            model.latent_scale = measure_latent_scale(session.latents(), rows, progress_bar)
     if session.run.writes:
         model.save_vae(session.run.folder)
     say(f"latents {model.latent_shape}, scale {model.latent_scale:.4f}")
@@ -249,10 +252,11 @@ def finish_vae(session: Session):
 class UnetStage(Stage):
     r"""Second stage: the UNet, on the latents of the VAE."""
 
+    parts = "tenths of t"  # of which the validation gives a loss each
+
     def __init__(self, session: Session):
         model = session.model
         settings = session.run.config.training
-        self.latents = session.latents()
         self.held_out = session.pictures.rows(VALID)[:64]
         self.texts = session.texts()
         captions = sorted({session.pictures.full_caption(i) for i in self.held_out})
@@ -262,11 +266,25 @@ class UnetStage(Stage):
             write_atomically(session.run.folder / WORDS_FILE, words.encode())
         super().__init__(session, "unet", model.unet, settings.lr, settings.batch_size, True)
         self.more = {"trained_vae": {"weights": model.vae.state_dict(), "latent_scale": model.latent_scale}}
-        self.data = (self.model, self.latents, self.texts, self.pictures)
+        self.prepare()
+
+    def prepare(self):
+        r"""Open what the steps read."""
+        self.data = (self.model, self.session.latents(), self.texts, self.pictures)
+
+    def reports(self) -> Iterator[Report]:
+        r"""The loop over the steps."""
+        return train_unet(*self.data, self.config, self.opt, self.precision)
+
+    def losses(self) -> list[float]:
+        r"""Validation losses, by `parts`."""
+        how = {"precision": self.precision, "seed": self.settings.seed, "batch": self.inference_batch}
+        how |= {"weighting": self.settings.weighting, "progress": progress_bar}
+        return loss_by_timestep(*self.data, self.held_out, **how)
 
     def train(self) -> Generator[Step, None, bool]:
         r"""Train; False when it was stopped before its end."""
-        return self.take(train_unet(*self.data, self.config, self.opt, self.precision))
+        return self.take(self.reports())
 
     def validate(self) -> dict:
         r"""Also writes both weights and a grid of samples."""
@@ -274,16 +292,12 @@ class UnetStage(Stage):
         batch = self.inference_batch
         save_weights(self.run.folder / "unet.safetensors", unet.state_dict())
         with self.opt.ema.applied(unet):
-            how = {"precision": self.precision, "seed": self.settings.seed, "batch": batch}
-            weighting = self.settings.weighting
-            losses = loss_by_timestep(
-                *self.data, self.held_out, **how, weighting=weighting, progress=progress_bar
-            )
+            losses = self.losses()
             save_weights(self.run.folder / "ema.safetensors", unet.state_dict())
             self.draw_samples(max(1, batch // 2))  # guidance runs the UNet on twice as many
         mean = sum(losses) / len(losses)
-        tenths = " ".join(f"{loss:.3f}" for loss in losses)
-        say(f"unet step {self.opt.step}: validation loss {mean:.4f}; by tenths of t {tenths}")
+        each = " ".join(f"{loss:.3f}" for loss in losses)
+        say(f"unet step {self.opt.step}: validation loss {mean:.4f}; by {self.parts} {each}")
         before = [(float(row["val_loss"]), row["step"]) for row in self.run.rows if row["val_loss"]]
         if before and mean > RISEN * min(before)[0]:
             least, step = min(before)
@@ -302,12 +316,40 @@ class UnetStage(Stage):
                 self.check_stop()
 
         how = {"seed": self.settings.seed, "precision": self.precision, "batch_size": batch}
-        with bar(total=20 * -(-len(self.prompts) // batch), desc="drawing samples", leave=False) as shown:
+        sampler, steps, guidance = self.config.model.drawing
+        with bar(total=steps * -(-len(self.prompts) // batch), desc="drawing samples", leave=False) as shown:
             x = self.model.sample(self.prompts, callback=leave, **how)
-        text = {"prompt": json.dumps(self.prompts), "settings": "dpm++, 20 steps, guidance 3, EMA"}
+        text = {"prompt": json.dumps(self.prompts)}
+        text["settings"] = f"{sampler}, {steps} steps, guidance {guidance:g}, EMA"
         text["step"] = str(self.opt.step)
         path = self.run.folder / "samples" / f"step_{self.opt.step:06d}.png"
         save_png(path, labelled_grid(x, self.prompts, 8), text)
+
+
+class FewStepsStage(UnetStage):
+    r"""Second stage of a model of few steps: the UNet learns from a teacher, see `distillation`."""
+
+    parts = "steps, the first at the most noise,"
+
+    def prepare(self):
+        config = self.config
+        teacher = networks(config.model)[1]
+        folder = SHIPPED if self.settings.init == "shipped" else Path(self.settings.init)
+        try:
+            load_weights(folder / "ema.safetensors", teacher)
+        except UserError as error:
+            raise UserError(f"{error}; that is the teacher, whose file the run needs to its end") from None
+        teacher.eval().requires_grad_(False).to(self.model.device, memory_format=torch.channels_last)
+        captions = captions_of(self.pictures, config)
+        data = (self.texts, captions, config.model, self.settings.seed, self.precision)
+        self.trajectories = Trajectories(self.session.cache, teacher, self.model.schedule, *data)
+
+    def reports(self) -> Iterator[Report]:
+        data = (self.model, self.trajectories, self.texts)
+        return train_distilled(*data, self.config, self.opt, self.precision)
+
+    def losses(self) -> list[float]:
+        return loss_by_step(self.model, self.trajectories, self.texts, self.precision)
 
 
 def restore_vae(session: Session, stage: str) -> bool:

@@ -7,12 +7,13 @@ and 20 steps add them up, hence 1e-4 for any pixel in [0, 1]. The issue asks for
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import far
 
-from ddpm.export.diffusers_folder import import_diffusers
+from ddpm.export.diffusers_folder import export, import_diffusers
 from ddpm.tools.seeding import generator
 
 diffusers = pytest.importorskip("diffusers")
@@ -96,6 +97,15 @@ def test_the_other_samplers_give_our_pictures_too(pipe, tiny_model, sampler):
     theirs = their_pictures(other, tiny_model, num_inference_steps=10, guidance_scale=3.0)
     ours = our_pictures(tiny_model, sampler=sampler, steps=10)
     assert far(theirs, ours) < PIXEL
+
+
+def test_a_model_of_few_steps_draws_its_picture_there(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_model, "config", replace(tiny_model.config, few_steps=4))
+    export(tiny_model, tmp_path / "few")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "few", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = their_pictures(pipe, tiny_model, num_inference_steps=4, guidance_scale=1.0)
+    assert far(theirs, our_pictures(tiny_model)) < PIXEL
 
 
 def test_a_negative_prompt_is_led_away_from_alike(pipe, tiny_model):
