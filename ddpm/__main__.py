@@ -60,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(a: argparse.Namespace):
-    r"""Refuse what cannot be before anything slow is loaded."""
+    r"""Fill in what the model decides, and refuse what cannot be, before anything slow is loaded."""
+    fill_in_drawing(a, a.model or SHIPPED)
     if bool(a.prompts) == bool(a.file):
         got = "both" if a.file else "neither"
         raise UserError(f"expected prompts, or --prompts with a file of them, got {got}; see --help")
@@ -213,7 +214,6 @@ def texts(a: argparse.Namespace, variance: str) -> dict[str, str]:
 
 def main(argv: list[str] | None = None):
     a = parser().parse_args(argv)
-    fill_in_drawing(a, a.model or SHIPPED)
     check(a)
     if a.file:
         a.prompts = read_prompts(a.file)

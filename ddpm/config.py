@@ -154,6 +154,9 @@ class TrainConfig:
     text_cache_gb: float = option(
         8.0, "embed captions once up to this size on disk; beyond, at every step", low=0
     )
+    trajectories: int = option(
+        2048, "pictures of the teacher that a distillation (--few-steps) learns from", low=1, high=10**7
+    )
     max_bad_images: float = option(
         0.01, "share of unreadable pictures that are skipped before the run refuses", low=0
     )
@@ -186,7 +189,7 @@ PRESETS = {
     | {"batch_size": 8, "vae_batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128}
     | {"warmup": 5, "save_every": 10, "sample_every": 20},
 }
-DISTILL = {"few_steps": 4, "max_minutes": 20.0, "unet_steps": 1_000_000, "epochs": 0, "accumulation": 1}
+DISTILL = {"few_steps": 4, "max_minutes": 12.0, "unet_steps": 1_000_000, "epochs": 0, "warmup": 50}
 DISTILL |= {"muon_lr": 2e-3, "lr": 3e-4, "ema_decay": 0.99}  # over the settings of the run that is distilled
 
 

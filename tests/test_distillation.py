@@ -100,7 +100,7 @@ def test_a_trajectory_is_drawn_once_and_has_noise_of_its_own(teacher, tmp_path, 
     assert torch.equal(again(np.array([1])), z[1:2])
 
 
-FEW = [*FP32, "--few-steps", "2"]
+FEW = [*FP32, "--few-steps", "2", "--trajectories", "12"]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,6 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
     with pytest.MonkeyPatch.context() as patch:
         make_runs_cheap(patch)
-        patch.setattr(distillation, "COUNT", 12)
         patch.setattr(distillation, "HELD_OUT", 4)
         assert run_train(*QUICK, *FP32, "--out", folder / "teacher") == 0
         assert run_train("--distill", folder / "teacher", "--max-steps", 6, *FEW) == 0

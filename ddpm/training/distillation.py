@@ -35,7 +35,6 @@ from ddpm.training.caches import Texts
 from ddpm.training.optimization import Optimization, Report
 from ddpm.unet import UNet
 
-COUNT = 4096  # trajectories; the first epoch of the student waits for them, the others read them
 HELD_OUT = 64  # trajectories to validate on
 
 
@@ -138,8 +137,8 @@ def captions_of(pictures: Pictures, config: Config) -> list[str]:
     settings = config.training
     rows = pictures.rows(TRAIN)
     g = generator(settings.seed, "trajectories")
-    drawn = rows[torch.randint(len(rows), (COUNT,), generator=g).numpy()]
-    dropped = torch.rand(COUNT, generator=g) < config.model.caption_drop
+    drawn = rows[torch.randint(len(rows), (settings.trajectories,), generator=g).numpy()]
+    dropped = torch.rand(len(drawn), generator=g) < config.model.caption_drop
     captions = [
         "" if drop else pictures.caption(i, settings.seed, k % settings.caption_variants)
         for k, (i, drop) in enumerate(zip(drawn, dropped.tolist(), strict=True))
@@ -159,6 +158,7 @@ def train_distilled(
     settings = config.training
     shard = opt.group.shard
     k = config.model.few_steps
+    all_numbers = np.arange(settings.trajectories)
 
     def denoise(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         with autocast(model.device, precision):
@@ -166,7 +166,7 @@ def train_distilled(
 
     while opt.progress() < 1:
         opt.begin_step()
-        batch, _ = batch_rows(np.arange(COUNT), settings.batch_size, opt.step, settings.seed, "distillation")
+        batch, _ = batch_rows(all_numbers, settings.batch_size, opt.step, settings.seed, "distillation")
         part = shard((np.arange(len(batch)) + opt.step) % k)  # which of its steps
         numbers = shard(batch)
         z = trajectories(numbers)
@@ -183,7 +183,7 @@ def train_distilled(
 @torch.no_grad()
 def loss_by_step(model: TextToImage, trajectories: Trajectories, texts: Texts, precision: str) -> list[float]:
     r"""The loss of each of the few steps on the held-out trajectories."""
-    numbers = COUNT + np.arange(HELD_OUT)
+    numbers = np.arange(len(trajectories.captions))[-HELD_OUT:]
     z = trajectories(numbers).to(model.device)
     context = texts([trajectories.captions[i] for i in numbers]).to(model.device)
     times = trajectories.times.to(model.device)

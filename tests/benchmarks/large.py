@@ -44,7 +44,7 @@ def trained(data: Path, folder: Path, steps: int) -> dict[str, float]:
     run = folder / "run"
     flags = ["--preset", "celeba64-laptop", "--text-weights", "random", "--max-minutes", "0"]
     flags += f"--max-pictures 0 --vae-steps 5 --unet-steps {steps}".split()
-    flags += "--sample-every 1000000 --save-every 1000000".split()
+    flags += ["--sample-every", "1000000", "--save-every", "1000000"]
     words = [sys.executable, "train.py", "--data", str(data), "--out", str(run), *flags]
     peak = 0
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
