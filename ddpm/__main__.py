@@ -99,8 +99,11 @@ def read_prompts(file: Path) -> list[str]:
     if str(file) == "-":
         data = sys.stdin.buffer.read(MOST_BYTES + 1)
     else:
-        with open(file, "rb") as opened:
-            data = opened.read(MOST_BYTES + 1)
+        try:
+            with open(file, "rb") as opened:
+                data = opened.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise UserError(f"expected a file of prompts, could not read {file}: {error.strerror}") from None
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     if not lines or len(data) > MOST_BYTES:
         got = "more" if lines else "none"

@@ -93,6 +93,14 @@ def test_folders_called_after_a_split_are_that_split(tmp_path, kind):
     }
 
 
+def test_an_empty_text_is_an_empty_caption_and_a_warning_says_so(tmp_path):
+    put_pictures(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
+    for name, text in {"a": "x", "b": "", "c": " \n"}.items():
+        put(tmp_path / f"{name}.txt", text)
+    with pytest.warns(UserWarning, match="2 pictures, such as b.jpg, have an empty .txt"):
+        assert open_table(tmp_path).captions == (("x",), ("",), ("",))
+
+
 def test_a_picture_without_a_text_is_left_out_where_others_have_one(tmp_path):
     put_pictures(tmp_path, ["a.jpg", "b.jpg"])
     put(tmp_path / "a.txt", "x")
@@ -101,7 +109,6 @@ def test_a_picture_without_a_text_is_left_out_where_others_have_one(tmp_path):
 
 
 BROKEN = {  # what is beside a.jpg, train/1.jpg and test/1.jpg -> what the refusal holds
-    "an empty text": ({"a.txt": " "}, "a.txt: expected a caption as text, got an empty file"),
     "a text of other bytes": ({"a.txt": b"\xff\xfea"}, "a.txt: expected text in UTF-8"),
     "another folder": ({"any.csv": "path,text\n/elsewhere/a.jpg,x\n"}, "expected a path inside the folder"),
     "up and down": ({"any.csv": "path,text\n{here}/../a.jpg,x\n"}, "expected a path inside the folder"),

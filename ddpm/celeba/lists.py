@@ -206,6 +206,9 @@ def _open_pictures(folder: Path) -> ImageTable:
             warnings.warn(printable(f"{folder}: {why}"), stacklevel=3)
         files = with_text
         captions = tuple(_lines_of(folder / f"{_stem(name)}.txt") for name in files)
+        if empty := [name for name, lines in zip(files, captions, strict=True) if lines == ("",)]:
+            says = f"{len(empty):,} pictures, such as {empty[0]}, have an empty .txt and so an empty caption"
+            warnings.warn(printable(f"{folder}: {says}"), stacklevel=3)
     else:
         captions = _folder_names(folder, files)
     table = ImageTable(folder, files, None, captions, np.full(len(files), UNKNOWN, np.uint8))
@@ -213,7 +216,7 @@ def _open_pictures(folder: Path) -> ImageTable:
 
 
 def _lines_of(file: Path) -> tuple[str, ...]:
-    lines = (" ".join(line.split()) for line in read_text(file, "a caption").splitlines())
+    lines = (" ".join(line.split()) for line in read_text(file, "a caption", may_be_empty=True).splitlines())
     return tuple(filter(None, lines)) or ("",)
 
 

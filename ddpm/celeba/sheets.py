@@ -138,7 +138,7 @@ def _json_cell(key: str, value):
     return str(value).strip()
 
 
-def read_text(file: Path, what: str = "a list") -> str:
+def read_text(file: Path, what: str = "a list", may_be_empty: bool = False) -> str:
     r"""The text of a file: UTF-8, UTF-16 with a byte order mark, or latin-1 where a list's names are ASCII."""
     try:
         size = file.stat().st_size
@@ -151,7 +151,7 @@ def read_text(file: Path, what: str = "a list") -> str:
     except OSError as error:
         raise DataError(file, f"{what} that can be read", quoted(error), "correct that") from error
     kind = kind_of(data[:512])
-    if kind or not data.strip():
+    if kind or not (data.strip() or may_be_empty):
         raise DataError(file, f"{what} as text", kind or "an empty file", AGAIN if kind else CORRECT)
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")

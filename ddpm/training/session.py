@@ -157,6 +157,8 @@ def begin_from(model: TextToImage, source: str, stage: str):
     Raises: UserError where none fit, or not those of the VAE although the UNet alone is to be trained.
     """
     folder = SHIPPED if source == "shipped" else Path(source)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"expected the folder of a run after --init, {folder} has no config.json")
     refused = {}
     files = {"VAE": (model.vae, "vae.safetensors"), "UNet": (model.unet, "ema.safetensors")}
     for name, (network, file) in files.items():
