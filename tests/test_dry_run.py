@@ -18,6 +18,7 @@ from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.config import Config
 from ddpm.model import TextToImage
 from ddpm.tools.arrays import TOGETHER
+from ddpm.training import __main__ as train
 from ddpm.training.caches import Latents
 from ddpm.training.dry_run import (
     ATTENTION_ON_CPU,
@@ -28,6 +29,7 @@ from ddpm.training.dry_run import (
     measure,
     measure_caches,
     minutes,
+    minutes_of_distillation,
 )
 from ddpm.training.optimization import EMA
 from ddpm.training.stages import inference_batch
@@ -55,6 +57,16 @@ def test_what_is_kept_is_each_storage_once_and_no_weight():
     x = torch.ones(8, 100, requires_grad=True)
     # x for the weight's gradient, layer(x) for the square's; layer.weight for x's gradient is there in any case
     assert bytes_kept(lambda: layer(x).square().sum() + x[:4].square().sum(), layer) == 4 * 8 * (100 + 50)
+
+
+def test_a_distillation_is_told_the_teachers_minutes_and_the_students_steps(capsys):
+    settings = {"few_steps": 4, "trajectories": 600, "max_minutes": 10.0}
+    line = minutes_of_distillation(Config.from_preset("tiny", **settings), step=0.5, call=0.01)
+    assert "4.0 for 600 pictures of the teacher, 40 calls each, and 5.8 for 696 steps of the student" in line
+    train.main(["--distill", "shipped", "--dry-run", "--max-minutes", "0", "--unet-steps", "7"])
+    told = capsys.readouterr().out
+    assert "for 2,048 pictures of the teacher" in told and "for 7 steps of the student" in told
+    assert "vae:" not in told
 
 
 @pytest.mark.parametrize("learn", [False, True])
@@ -154,6 +166,7 @@ from ddpm.celeba.dataset import drawn_pictures
 from ddpm.config import Config
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
+from ddpm.training import __main__ as train
 from ddpm.training.caches import Latents
 from ddpm.training.loops import train_unet
 from ddpm.training.optimization import Bound, Optimization

@@ -17,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ddpm.celeba.faces import draw_many, drawn_rows, drawn_split
 from ddpm.celeba.images import BadImage, read_image
 from ddpm.celeba.lists import TRAIN, VALID, ImageTable
-from ddpm.config import Config, size_warning
+from ddpm.config import GUIDED, Config, size_warning
 from ddpm.model import TextToImage
 from ddpm.text import TOKENS, WIDTH, TextTower
 from ddpm.tools.arrays import TOGETHER
 from ddpm.tools.command import bar
 from ddpm.tools.devices import autocast, wait_for
+from ddpm.tools.kernels import context_read_once
 from ddpm.training.batches import check_counts, stage_steps
 from ddpm.training.optimization import Bound, Optimization
 
@@ -99,7 +100,10 @@ def report(config: Config, table: ImageTable | None, device: torch.device, preci
     )
     yield from size_warning(config)
     seconds = {}
-    for stage, batch_size in (("vae", settings.vae_batch_size), ("unet", settings.batch_size)):
+    batch_sizes = {"vae": settings.vae_batch_size, "unet": settings.batch_size}
+    if config.model.few_steps:  # the VAE is the teacher's
+        del batch_sizes["vae"]
+    for stage, batch_size in batch_sizes.items():
         need = measure(stage, model, config, precision)
         seconds[stage] = need["seconds"]
         mib = {name: f"{need[name] / MIB:.0f}" for name in need}
@@ -118,6 +122,9 @@ def report(config: Config, table: ImageTable | None, device: torch.device, preci
         f"beside a step, MiB: {memory[0] / MIB:.0f} to encode {TOGETHER} pictures, {memory[1] / MIB:.0f} to embed "
         f"{TOGETHER} captions, each once"
     )
+    if config.model.few_steps:
+        yield minutes_of_distillation(config, seconds["unet"], seconds_of_a_call(model, precision))
+        return
     yield from minutes(config, split, seconds_of_a_picture(config, table), seconds)
 
 
@@ -171,6 +178,34 @@ def minutes(config: Config, split: np.ndarray, to_read: float, seconds: dict[str
             f"warning: the UNet may learn {count:,} pictures by heart in {epochs:,.0f} epochs; for {MANY_EPOCHS} of "
             f"them take --unet-steps {max(1, fewer)}, and fewer if the validation loss rises"
         )
+
+
+def minutes_of_distillation(config: Config, step: float, call: float) -> str:
+    r"""How long the teacher draws, and how many steps the student then has, by the seconds of a step and a call."""
+    settings = config.training
+    calls = 2 * GUIDED[1]
+    drawing = settings.trajectories * calls * call
+    whole = 60 * settings.max_minutes
+    steps = max(0.0, 0.98 * whole - drawing) / step if whole else settings.unet_steps
+    return (
+        f"about, in minutes: {drawing / 60:,.1f} for {settings.trajectories:,} pictures of the teacher, {calls} calls "
+        f"each, and {steps * step / 60:,.1f} for {steps:,.0f} steps of the student"
+    )
+
+
+@torch.no_grad()
+def seconds_of_a_call(model: TextToImage, precision: str) -> float:
+    r"""Of the UNet, for one of the latents that the teacher draws together."""
+    count = 2 * TOGETHER  # with and without the prompt
+    x = torch.zeros(count, *model.latent_shape, device=model.device)
+    context = torch.zeros(count, TOKENS, WIDTH, device=model.device)
+    t = torch.zeros(count, dtype=torch.long, device=model.device)
+    with autocast(model.device, precision), context_read_once(model.unet):
+        model.unet(x, t, context)
+        begun = time.perf_counter()
+        model.unet(x, t, context)
+        wait_for(model.device)
+        return (time.perf_counter() - begun) / count
 
 
 def seconds_of_a_picture(config: Config, table: ImageTable | None, some: int = 32) -> float:
