@@ -88,6 +88,8 @@ def small(words: list[str]) -> list[str]:
     arguments = [SMALLER.get(before, word) for before, word in zip(["", *arguments], arguments, strict=False)]
     if program == "train.py":
         added = [] if "--resume" in arguments else SMALL
+        if "--distill" in arguments:  # the model is the teacher's
+            added = [*SMALL_TRAINING.split(), "--trajectories", "8"]
         return [*arguments, *added, "--device", "cpu"]
     has_a_device = program not in ("ddpm.export", "tests/benchmarks", "tests/trials.py")
     return [*arguments, "--device", "cpu"] if has_a_device else arguments
@@ -140,6 +142,8 @@ def at_hand(words: list[str], request, place: Path) -> list[str]:
     kind = "whole"
     if words[0] == "train.py":
         kind = "vae" if "unet" in words else "begun"
+    if "--distill" in words:
+        kind, words = "whole", ["runs/ships" if word == "shipped" else word for word in words]
     for before, word in zip(words, words[1:], strict=False):
         is_read = word.startswith("runs/") and before != "--out" and "--reverse" not in words
         if before in ("--init-image", "--mask"):
