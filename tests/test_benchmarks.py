@@ -15,6 +15,7 @@ from benchmarks import __main__ as command
 from benchmarks import measure
 from benchmarks.measure import Row, alternate, as_json, compared, digits, table
 
+from ddpm.evaluation import classifier
 from ddpm.tools.command import keep_freed_memory
 
 
@@ -148,10 +149,11 @@ def test_the_command_for_a_gpu_runs_in_its_small_form_on_a_cpu(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_time_to_quality_is_measured_of_both_sides(tmp_path, capsys):
+def test_the_time_to_quality_is_measured_of_both_sides(tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     from benchmarks import quality
 
+    monkeypatch.setattr(classifier, "STEPS", 3)
     few = ["--preset", "tiny", "--drawn-images", "400", "--n", "16"]
     quality.main([*few, "--minutes", "0.3", "--out", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "quality.json").read_text())["rows"]

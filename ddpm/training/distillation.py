@@ -99,6 +99,7 @@ class Trajectories:
         self.model = model
         self.seed = seed
         self.precision = precision
+        self.drawn = 0  # by this process
         self.times = torch.tensor([*timesteps(schedule, model.few_steps), -1])
         settings = (model.schedule, model.timesteps, model.prediction, model.few_steps)
         tower = text_weights.fingerprint(texts.tower)
@@ -126,9 +127,11 @@ class Trajectories:
         with autocast(device, self.precision), context_read_once(self.teacher):
             denoise = guided(self.teacher, context, uncond, scale)
             way = sample_loop(self.schedule, denoise, x_T, lambda: x_T, sampler, steps, self.model.prediction)
-            for state in bar(way, total=steps, desc="the teacher draws", leave=False):
+            shown = bar(way, total=steps, desc=f"the teacher draws, {self.drawn:,} so far", leave=False)
+            for state in shown:
                 if state.s in self.times:
                     states.append(state.x)
+        self.drawn += len(set(numbers))
         return torch.stack(states, dim=1).float().cpu().numpy()
 
 

@@ -32,6 +32,7 @@ from benchmarks.measure import PACKAGES, ROOT, commit, cpu_name, installed
 from ddpm.celeba.dataset import Pictures, load_pictures, open_data
 from ddpm.celeba.lists import TRAIN
 from ddpm.config import PRESETS, Config
+from ddpm.evaluation import __main__ as evaluation
 from ddpm.evaluation.choices import EXTRACTORS
 from ddpm.export.diffusers_folder import RENAMES, diffusers_names, unet_config, vae_config
 from ddpm.model import TextToImage
@@ -188,10 +189,9 @@ def main(argv: list[str] | None = None):
                 config = Config.from_preset(a.preset, max_minutes=minutes, **settings)
                 steps = train_peer(config, folder, cache, minutes)
             shutil.rmtree(cache)
-            words = ["-m", "ddpm.evaluation", folder, "--only", "adherence,frechet", "--n", a.n]
+            words = [folder, "--only", "adherence,frechet", "--n", a.n]
             words += ["--extractor", a.extractor, "--cache", a.out / "cache"]
-            command = [sys.executable, *map(str, words)]
-            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            evaluation.main([str(word) for word in words])
             result = json.loads((folder / "evaluation" / "result.json").read_text())
             row = {"minutes": minutes, "side": side, "steps": steps}
             row["adherence"] = result["adherence"]["held_out"]["generated"]["mean"]
