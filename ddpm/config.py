@@ -27,6 +27,8 @@ MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
 MOVABLE = {"data", "max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every"} | {
     "precision"
 }
+# settings that runs of earlier versions lack; these runs were made as the defaults say, so they still open
+LATER = {"few_steps", "trajectories", "max_pictures", "init", "flip", "weighting"}
 GUIDED = ("dpm++", 20, 3.0)  # sampler, steps and guidance by which a model draws unless it is told otherwise
 Widths = tuple[int, ...]
 WIDTHS = {"low": 32, "high": 4096}
@@ -242,7 +244,7 @@ class Config:
             given, known = set(values[name]), set(fields_of(section))
             for kind, names, advice in (
                 ("unknown", given - known, "remove"),
-                ("missing", known - given, "add"),
+                ("missing", known - given - LATER, "add"),
             ):
                 if names:
                     listed = ", ".join(sorted(names))

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from ddpm.config import (
+    LATER,
     PRESETS,
     Config,
     ModelConfig,
@@ -141,6 +142,15 @@ def test_pictures_are_at_least_as_large_as_the_window_of_ssim_and_a_drawn_face()
 def test_an_unknown_preset_is_named_with_the_known_ones():
     with pytest.raises(UserError, match="celeba64.*'imagenet'"):
         Config.from_preset("imagenet")
+
+
+def test_a_run_of_an_earlier_version_opens_and_its_new_settings_have_their_defaults(tmp_path):
+    config = Config.from_preset("tiny", weighting="v", few_steps=4, max_pictures=9, drawn_images=77)
+    values = json.loads(config.to_json())
+    for name in LATER:
+        assert values["model"].pop(name, None) is not None or values["training"].pop(name) is not None
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert Config.read(tmp_path / "config.json") == Config.from_preset("tiny", drawn_images=77)
 
 
 @pytest.mark.parametrize(
