@@ -27,9 +27,10 @@ MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
 MOVABLE = {"data", "max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every"} | {
     "precision"
 }
-# settings that runs of earlier versions lack; these runs were made as the defaults say, so they still open
+# settings that older config.json files lack; their defaults are what those runs did
 LATER = {"few_steps", "trajectories", "max_pictures", "init", "flip", "weighting"}
-GUIDED = ("dpm++", 20, 3.0)  # sampler, steps and guidance by which a model draws unless it is told otherwise
+# sampler, steps and guidance of a model that is told nothing else, and of a teacher
+GUIDED = ("dpm++", 20, 3.0)
 Widths = tuple[int, ...]
 WIDTHS = {"low": 32, "high": 4096}
 BOUNDS = {
@@ -75,7 +76,7 @@ class ModelConfig:
         0.1, "share of captions replaced by the empty one, which guidance needs", low=0, below=1
     )
     few_steps: int = option(
-        0, "network calls of a picture, which the UNet learns from the run --init; 0: not distilled", low=0
+        0, "UNet calls for one picture, learned from the run --init; divides 20; 0: an ordinary model", low=0
     )
 
     @property
@@ -97,7 +98,9 @@ class TrainConfig:
         "drawn", "`drawn` for drawn faces, or a folder: CelebA in any layout, or images with a csv"
     )
     drawn_images: int = option(8_000, "how many faces to draw for --data drawn", low=1, high=10**7)
-    max_pictures: int = option(0, "pictures of a folder to train on, drawn by the seed; 0: all", low=0)
+    max_pictures: int = option(
+        0, "train on at most so many pictures of a folder, chosen by the seed; 0: all", low=0
+    )
     crop: int = option(
         0, "side of the centre crop in pixels; 0: 148 for aligned CelebA, else the largest square", low=0
     )
@@ -157,7 +160,7 @@ class TrainConfig:
         8.0, "embed captions once up to this size on disk; beyond, at every step", low=0
     )
     trajectories: int = option(
-        2048, "pictures of the teacher that a distillation (--few-steps) learns from", low=1, high=10**7
+        2048, "pictures that the teacher draws for a distillation (--distill)", low=1, high=10**7
     )
     max_bad_images: float = option(
         0.01, "share of unreadable pictures that are skipped before the run refuses", low=0
@@ -191,8 +194,11 @@ PRESETS = {
     | {"batch_size": 8, "vae_batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128}
     | {"warmup": 5, "save_every": 10, "sample_every": 20},
 }
-DISTILL = {"few_steps": 4, "max_minutes": 12.0, "unet_steps": 1_000_000, "epochs": 0, "warmup": 50}
-DISTILL |= {"muon_lr": 2e-3, "lr": 3e-4, "ema_decay": 0.99}  # over the settings of the run that is distilled
+DISTILL = {  # what --distill changes in the settings of its teacher's run
+    "few_steps": 4,
+    **{"max_minutes": 12.0, "unet_steps": 1_000_000, "epochs": 0, "warmup": 50},
+    **{"muon_lr": 2e-3, "lr": 3e-4, "ema_decay": 0.99, "weighting": "prediction"},
+}
 
 
 @dataclass(frozen=True)

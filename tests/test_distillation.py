@@ -1,5 +1,6 @@
 r"""Few steps: the target and the loss by hand, the teacher's trajectories, and a whole small distillation."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -166,19 +167,23 @@ def test_what_cannot_be_distilled_is_refused(runs, capsys):
     )
     assert "with the settings of this run" in told("--distill", teacher, *FEW, "--channels", "32,64", *new)
     assert "a teacher for --few-steps" in told(*QUICK, *FEW, *new)
+    assert "--few-steps of at least 1" in told("--distill", teacher, "--few-steps", "0", *new)
     assert "no --stage vae" in told("--distill", teacher, *FEW, "--stage", "vae", *new)
     assert "few_steps that divide the teacher's 20" in told("--distill", teacher, "--few-steps", "3", *new)
     assert "--distill without --preset" in told("--distill", teacher, "--preset", "tiny")
     assert "config.json" in told("--distill", runs / "none")
     assert not (runs / "new").exists()
 
-    few = runs / "lost"
-    assert run_train("--distill", teacher, "--max-steps", 6, *FEW, "--out", few, "--stop-after", 3) == 0
-    capsys.readouterr()
-    ema = teacher / "ema.safetensors"
-    ema.rename(teacher / "moved")
-    assert "whose file the run needs to its end" in told("--resume", few)
-    (teacher / "moved").rename(ema)
+
+@pytest.mark.slow
+def test_the_teacher_is_kept_in_the_run(runs):
+    few = runs / "alone"
+    other = runs / "moved"
+    shutil.copytree(runs / "teacher", other)
+    assert run_train("--distill", other, "--max-steps", 6, *FEW, "--out", few, "--stop-after", 3) == 0
+    shutil.rmtree(other)
+    assert run_train("--resume", few) == 0
+    assert_same_run(few, runs / "teacher-2-steps")
 
 
 def test_the_flags_of_a_distillation(tmp_path):

@@ -60,9 +60,9 @@ def test_what_is_kept_is_each_storage_once_and_no_weight():
 
 
 def test_a_distillation_is_told_the_teachers_minutes_and_the_students_steps(capsys):
-    settings = {"few_steps": 4, "trajectories": 600, "max_minutes": 10.0}
+    settings = {"few_steps": 4, "trajectories": 536, "max_minutes": 10.0}
     line = minutes_of_distillation(Config.from_preset("tiny", **settings), step=0.5, call=0.01)
-    assert "4.0 for 600 pictures of the teacher, 40 calls each, and 5.8 for 696 steps of the student" in line
+    assert "4.0 for 536 pictures of the teacher, 40 calls each, and 5.8 for 696 steps of the student" in line
     train.main(["--distill", "shipped", "--dry-run", "--max-minutes", "0", "--unet-steps", "7"])
     told = capsys.readouterr().out
     assert "for 2,048 pictures of the teacher" in told and "for 7 steps of the student" in told

@@ -72,6 +72,8 @@ def configuration(arguments: argparse.Namespace) -> Config:
             raise UserError(
                 "expected --distill without --preset, --config, --init; it takes that run's settings"
             )
+        if not flags.get("few_steps", 1):
+            raise UserError("expected --few-steps of at least 1 with --distill, got 0")
         is_shipped = str(arguments.distill) == "shipped"
         folder = SHIPPED if is_shipped else arguments.distill
         return settings_of(folder / "config.json", DISTILL | {"init": str(arguments.distill)} | flags)

@@ -1,13 +1,15 @@
-r"""Few steps: a network learns to go in one step of DDIM where guidance and twenty steps have led its teacher.
+r"""Few steps: a network learns to draw in a few steps of DDIM what its guided teacher draws in twenty steps.
 
-The teacher is the trained model. From noise x_T and a prompt it draws with its defaults, DPM-Solver++ 2M, 20 steps,
-guidance 3, which runs the network 40 times. The student is a copy of its UNet, and of the 20 times it sees only k, the
-few ones. From the teacher's latent at each it learns to reach the teacher's latent at the next, without guidance. This
-is Progressive Distillation (Salimans and Ho 2022) in one stage in place of five halvings, on a teacher with guidance
-(Meng et al. 2023).
+The teacher is the trained model. It draws with DPM-Solver++ 2M in 20 steps at guidance 3, so its UNet runs 40 times.
+The student starts as a copy of that UNet and learns k steps of DDIM without guidance. Each step must end at the
+teacher's latent 20 / k steps later. The target is that of Progressive Distillation (Salimans and Ho 2022). Three
+things differ. One training replaces their repeated halvings. The latents z_t come from the teacher's own
+trajectories, and not from noised data. The teacher is guided at one fixed scale, whereas Meng et al. 2023 train a
+student for many scales. At k = 1 the student learns the teacher's pictures from their noise, as in Luhman and Luhman
+2021.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from ddpm.celeba.dataset import Pictures
 from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.config import GUIDED, Config, ModelConfig
 from ddpm.diffusion import x_0_and_eps
-from ddpm.losses import loss_weight, training_target
+from ddpm.losses import loss_weight, split_output, training_target
 from ddpm.model import TextToImage
 from ddpm.sampling import guided, sample_loop, timesteps
 from ddpm.schedule import Schedule
@@ -54,31 +56,33 @@ def x_0_between(schedule: Schedule, z_t: Tensor, t: Tensor, z_s: Tensor, s: Tens
     return x_0.to(z_t.dtype)
 
 
-def distillation_loss(schedule: Schedule, denoise, z_t, t, z_s, s, prediction: str) -> Tensor:
-    r"""How far one step from the teacher's z_t misses its z_s, as the squared error of v; one number a picture.
+def distillation_loss(schedule: Schedule, denoise: Callable, z_t, t, z_s, s, prediction: str) -> Tensor:
+    r"""The squared error of v between the network's picture and the target; (B,) float32.
 
-    $$\mathcal L = \lVert v(\hat x_0) - v_\theta(z_t, t, c) \rVert^2 = (\mathrm{SNR} + 1)
-    \lVert \hat x_0 - x_{0, \theta} \rVert^2$$
+    $$\mathcal L = \lVert v(\hat x_0) - v(x_{0, \theta}) \rVert^2 = (\mathrm{SNR} + 1)
+    \lVert \hat x_0 - x_{0, \theta} \rVert^2, \qquad v(x) = a_t\, \epsilon - \sigma_t\, x$$
 
-    where $\hat x_0$ is `x_0_between` (Progressive Distillation, section 4, "SNR+1"). A network that predicts eps or
-    x_0 has the same loss, weighted by `losses.loss_weight`.
+    where $\hat x_0$ is `x_0_between`, $\epsilon$ is what $z_t$ and x imply, and the square is averaged over elements
+    (Progressive Distillation, section 4, "SNR+1"). Near pure noise a network that predicts eps learns badly, because
+    its picture is divided by almost 0.
 
-    Args: denoise: callable (z_t, t) -> (B, ...) with its condition filled in; z_t, z_s (B, ...); t, s (B,) integers.
+    Args: denoise: callable (z_t, t) -> (B, ...) with its condition filled in, which predicts `prediction`; z_t, z_s
+        (B, ...); t, s (B,) integers.
     """
     x_0 = x_0_between(schedule, z_t, t, z_s, s)
     _, eps = x_0_and_eps(schedule, z_t, t, x_0, "x_0")
     target = training_target(schedule, x_0, t, eps, prediction)
     weight = loss_weight(schedule, x_0, t, prediction, "v").float()
-    return (weight * (target.float() - denoise(z_t, t).float()) ** 2).flatten(1).mean(dim=1)
+    output, _ = split_output(denoise(z_t, t), z_t)
+    return (weight * (target.float() - output.float()) ** 2).flatten(1).mean(dim=1)
 
 
 class Trajectories:
-    r"""trajectories(numbers) -> (B, k + 1, c, h, w) float16: where the teacher was at the k few times and at the end.
+    r"""trajectories(numbers): the teacher's latents at the k times and at the end; (B, k + 1, c, h, w) float32.
 
-    Each begins with noise from a stream of its own, has the caption of a picture of the training data, and is kept in a
-    file of `folder`.
+    Each begins with noise from a stream of its own, and is kept as float16 in a file of `folder`.
 
-    Attributes: times: (k + 1,) the few times, falling from T - 1, and -1.
+    Attributes: times: (k + 1,) the k times, falling from T - 1, and -1. captions: of each trajectory.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class Trajectories:
         self.precision = precision
         self.drawn = 0  # by this process
         self.times = torch.tensor([*timesteps(schedule, model.few_steps), -1])
-        settings = (model.schedule, model.timesteps, model.prediction, model.few_steps)
+        settings = (model.schedule, model.timesteps, model.prediction, model.few_steps, GUIDED)
         tower = text_weights.fingerprint(texts.tower)
         key = key_of(
             "trajectories", digest_of(teacher.state_dict()), tower, captions, settings, seed, precision
@@ -115,7 +119,7 @@ class Trajectories:
 
     @torch.no_grad()
     def draw(self, numbers: Sequence[int]) -> np.ndarray:
-        r"""The teacher's whole way for some numbers."""
+        r"""Draw these trajectories with the teacher; (B, k + 1, c, h, w)."""
         device = self.teacher.conv_in.weight.device
         shape = self.records.shape[1:]
         noise = [torch.randn(shape, generator=generator(self.seed, "trajectory", i)) for i in numbers]
@@ -126,42 +130,51 @@ class Trajectories:
         sampler, steps, scale = GUIDED
         with autocast(device, self.precision), context_read_once(self.teacher):
             denoise = guided(self.teacher, context, uncond, scale)
-            way = sample_loop(self.schedule, denoise, x_T, lambda: x_T, sampler, steps, self.model.prediction)
-            shown = bar(way, total=steps, desc=f"the teacher draws, {self.drawn:,} so far", leave=False)
-            for state in shown:
+            loop = sample_loop(
+                self.schedule, denoise, x_T, lambda: x_T, sampler, steps, self.model.prediction
+            )
+            for state in bar(
+                loop, total=steps, desc=f"the teacher draws, {self.drawn:,} so far", leave=False
+            ):
                 if state.s in self.times:
                     states.append(state.x)
         self.drawn += len(set(numbers))
         return torch.stack(states, dim=1).float().cpu().numpy()
 
 
-def captions_of(pictures: Pictures, config: Config) -> list[str]:
-    r"""A caption for each trajectory, of training pictures, the usual share empty; then `HELD_OUT` of others."""
+def captions_of(pictures: Pictures, rows: np.ndarray, config: Config) -> list[str]:
+    r"""A training caption of each row, of which the fraction `caption_drop` is empty; then `HELD_OUT` of validation."""
     settings = config.training
-    rows = pictures.rows(TRAIN)
-    g = generator(settings.seed, "trajectories")
-    drawn = rows[torch.randint(len(rows), (settings.trajectories,), generator=g).numpy()]
-    dropped = torch.rand(len(drawn), generator=g) < config.model.caption_drop
+    dropped = torch.rand(len(rows), generator=generator(settings.seed, "trajectories", "dropped"))
     captions = [
         "" if drop else pictures.caption(i, settings.seed, k % settings.caption_variants)
-        for k, (i, drop) in enumerate(zip(drawn, dropped.tolist(), strict=True))
+        for k, (i, drop) in enumerate(zip(rows, dropped < config.model.caption_drop, strict=True))
     ]
     return captions + [pictures.full_caption(i) for i in np.resize(pictures.rows(VALID), HELD_OUT)]
+
+
+def rows_of(pictures: Pictures, config: Config) -> np.ndarray:
+    r"""The training picture whose caption each trajectory has."""
+    rows = pictures.rows(TRAIN)
+    g = generator(config.training.seed, "trajectories", "rows")
+    return rows[torch.randint(len(rows), (config.training.trajectories,), generator=g).numpy()]
 
 
 def train_distilled(
     model: TextToImage,
     trajectories: Trajectories,
+    rows: np.ndarray,
     texts: Texts,
     config: Config,
     opt: Optimization,
     precision: str,
 ) -> Iterator[Report]:
-    r"""Second stage of a model of few steps: the UNet learns the teacher's trajectories, a part of each at a time."""
+    r"""Second stage of a model of few steps: a batch takes one step of each of its trajectories, all k equally often.
+
+    Args: rows: the picture whose caption each trajectory has, for the reports.
+    """
     settings = config.training
     shard = opt.group.shard
-    k = config.model.few_steps
-    all_numbers = np.arange(settings.trajectories)
 
     def denoise(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         with autocast(model.device, precision):
@@ -169,34 +182,38 @@ def train_distilled(
 
     while opt.progress() < 1:
         opt.begin_step()
-        batch, _ = batch_rows(all_numbers, settings.batch_size, opt.step, settings.seed, "distillation")
-        part = shard((np.arange(len(batch)) + opt.step) % k)  # which of its steps
-        numbers = shard(batch)
-        z = trajectories(numbers)
-        context = texts([trajectories.captions[i] for i in numbers])
-        z_t, z_s = z[np.arange(len(z)), part], z[np.arange(len(z)), part + 1]
-        t, s = trajectories.times[part], trajectories.times[part + 1]
-        for *place, context_k in opt.micro_batches(z_t, t, z_s, s, context):
+        numbers, _ = batch_rows(
+            np.arange(len(rows)), settings.batch_size, opt.step, settings.seed, "distillation"
+        )
+        k = (np.arange(len(numbers)) + opt.step) % config.model.few_steps
+        t, s = trajectories.times[k], trajectories.times[k + 1]
+        z = trajectories(shard(numbers))
+        context = texts([trajectories.captions[i] for i in shard(numbers)])
+        i, k = np.arange(len(z)), shard(k)
+        for *place, context_k in opt.micro_batches(z[i, k], shard(t), z[i, k + 1], shard(s), context):
             denoise_k = partial(denoise, context=context_k)
             loss = distillation_loss(model.schedule, denoise_k, *place, model.config.prediction)
             opt.backward(loss.mean())
-        yield opt.end_step(batch, t)
+        yield opt.end_step(rows[numbers], t)
 
 
 @torch.no_grad()
-def loss_by_step(model: TextToImage, trajectories: Trajectories, texts: Texts, precision: str) -> list[float]:
-    r"""The loss of each of the few steps on the held-out trajectories."""
-    numbers = np.arange(len(trajectories.captions))[-HELD_OUT:]
-    z = trajectories(numbers).to(model.device)
-    context = texts([trajectories.captions[i] for i in numbers]).to(model.device)
-    times = trajectories.times.to(model.device)
-    losses = []
-    for k in range(model.config.few_steps):
-        t, s = times[k].expand(HELD_OUT), times[k + 1].expand(HELD_OUT)
-        with autocast(model.device, precision):
-            denoise = partial(model.unet, context=context)
-            loss = distillation_loss(
-                model.schedule, denoise, z[:, k], t, z[:, k + 1], s, model.config.prediction
-            )
-        losses.append(loss.mean().item())
-    return losses
+def loss_by_step(
+    model: TextToImage, trajectories: Trajectories, texts: Texts, precision: str, batch: int
+) -> list[float]:
+    r"""The loss of each of the k steps on the held-out trajectories, `batch` at a time."""
+    totals = [0.0] * model.config.few_steps
+    held_out = np.arange(len(trajectories.captions))[-HELD_OUT:]
+    for begin in range(0, HELD_OUT, batch):
+        numbers = held_out[begin : begin + batch]
+        z = trajectories(numbers).to(model.device)
+        denoise = partial(
+            model.unet, context=texts([trajectories.captions[i] for i in numbers]).to(model.device)
+        )
+        for k in range(len(totals)):
+            t, s = trajectories.times[k : k + 2, None].expand(2, len(z)).to(model.device)
+            with autocast(model.device, precision):
+                place = (z[:, k], t, z[:, k + 1], s)
+                loss = distillation_loss(model.schedule, denoise, *place, model.config.prediction)
+            totals[k] += loss.sum().item()
+    return [total / HELD_OUT for total in totals]

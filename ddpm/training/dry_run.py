@@ -25,6 +25,7 @@ from ddpm.tools.command import bar
 from ddpm.tools.devices import autocast, wait_for
 from ddpm.tools.kernels import context_read_once
 from ddpm.training.batches import check_counts, stage_steps
+from ddpm.training.distillation import HELD_OUT
 from ddpm.training.optimization import Bound, Optimization
 
 MIB = 2**20
@@ -184,7 +185,7 @@ def minutes_of_distillation(config: Config, step: float, call: float) -> str:
     r"""How long the teacher draws, and how many steps the student then has, by the seconds of a step and a call."""
     settings = config.training
     calls = 2 * GUIDED[1]
-    drawing = settings.trajectories * calls * call
+    drawing = (settings.trajectories + HELD_OUT) * calls * call
     whole = 60 * settings.max_minutes
     steps = max(0.0, 0.98 * whole - drawing) / step if whole else settings.unet_steps
     return (

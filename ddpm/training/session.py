@@ -124,7 +124,10 @@ def prepared(
     if group.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
     # in a new folder a file of a text tower is what a killed command left
-    text_file = run.folder / TEXT_FILE if resume and (run.folder / TEXT_FILE).is_file() else None
+    own = run.folder / TEXT_FILE
+    text_file = own if resume and own.is_file() else None
+    if config.model.few_steps and text_file is None and (Path(settings.init) / TEXT_FILE).is_file():
+        text_file = Path(settings.init) / TEXT_FILE  # the teacher's
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = TextToImage(config.model, text_weights.tower_from_file(text_file) if text_file else None)
@@ -139,7 +142,7 @@ def prepared(
             perceptual.perceptual_loss(group.device)  # downloads, or refuses, while there is no folder yet
     run.check_data(fingerprint(table, pictures))
     # a text tower that came from a file is kept in the run, because that file may go
-    is_to_keep = text_file is None and not is_name(config.model.text_weights)
+    is_to_keep = text_file != own if text_file else not is_name(config.model.text_weights)
     run.create(partial(text_weights.save_tower, model.text) if is_to_keep else None)
     for line in size_warning(config):
         say(line)

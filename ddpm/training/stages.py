@@ -8,13 +8,14 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from ddpm.celeba.dataset import Pictures
 from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.config import WORDS_FILE
-from ddpm.model import SHIPPED, TextToImage, networks
+from ddpm.model import TextToImage, networks
 from ddpm.tools.command import Stopped, StopRequest, bar, on_signals, progress_bar, say
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import CannotWrite, digest_of, write_atomically
@@ -22,7 +23,14 @@ from ddpm.tools.grids import labelled_grid, save_png
 from ddpm.tools.weights import load_weights, save_weights
 from ddpm.training.batches import stage_steps
 from ddpm.training.caches import Encoded, Latents, Texts
-from ddpm.training.distillation import Trajectories, captions_of, loss_by_step, train_distilled
+from ddpm.training.distillation import (
+    HELD_OUT,
+    Trajectories,
+    captions_of,
+    loss_by_step,
+    rows_of,
+    train_distilled,
+)
 from ddpm.training.loops import train_unet, train_vae
 from ddpm.training.optimization import Bound, NotFinite, Optimization, Report
 from ddpm.training.parallel import Group, LostGroup, is_lost
@@ -30,6 +38,7 @@ from ddpm.training.run_folder import Run
 from ddpm.training.validation import loss_by_timestep, measure_latent_scale, reconstruction_quality
 
 Step = tuple[str, Report]  # of the stage vae or unet
+TEACHER_FILE = "teacher.safetensors"  # of a distillation, which needs it to its end
 RISEN = 1.02  # times the least validation loss; above, the UNet overfits
 ENOUGH_PSNR = 20  # decibels on held-out pictures; below, the second stage learns to draw blur
 
@@ -332,24 +341,29 @@ class FewStepsStage(UnetStage):
     parts = "steps, the first at the most noise,"
 
     def prepare(self):
-        config = self.config
-        teacher = networks(config.model)[1]
-        folder = SHIPPED if self.settings.init == "shipped" else Path(self.settings.init)
-        try:
-            load_weights(folder / "ema.safetensors", teacher)
-        except UserError as error:
-            raise UserError(f"{error}; that is the teacher, whose file the run needs to its end") from None
+        teacher = networks(self.config.model)[1]
+        file = self.run.folder / TEACHER_FILE
+        if self.opt.step == 0:  # the student is still its teacher
+            teacher.load_state_dict(self.model.unet.state_dict())
+            if self.run.writes:
+                save_weights(file, teacher.state_dict())
+        else:
+            load_weights(file, teacher)
         teacher.eval().requires_grad_(False).to(self.model.device, memory_format=torch.channels_last)
-        captions = captions_of(self.pictures, config)
-        data = (self.texts, captions, config.model, self.settings.seed, self.precision)
-        self.trajectories = Trajectories(self.session.cache, teacher, self.model.schedule, *data)
+        self.rows = rows_of(self.pictures, self.config)
+        captions = captions_of(self.pictures, self.rows, self.config)
+        data = (self.texts, captions, self.config.model, self.settings.seed, self.precision)
+        with self.group.main_process_first():  # which draws the held-out ones
+            self.trajectories = Trajectories(self.session.cache, teacher, self.model.schedule, *data)
+            self.trajectories(np.arange(len(captions))[-HELD_OUT:])
 
     def reports(self) -> Iterator[Report]:
-        data = (self.model, self.trajectories, self.texts)
+        data = (self.model, self.trajectories, self.rows, self.texts)
         return train_distilled(*data, self.config, self.opt, self.precision)
 
     def losses(self) -> list[float]:
-        return loss_by_step(self.model, self.trajectories, self.texts, self.precision)
+        data = (self.model, self.trajectories, self.texts)
+        return loss_by_step(*data, self.precision, self.inference_batch)
 
 
 def restore_vae(session: Session, stage: str) -> bool:
