@@ -161,6 +161,8 @@ def commands_of(page: str) -> list[list[str]]:
 def check_training(arguments: list[str], processes: int):
     r"""Parse as train.py does; the batches of a new run must be ones that its processes can share."""
     a = train.parser().parse_args(arguments)
+    if a.distill:
+        a.distill = Path("shipped")  # a teacher that is there
     if a.resume is None:
         settings = train.configuration(a).training
         for batch in (settings.batch_size, settings.vae_batch_size):
