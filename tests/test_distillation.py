@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import TINY, far, normal, refusal_of, without_zeros
 from safetensors.torch import load_file
-from small_runs import FP32, QUICK, assert_same_run, make_runs_cheap, metrics, run_train
+from small_runs import FP32, QUICK, PlainTower, assert_same_run, make_runs_cheap, metrics, run_train
 
-from ddpm.config import GUIDED, Config
+from ddpm.config import GUIDED, TEXT_FILE, Config
 from ddpm.diffusion import PREDICTIONS, v_from, x_0_and_eps
 from ddpm.model import TextToImage
 from ddpm.sampling import ddim_step, timesteps
 from ddpm.schedule import SCHEDULES, Schedule
+from ddpm.tools import text_weights
 from ddpm.tools.files import digest_of
 from ddpm.training import __main__ as train
 from ddpm.training import distillation
@@ -187,6 +188,21 @@ def test_the_teacher_is_kept_in_the_run(runs):
     shutil.rmtree(other)
     assert run_train("--resume", few) == 0
     assert_same_run(few, runs / "teacher-2-steps")
+
+
+@pytest.mark.slow
+def test_a_teachers_own_text_tower_goes_along(runs, monkeypatch):
+    teacher, few = runs / "with-tower", runs / "with-tower-too"
+    shutil.copytree(runs / "teacher", teacher)
+    (teacher / TEXT_FILE).write_bytes(b"its tower")
+    settings = (teacher / "config.json").read_text()
+    (teacher / "config.json").write_text(settings.replace('"random"', f'"{TEXT_FILE}"'))
+    read = []
+    monkeypatch.setattr(text_weights, "tower_from_file", lambda path: read.append(path) or PlainTower())
+    monkeypatch.setattr(text_weights, "save_tower", lambda tower, path: path.write_bytes(b"its tower"))
+    words = ("--distill", teacher, "--max-steps", 4, *FEW, "--out", few, "--stop-after", 2)
+    assert run_train(*words) == 0 == run_train("--resume", few)
+    assert read == [teacher / TEXT_FILE, few / TEXT_FILE]
 
 
 def test_the_flags_of_a_distillation(tmp_path):
