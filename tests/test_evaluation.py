@@ -13,7 +13,7 @@ from torch import nn
 from ddpm.celeba.captions import parse
 from ddpm.celeba.dataset import drawn_pictures
 from ddpm.celeba.lists import TEST, TRAIN
-from ddpm.config import Config, TrainConfig
+from ddpm.config import Config, TrainConfig, fill_in_drawing
 from ddpm.evaluation import adherence, classifier, command, metrics, networks, plots, report, shared
 from ddpm.evaluation.__main__ import main, parser
 from ddpm.evaluation.choices import PARTS, SCOPES
@@ -247,6 +247,7 @@ def test_the_estimate_is_the_time_of_all_calls_of_the_network(run, pictures, mon
     clock = iter(range(0, 6000, 60))
     monkeypatch.setattr(shared, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     options = parser().parse_args([str(run), "--steps", "2", "--only", "frechet,guidance,steps"])
+    fill_in_drawing(options, run)
     options.scope, options.precision = scope, "fp32"
     evaluation = shared.Evaluation(TextToImage.load(run), pictures, pictures.rows(TEST), options)
     assert evaluation.minutes_of_drawing() == pytest.approx(calls / 20)
