@@ -209,6 +209,9 @@ def write_pages(app: Sphinx):
     for file in files():
         title = file.removeprefix("ddpm/").replace("_", "\\_")
         pages[page_of(file)] = f"---\nhide-toc: true\n---\n\n# {title}\n\n```{{beside}} {file}\n```\n"
+    for path in app.srcdir.glob("code/*.md"):  # of files that an earlier version had
+        if f"code/{path.stem}" not in pages:
+            path.unlink()
     for name, text in pages.items():
         path = app.srcdir / f"{name}.md"
         path.parent.mkdir(exist_ok=True)
