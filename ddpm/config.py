@@ -29,7 +29,7 @@ MOVABLE = {"data", "max_minutes", "vae_steps", "unet_steps", "epochs", "save_eve
 }
 # settings that older config.json files lack; their defaults are what those runs did
 LATER = {"few_steps", "trajectories", "max_pictures", "init", "flip", "weighting"}
-# sampler, steps and guidance of a model that is told nothing else, and of a teacher
+# the default sampler, steps and guidance of a model, by which a teacher draws too
 GUIDED = ("dpm++", 20, 3.0)
 Widths = tuple[int, ...]
 WIDTHS = {"low": 32, "high": 4096}
@@ -86,7 +86,7 @@ class ModelConfig:
 
     @property
     def drawing(self) -> tuple[str, int, float]:
-        r"""Sampler, steps and guidance by which this model draws unless it is told otherwise."""
+        r"""The default sampler, steps and guidance of this model."""
         return ("ddim", self.few_steps, 1.0) if self.few_steps else GUIDED
 
 
