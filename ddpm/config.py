@@ -185,7 +185,8 @@ PRESETS = {
     "celeba64": SPEC,  # the rest of the spec's numbers are the defaults
     "celeba128": SPEC | {"image_size": 128, "vae_channels": (32, 64, 128)},
     "celeba64-laptop": LAPTOP  # an hour sees 20,000 pictures several times, and reads each caption once
-    | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25, "max_pictures": 20_000},
+    | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25, "max_pictures": 20_000}
+    | {"weighting": "min_snr"},
     "lowvram": SPEC
     | {"batch_size": 16, "accumulation": 8, "gradient_checkpointing": True}
     | {"steps_per_epoch": 100, "epochs": 3},
