@@ -23,13 +23,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    r"""`auto` becomes bf16 where the device computes in it natively, fp32 elsewhere."""
+    r"""`auto` becomes bf16 where the device multiplies matrices faster in it, fp32 elsewhere.
+
+    Of CPUs these are the ones with AMX. AVX-512 alone has instructions for bf16 too, but torch's steps with them took
+    1.2 to 1.4 times as long as in fp32 (docs/benchmarks.md).
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
     return "fp32"
 
 
