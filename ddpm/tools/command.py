@@ -151,17 +151,21 @@ def _exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None)
             main(argv)
         return 0
     except UserError as error:
-        refusal = str(error)
+        return _refused(str(error))
     except OSError as error:
-        refusal = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        return _refused(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        refusal = OUT_OF_MEMORY
+        return _refused(OUT_OF_MEMORY)
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
-    print(f"error: {printable(refusal)}", file=sys.stderr)
+
+
+def _refused(reason: str) -> int:
+    # said while the error is alive: with it ends torch's process group, which takes long enough for torchrun to kill
+    print(f"error: {printable(reason)}", file=sys.stderr)
     return 2
 
 
