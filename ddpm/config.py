@@ -136,7 +136,7 @@ class TrainConfig:
     ema_decay: float = option(0.9995, "decay of the averaged weights, reached by warm-up", low=0, below=1)
     weighting: str = option(
         "prediction",
-        "whose squared error the loss is, whatever the UNet predicts: its prediction's own, or with weights by t",
+        "which squared error the loss is: of what the UNet predicts, of eps, v or x_0, or of x_0 times min(SNR, 5)",
         ("prediction", "eps", "v", "x_0", "min_snr"),
     )
     vlb_weight: float = option(
@@ -242,7 +242,7 @@ class Config:
         r"""The configuration in the config.json at `path`; raises UserError when it is none of ours.
 
         It may be a stranger's, so it names no file to be read for the model: its text weights are `random`, a tag, or
-        text.safetensors beside it. (`data` is a folder of the person who trains; only --resume opens it.)
+        text.safetensors beside it. (`data` is a folder of the person who trains; loading a model does not open it.)
         """
         path = Path(path)
         values = _read_sections(path)
