@@ -224,6 +224,7 @@ class Config:
         for section in (self.model, self.training):
             _check_fields(section)
         _check_model(self.model)
+        _require(self.training.data, "a folder after --data, or `drawn`", "an empty name")
         parts = self.training.accumulation
         for batch in (self.training.batch_size, self.training.vae_batch_size):
             _require(batch % parts == 0, f"an accumulation that divides the batch of {batch}", parts)

@@ -66,19 +66,22 @@ def guided_a_step_late(network: Callable, context: Tensor, negative: Tensor, sca
     return lambda z_t, t: right(z_t, (t - 50).clamp(min=0))  # with 20 steps, a step is 50 of the 1,000 times
 
 
+# DPM-Solver++ also reads its own x_0 by this function; the mistake is in what is read of the network
 def x_0_clipped(schedule: Schedule, x_t, t, output, prediction):
     x_0, eps = diffusion.x_0_and_eps(schedule, x_t, t, output, prediction)
-    return x_0.clamp(-1, 1), eps
+    return (x_0, eps) if prediction == "x_0" else (x_0.clamp(-1, 1), eps)
 
 
 def x_0_without_the_root(schedule: Schedule, x_t, t, output, prediction):
+    if prediction == "x_0":
+        return diffusion.x_0_and_eps(schedule, x_t, t, output, prediction)
     alpha_bar = schedule.alpha_bar_at(t, x_t)
     x_0 = alpha_bar * x_t - (1 - alpha_bar).sqrt() * output
     return x_0, (1 - alpha_bar).sqrt() * x_t + alpha_bar * output
 
 
 def x_0_as_if_eps(schedule: Schedule, x_t, t, output, prediction):
-    return diffusion.x_0_and_eps(schedule, x_t, t, output, "eps")
+    return diffusion.x_0_and_eps(schedule, x_t, t, output, "x_0" if prediction == "x_0" else "eps")
 
 
 def ddpm_step_with_noise_to_the_end(schedule: Schedule, x_t, t, s, x_0, noise, variance="beta", nu=None):

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -26,6 +27,7 @@ from ddpm.evaluation import __main__ as evaluation
 from ddpm.model import TextToImage
 from ddpm.tools import command
 from ddpm.tools.command import Output, exit_code
+from ddpm.training import stages
 
 ROOT = Path(__file__).parents[1]
 SMALL = [*QUICK, *FP32]
@@ -282,6 +284,16 @@ def test_a_run_begins_with_what_fits_of_another_and_with_its_settings(trained, t
     assert "begins with" not in capsys.readouterr().out
 
 
+def test_a_run_that_is_stopped_in_its_first_stage_still_begins_with_the_unet_of_another(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "other")
+    for name, first in (("whole", []), ("parts", ["--stop-after", 1])):
+        assert run_train(*SMALL, "--init", tmp_path / "other", *first, "--out", tmp_path / name) == 0
+    shutil.rmtree(tmp_path / "other")
+    assert run_train("--resume", tmp_path / "parts", "--device", "cpu") == 0
+    whole, parts = (load_file(tmp_path / name / "ema.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
 def test_the_second_stage_alone_may_have_the_vae_of_another_run(trained, tmp_path, capsys):
     r"""A run that was killed before its first checkpoint begins in the same way again."""
     flags = [*SMALL, "--prediction", "eps", "--init", trained, "--stage", "unet", "--out", tmp_path / "run"]
@@ -294,7 +306,21 @@ def test_the_second_stage_alone_may_have_the_vae_of_another_run(trained, tmp_pat
         if path.name != "config.json":
             path.unlink()
     first = run_train("--resume", tmp_path / "run", "--stage", "unet", "--stop-after", 1, "--device", "cpu")
-    assert first == 0 and "begins with the VAE" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        first == 0 and "begins with the VAE" in said and f"--resume {tmp_path / 'run'} --stage unet" in said
+    )
+
+
+def test_a_first_validation_writes_a_checkpoint_before_its_weights(trained, tmp_path, monkeypatch):
+    r"""--resume refuses weights without a checkpoint, so a command that is killed then could not go on."""
+    run = tmp_path / "run"
+    there = []
+    monkeypatch.setattr(
+        stages, "save_weights", lambda path, _: there.append((path.name, (run / "state.pt").exists()))
+    )
+    assert run_train(*SMALL, "--save-every", 100, "--init", trained, "--stage", "unet", "--out", run) == 0
+    assert there[:2] == [("unet.safetensors", True), ("ema.safetensors", True)]
 
 
 @pytest.mark.parametrize("data, mirrored", [("--flip", True), ("--no-flip", False)])
@@ -336,6 +362,8 @@ def test_pictures_are_mirrored_unless_left_and_right_matter(data, mirrored, tmp_
         ("--dry-run --drawn-images 1", "to train on and others to validate, got 0 and 1"),
         ("--config /no/such/run", "/no/such/run"),
         ("--config x --preset tiny", "or --config, got both"),
+        ("--data=", "a folder after --data, or `drawn`, got"),
+        ("--preset lowvram --unet-steps 5", "--epochs 0 with --unet-steps, got 3 epochs"),
         ("--drawn-images 1", "to train on and others to validate, got 0 and 1"),
     ],
 )

@@ -1,10 +1,12 @@
 r"""The dry run: what it counts is what is there, and what it predicts is what a process then takes."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from ddpm.training.dry_run import (
     measure_caches,
     minutes,
     minutes_of_distillation,
+    seconds_of_a_picture,
 )
 from ddpm.training.optimization import EMA
 from ddpm.training.stages import inference_batch
@@ -60,12 +63,13 @@ def test_what_is_kept_is_each_storage_once_and_no_weight():
 
 
 def test_a_distillation_is_told_the_teachers_minutes_and_the_students_steps(capsys):
-    settings = {"few_steps": 4, "trajectories": 536, "max_minutes": 10.0}
-    line = minutes_of_distillation(Config.from_preset("tiny", **settings), step=0.5, call=0.01)
+    settings = {"few_steps": 4, "trajectories": 536, "max_minutes": 10.0, "unet_steps": 10**6}
+    config = Config.from_preset("tiny", **settings)
+    line = minutes_of_distillation(config, count=100, step=0.5, call=0.01)
     assert "4.0 for 536 pictures of the teacher, 40 calls each, and 5.8 for 696 steps of the student" in line
     train.main(["--distill", "shipped", "--dry-run", "--max-minutes", "0", "--unet-steps", "7"])
     told = capsys.readouterr().out
-    assert "for 2,048 pictures of the teacher" in told and "for 7 steps of the student" in told
+    assert "for 224 pictures of the teacher" in told and "for 7 steps of the student" in told
     assert "vae:" not in told
 
 
@@ -113,6 +117,14 @@ def test_minutes_are_shared_out_and_few_pictures_bound_the_steps():
     )
     [line] = minutes(Config.from_preset("celeba64", max_minutes=5.0), split, 1.15, seconds)
     assert " 0 steps of the UNet, 0.0 epochs" in line
+    few = Config.from_preset("celeba64", max_minutes=60.0, vae_steps=60, unet_steps=100)  # which end first
+    [line] = minutes(few, split, 0.1, seconds)
+    assert "1.0 for 60 steps of the VAE, " in line and "1.0 for 100 steps of the UNet, 3.6 epochs" in line
+
+
+def test_a_file_of_which_no_picture_was_chosen_is_passed_over_in_the_measurement():
+    table = SimpleNamespace(batches=lambda some: iter([[], [("a", io.BytesIO(b"no picture"))]]))
+    assert seconds_of_a_picture(Config.from_preset("celeba64"), table) > 0
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from ddpm.celeba.captions import parse
 from ddpm.celeba.dataset import drawn_pictures
 from ddpm.celeba.lists import TEST, TRAIN
 from ddpm.config import Config, TrainConfig, fill_in_drawing
-from ddpm.evaluation import adherence, classifier, command, metrics, networks, plots, report, shared
+from ddpm.evaluation import adherence, classifier, command, likeness, metrics, networks, plots, report, shared
 from ddpm.evaluation.__main__ import main, parser
 from ddpm.evaluation.choices import PARTS, SCOPES
 from ddpm.evaluation.classifier import attribute_classifier, truths
@@ -282,6 +282,15 @@ def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run)
     assert result["vae"]["n"] == 10 and set(result["neighbours"]) == {"pixels"}
 
 
+def test_fewer_training_pictures_than_prompts_are_compared_too():
+    e = types.SimpleNamespace(n=20, main=None, real_features=torch.randn(20, 4), decoded=lambda x: x)
+    e.draw = lambda setting: torch.randn(e.n, 3, 16, 16)
+    e.train_pictures = torch.randn(12, 3, 16, 16)
+    e.features = lambda x: x.flatten(1)[:, :4]
+    found = likeness.frechet(e)
+    assert [found[name]["n"] for name in ("generated", "train pictures", "their mean")] == [20, 12, 20]
+
+
 # ----------------------------------------------------------------------------------- what is written
 
 
@@ -301,6 +310,12 @@ def test_an_evaluation_that_fails_leaves_the_old_one_as_it_was(
         assert evaluate(run, "--only", "loss,vae", "--out", out) in (2, 130)
     assert content(run / "evaluation") == before
     assert not (tmp_path / "new" / "result.json").exists()
+
+
+def test_a_first_evaluation_leaves_other_files_of_the_folder_alone(run, tmp_path):
+    (tmp_path / "loss.png").write_bytes(b"of a training")
+    assert evaluate(run, "--only", "vae", "--out", tmp_path) == 0
+    assert content(tmp_path)["loss.png"] == b"of a training"
 
 
 def test_a_new_evaluation_takes_the_plots_of_the_old_one_away_and_keeps_its_figures(run, tmp_path):
@@ -333,6 +348,7 @@ def test_numbers_are_rounded_and_what_is_none_becomes_null():
     [
         (["--n", "21"], "to 20"),
         (["--n", "3"], "--n from 8"),
+        (["--seed", "-1"], "--seed of at least 0, got -1"),
         (["--steps", "0"], "--steps"),
         (["--steps", "31"], "1 to 30"),
         (["--guidance", "nan"], "--guidance"),

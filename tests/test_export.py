@@ -159,6 +159,7 @@ ODD = {"schedule": "scaled_linear", "timesteps": 250, "prediction": "x_0", "text
 ODD |= {"channels": (32, 64, 96, 96), "res_blocks": 3, "attention_levels": (0, 3), "head_width": 16}
 ONE_LEVEL = {"channels": (64,), "attention_levels": (), "vae_channels": (32,), "image_size": 16}
 CONFIGURATIONS = {name: Config.from_preset(name).model for name in PRESETS}
+CONFIGURATIONS["few steps"] = ModelConfig(few_steps=4)
 CONFIGURATIONS |= {"odd": ModelConfig(**ODD, latent_channels=5), "one level": ModelConfig(**ONE_LEVEL)}
 
 

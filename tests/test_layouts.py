@@ -93,6 +93,20 @@ def test_folders_called_after_a_split_are_that_split(tmp_path, kind):
     }
 
 
+def test_half_of_a_surrogate_pair_in_a_caption_becomes_a_question_mark(tmp_path):
+    put_pictures(tmp_path, ["a.jpg"])
+    put(tmp_path / "metadata.jsonl", r'{"file_name": "a.jpg", "text": "a dog \ud83d"}')
+    assert open_table(tmp_path).captions == (("a dog ?",),)
+
+
+def test_what_is_in_the_folder_of_a_run_is_no_picture_of_the_data(tmp_path):
+    put_pictures(tmp_path, ["a.jpg", "run/samples/step_000001.png", "run/loss.png"])
+    for name in (".lock", "config.json"):
+        put(tmp_path / "run" / name, "")
+    with pytest.warns(UserWarning, match="have no captions"):
+        assert open_table(tmp_path).files == ("a.jpg",)
+
+
 def test_an_empty_text_is_an_empty_caption_and_a_warning_says_so(tmp_path):
     put_pictures(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
     for name, text in {"a": "x", "b": "", "c": " \n"}.items():

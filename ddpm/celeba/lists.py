@@ -225,7 +225,7 @@ def _folder_names(folder: Path, files: Sequence[str]) -> tuple[tuple[str], ...]:
     nameless = {*NAMELESS}
     if all(_split_of(name) != UNKNOWN for name in files):
         nameless |= SPLITS.keys()
-    captions = [PurePosixPath(name).parent.name for name in files]
+    captions = [encodable(PurePosixPath(name).parent.name) for name in files]
     captions = ["" if caption.lower() in nameless else caption for caption in captions]
     if classes := sorted({*captions} - {""}):
         rest = f"; {captions.count(''):,} pictures have none" if "" in captions else ""
@@ -329,8 +329,11 @@ def _paths_alike(names: list[str], home: Path, folders: Sequence[str], taken: se
 
 
 def _walk(home: Path, top: str = "", follow: bool = False) -> Iterator[str]:
-    r"""Every file below `top` but for hidden ones, as a path from home with a / before the name."""
+    r"""Every file below `top` as a path from home with a / before the name, but for hidden ones and those of runs."""
     for folder, below, files in os.walk(home / top, followlinks=follow):
+        if {".lock", "config.json"} <= {*files}:  # a run folder: its grids are no pictures to train on
+            below.clear()
+            continue
         inside = Path(folder).relative_to(home).parts
         below[:] = [name for name in below if len(inside) < DEPTH and not name.startswith(".")]
         yield from (f"{'/'.join(inside)}/{name}" for name in files if not name.startswith("."))
@@ -410,7 +413,12 @@ def _wordings(sheet: Sheet, line: int, value) -> tuple[str, ...]:
         if not isinstance(text, str) or not text.strip():
             got = "none" if text == "" else f"{type(text).__name__} {quoted(text)}"
             raise sheet.refusal(line, "a caption, or a list of its wordings", got)
-    return tuple(" ".join(text.split()) for text in texts)
+    return tuple(" ".join(encodable(text).split()) for text in texts)
+
+
+def encodable(text: str) -> str:
+    r"""The text with a ? for each half of a surrogate pair: JSON may hold one, and so do names that are no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _attribute_columns(sheet: Sheet) -> dict[str, int]:

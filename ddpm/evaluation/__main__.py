@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None):
     options = parser().parse_args(argv)
     fill_in_drawing(options, options.run)
     check_drawing(options)
+    if options.seed < 0:
+        raise UserError(f"expected --seed of at least 0, got {options.seed}")
     if not options.run.is_dir():
         run = options.run
         raise UserError(f"expected the folder of a run, {run} is none; train one with {TRAIN}")

@@ -11,6 +11,7 @@ from ddpm.celeba.dataset import Pictures
 from ddpm.diffusion import q_sample
 from ddpm.losses import prior_term, split_output, variational_term
 from ddpm.model import TextToImage
+from ddpm.schedule import Schedule
 from ddpm.tools.arrays import Progress, silent
 from ddpm.tools.devices import autocast
 from ddpm.tools.seeding import generator
@@ -60,7 +61,8 @@ def bits_per_dimension(
     q = latents.gaussian(rows, torch.zeros(len(rows), dtype=torch.bool))
     z_0 = q.sample(g) * model.latent_scale
     context = texts([pictures.full_caption(i) for i in rows]).to(model.device)
-    schedule = model.schedule.to("cpu")  # where the algebra runs, in double precision
+    # on the CPU, where the algebra runs in double precision
+    schedule = Schedule.named(model.config.schedule, model.config.timesteps)
     edges = sorted({0, *np.geomspace(1, schedule.timesteps, SLICES + 1).round().astype(int).tolist()})
     slices = list(itertools.pairwise(edges))  # the first is t = 0 alone
 

@@ -82,7 +82,7 @@ def choose_folders(options: argparse.Namespace):
     run = options.run
     ships = run.resolve() == SHIPPED.resolve()
     options.out = options.out or (Path("runs/shipped-evaluation") if ships else run / "evaluation")
-    options.cache = options.cache or (Path("runs/cache") if ships else run.parent / "cache")
+    options.cache = options.cache or (Path("runs/cache") if ships else run.absolute().parent / "cache")
     existing = next(p for p in (options.out, *options.out.absolute().parents) if p.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()

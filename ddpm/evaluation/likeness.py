@@ -16,7 +16,7 @@ POOL = 512  # training pictures that are compared at once
 
 
 def frechet(e: Evaluation) -> dict:
-    r"""Distance, precision and recall against the held-out pictures, beside baselines of as many pictures."""
+    r"""Distance, precision and recall against the held-out pictures, beside baselines of as many pictures or all."""
     real = metrics.gaussian_of(e.real_features)
     train = e.train_pictures
     side = train.shape[-1]
@@ -29,10 +29,12 @@ def frechet(e: Evaluation) -> dict:
     }
     result = {}
     for name, x in sets.items():
-        features = e.features(x).expand(e.n, -1)  # one mean picture stands for n
+        features = e.features(x)
+        if name == "their mean":  # one picture stands for n
+            features = features.expand(e.n, -1)
         distance = metrics.frechet_distance(*real, *metrics.gaussian_of(features))
         precision, recall = metrics.precision_recall(e.real_features, features)
-        result[name] = {"n": e.n, "distance": distance, "precision": precision, "recall": recall}
+        result[name] = {"n": len(features), "distance": distance, "precision": precision, "recall": recall}
     return result
 
 

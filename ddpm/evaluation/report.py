@@ -127,7 +127,8 @@ def write(out: Path, result: dict, pictures: dict[str, Figure | Image.Image]):
         write_atomically(new / RESULT, (text + "\n").encode())
         if (out / RESULT).exists():
             (out / RESULT).replace(out / PREVIOUS)
-        for name in PICTURES:
-            (out / name).unlink(missing_ok=True)
+        if (out / PREVIOUS).exists():  # else a picture of such a name is no evaluation's
+            for name in PICTURES:
+                (out / name).unlink(missing_ok=True)
         for name in (*pictures, RESULT):
             (new / name).replace(out / name)

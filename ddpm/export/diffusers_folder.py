@@ -98,6 +98,7 @@ UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
 PREFIX = "text_model."  # of the text tower's tensors; transformers 5 reads them with and without
+FEW_STEPS = "_few_steps"  # of ours, in the scheduler's settings; diffusers passes over names with _
 POSITIONS = "embeddings.position_ids"  # 0..76, which transformers kept before 4.31
 # how a VAE's attention was called before diffusers 0.17
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -151,7 +152,7 @@ def schedule_config(c: ModelConfig) -> dict:
     if c.schedule != "cosine":
         beta = Schedule.named(c.schedule, c.timesteps).beta
         settings |= {"beta_start": beta[0].item(), "beta_end": beta[-1].item()}
-    return settings
+    return settings | ({FEW_STEPS: c.few_steps} if c.few_steps else {})
 
 
 class Settings(dict):
@@ -233,6 +234,7 @@ def model_config(folder: Path) -> ModelConfig:
         head_width=max(1, channels[-1] // unet.widths("attention_head_dim")[-1]),
         text_weights=TEXT_FILE,
         text_quick_gelu=text.get("hidden_act", "quick_gelu") == "quick_gelu",  # transformers' default
+        few_steps=scheduler.get(FEW_STEPS, 0),
     )
     unet.check(unet_config(c), UNET_ALWAYS)
     vae.check(vae_config(c), VAE_ALWAYS)
@@ -378,8 +380,9 @@ def export(model: TextToImage, folder: str | Path):
 def import_diffusers(folder: str | Path) -> TextToImage:
     r"""The model in a diffusers folder of our shape, the text tower included.
 
-    Raises UserError naming what is missing, or what our networks are not. The sampler's settings are not read. There
-    is no caption_drop to be read, so the model is taken for one that was trained with the empty prompt.
+    Raises UserError naming what is missing, or what our networks are not. Of the sampler's settings the number of few
+    steps alone is read. There is no caption_drop to be read, so the model is taken for one that was trained with the
+    empty prompt.
     """
     folder = Path(folder)
     c = model_config(folder)

@@ -58,6 +58,17 @@ def parser() -> argparse.ArgumentParser:
 def configuration(arguments: argparse.Namespace) -> Config:
     r"""The configuration of the preset, or of the run to resume, changed by the flags that were given."""
     flags = given_flags(arguments)
+    config = chosen(arguments, flags)
+    steps = [name for name in ("vae_steps", "unet_steps") if name in flags]
+    if steps and config.training.epochs and arguments.max_steps is None:
+        flag = f"--{steps[0].replace('_', '-')}"
+        bound = f"{config.training.epochs} epochs, which bound both stages"
+        raise UserError(f"expected --epochs 0 with {flag}, got {bound}; give --epochs 0, or leave {flag} out")
+    return config
+
+
+def chosen(arguments: argparse.Namespace, flags: dict) -> Config:
+    r"""The configuration that `arguments` name, with `flags` over it."""
     for name in ("max_steps", "stop_after"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

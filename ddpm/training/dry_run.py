@@ -124,7 +124,8 @@ def report(config: Config, table: ImageTable | None, device: torch.device, preci
         f"{TOGETHER} captions, each once"
     )
     if config.model.few_steps:
-        yield minutes_of_distillation(config, seconds["unet"], seconds_of_a_call(model, precision))
+        count = int((split == TRAIN).sum())
+        yield minutes_of_distillation(config, count, seconds["unet"], seconds_of_a_call(model, precision))
         return
     yield from minutes(config, split, seconds_of_a_picture(config, table), seconds)
 
@@ -145,24 +146,25 @@ def minutes(config: Config, split: np.ndarray, to_read: float, seconds: dict[str
         r"""Seconds for the latents and the captions that so many steps of the UNet need first, if all rows differ."""
         drawn = steps * settings.batch_size
         captions = count * settings.caption_variants
-        latents = 2 * count * -math.expm1(-drawn / (2 * count)) * seconds["latent"]
+        pictures = 2 * count if settings.flip else count
+        latents = pictures * -math.expm1(-drawn / pictures) * seconds["latent"]
         return latents, captions * -math.expm1(-drawn / captions) * seconds["caption"]
 
+    steps = {stage: stage_steps(config, stage, count) for stage in ("vae", "unet")}
     if settings.max_minutes:
         whole = 60 * settings.max_minutes
-        second = max(reading, whole * settings.vae_share)  # when the second stage begins
-        vae = second - reading
-        unet = max(0.0, 0.98 * whole - second - scale)
-        low, high = 0.0, unet / seconds["unet"]
+        allowed = max(0.0, whole * settings.vae_share - reading) / seconds["vae"]
+        steps["vae"] = min(allowed, steps["vae"])
+        left = 0.98 * whole - reading - steps["vae"] * seconds["vae"] - scale
+        low, high = 0.0, max(0.0, min(left / seconds["unet"], steps["unet"]))
         for _ in range(50):  # steps that the time allows, by halving
-            steps = (low + high) / 2
-            low, high = (steps, high) if steps * seconds["unet"] + sum(new(steps)) < unet else (low, steps)
-        steps = {"vae": vae / seconds["vae"], "unet": low}
-    else:
-        steps = {stage: stage_steps(config, stage, count) for stage in ("vae", "unet")}
-        vae = steps["vae"] * seconds["vae"]
-        unet = steps["unet"] * seconds["unet"] + sum(new(steps["unet"]))
+            middle = (low + high) / 2
+            fits = middle * seconds["unet"] + sum(new(middle)) < left
+            low, high = (middle, high) if fits else (low, middle)
+        steps["unet"] = low
+    vae = steps["vae"] * seconds["vae"]
     latents, captions = new(steps["unet"])
+    unet = steps["unet"] * seconds["unet"] + latents + captions
     epochs = steps["unet"] * settings.batch_size / count
     parts = {
         f"for {len(split):,} pictures": reading,
@@ -174,22 +176,28 @@ def minutes(config: Config, split: np.ndarray, to_read: float, seconds: dict[str
     }
     yield "about, in minutes: " + ", ".join(f"{value / 60:,.1f} {name}" for name, value in parts.items())
     if epochs > MANY_EPOCHS:
-        fewer = MANY_EPOCHS * count // settings.batch_size
+        fewer = max(1, MANY_EPOCHS * count // settings.batch_size)
+        flags = "--epochs 0 " * bool(settings.epochs) + f"--unet-steps {fewer}"
         yield (
             f"warning: the UNet may learn {count:,} pictures by heart in {epochs:,.0f} epochs; for {MANY_EPOCHS} of "
-            f"them take --unet-steps {max(1, fewer)}, and fewer if the validation loss rises"
+            f"them take {flags}, and fewer if the validation loss rises"
         )
 
 
-def minutes_of_distillation(config: Config, step: float, call: float) -> str:
-    r"""How long the teacher draws, and how many steps the student then has, by the seconds of a step and a call."""
+def minutes_of_distillation(config: Config, count: int, step: float, call: float) -> str:
+    r"""How long the teacher draws, and how many steps the student then has.
+
+    Args: count: of the training pictures. step, call: seconds of a step, and of a call of the teacher for a picture.
+    """
     settings = config.training
     calls = 2 * GUIDED[1]
-    drawing = (settings.trajectories + HELD_OUT) * calls * call
-    whole = 60 * settings.max_minutes
-    steps = max(0.0, 0.98 * whole - drawing) / step if whole else settings.unet_steps
+    steps = stage_steps(config, "unet", count)
+    pictures = min(settings.trajectories, steps * settings.batch_size)
+    drawing = (pictures + HELD_OUT) * calls * call
+    if settings.max_minutes:
+        steps = min(steps, max(0.0, 0.98 * 60 * settings.max_minutes - drawing) / step)
     return (
-        f"about, in minutes: {drawing / 60:,.1f} for {settings.trajectories:,} pictures of the teacher, {calls} calls "
+        f"about, in minutes: {drawing / 60:,.1f} for {pictures:,} pictures of the teacher, {calls} calls "
         f"each, and {steps * step / 60:,.1f} for {steps:,.0f} steps of the student"
     )
 
@@ -217,7 +225,7 @@ def seconds_of_a_picture(config: Config, table: ImageTable | None, some: int = 3
         for _ in draw_many(drawn_rows(some, 0), 0, size):
             pass
         return (time.perf_counter() - begun) / some
-    pictures = next(table.batches(some))
+    pictures = next(filter(None, table.batches(some)))  # of a file of parquet there may be none
     for _, source in pictures:
         with contextlib.suppress(BadImage):
             read_image(source, size, config.training.crop)

@@ -18,7 +18,8 @@ def perceptual_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     Raises: UserError when torchvision cannot get the network's weights.
     """
     try:
-        features = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1).features
+        with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are replaced
+            features = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1).features
     except Exception as error:  # the network, the host, the checksum
         raise UserError(f"could not get VGG16's weights ({error}); leave --perceptual-weight at 0") from None
     features = features.to(device).eval().requires_grad_(False)

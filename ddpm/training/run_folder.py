@@ -59,12 +59,14 @@ class Run:
         rows: of metrics.csv, as far as the state goes; one for each step.
         saved: (stage, step) of the newest whole state, or None.
         data: digests of the pictures, their captions and their split, see `check_data`.
+        stage: that the command trains, as --stage has it.
         writes: False in all but one of the processes that train together: nothing is locked or written.
     """
 
     def __init__(self, folder: Path, config: Config, resume: bool, started: float, writes: bool = True):
         self.folder = folder
         self.config = config
+        self.stage = "all"
         self.writes = writes
         self.rows: list[dict] = []
         self.state: dict | None = None
@@ -213,6 +215,7 @@ class Run:
             self.folder.joinpath(LOCK).touch()
             self._check_new()
             self._take_lock()
+            (self.folder / TEXT_FILE).unlink(missing_ok=True)  # of a command that was killed here
         if text is not None:
             write_atomically(self.folder / TEXT_FILE, text)
         write_atomically(self.folder / "config.json", self.config.to_json().encode())
@@ -238,7 +241,9 @@ class Run:
         saved = "{} step {} is saved".format(*self.saved) if self.saved else "no step is saved yet"
         if not self.writes:  # only the main process knows whether it saved
             saved = "what the first process saved stands"
-        return f"{saved}; go on with {TRAIN} --resume {self.quoted}"
+        is_whole = self.stage == "all" or self.config.model.few_steps  # a distillation has one stage alone
+        stage = "" if is_whole else f" --stage {self.stage}"
+        return f"{saved}; go on with {TRAIN} --resume {self.quoted}{stage}"
 
     def log(self, **row) -> dict:
         r"""Note a row of metrics; it reaches the file with the next checkpoint."""
@@ -374,7 +379,7 @@ def read_metrics(path: Path) -> list[dict]:
             row = {name: (row.get(name) or "").replace(",", ".") for name in COLUMNS}
             with contextlib.suppress(ValueError):
                 [float(row[name] or 0) for name in COLUMNS[2:]]
-                if position(row)[1] > 0:
+                if position(row)[1] >= 0:
                     whole.append(row)
     if len(whole) < len(lines) - 1:
         names = (path.with_name(f"metrics.kept.{n}.csv") for n in itertools.count(1))

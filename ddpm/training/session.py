@@ -25,7 +25,7 @@ from ddpm.training.batches import check_counts
 from ddpm.training.optimization import NotFinite, check_batches
 from ddpm.training.parallel import Group, LostGroup, is_lost
 from ddpm.training.run_folder import Run
-from ddpm.training.stages import FewStepsStage, Session, Step, UnetStage, VaeStage, restore_vae
+from ddpm.training.stages import BEGUN_UNET, FewStepsStage, Session, Step, UnetStage, VaeStage, restore_vae
 
 
 def print_needs(config: Config, device: str = "auto"):
@@ -64,7 +64,7 @@ def train(
     Raises: UserError, or Stopped after a signal; both say what is saved and how to go on.
     """
     started = time.monotonic() if started is None else started
-    cache = cache or folder.parent / "cache"
+    cache = cache or folder.absolute().parent / "cache"
     device = choose_device(device)
     precision = choose_precision(config.training.precision, device)
     if config.model.few_steps:
@@ -78,6 +78,7 @@ def train(
             be_quiet()
         with group.main_process_first():
             run = Run(folder, config, resume, started, writes=group.rank == 0)
+        run.stage = stage
         with run, advising(run):
             check_batches(config, group)
             session = prepared(run, group, precision, stage, resume, cache, download, pictures)
@@ -133,6 +134,9 @@ def prepared(
         model = TextToImage(config.model, text_weights.tower_from_file(text_file) if text_file else None)
     if settings.init and run.state is None:
         begin_from(model, settings.init, stage)
+    elif run.state and (begun := run.state.get(BEGUN_UNET)):
+        with run.fitting():
+            model.unet.load_state_dict(begun)
     model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
     with group.main_process_first():
         remove_leftovers(cache)

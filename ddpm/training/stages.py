@@ -1,5 +1,6 @@
 r"""The two stages of a run: each takes its steps, logs, validates, draws and saves them."""
 
+import copy
 import json
 import math
 import time
@@ -9,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from ddpm.celeba.dataset import Pictures
 from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.config import WORDS_FILE
-from ddpm.model import TextToImage, networks
+from ddpm.model import TextToImage
 from ddpm.tools.command import Stopped, StopRequest, bar, on_signals, progress_bar, say
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import CannotWrite, digest_of, write_atomically
@@ -38,6 +38,7 @@ from ddpm.training.run_folder import Run
 from ddpm.training.validation import loss_by_timestep, measure_latent_scale, reconstruction_quality
 
 Step = tuple[str, Report]  # of the stage vae or unet
+BEGUN_UNET = "begun_unet"  # of a checkpoint of the first stage: the UNet's weights from --init
 TEACHER_FILE = "teacher.safetensors"  # of a distillation, which needs it to its end
 RISEN = 1.02  # times the least validation loss; above, the UNet overfits
 ENOUGH_PSNR = 20  # decibels on held-out pictures; below, the second stage learns to draw blur
@@ -173,6 +174,8 @@ class Stage:
         row = self.run.row(self.name, self.opt.step)
         if self.run.writes and not (row["psnr"] or row["val_loss"]):
             self.run.keep_lock()
+            if self.run.saved is None:
+                self.save()  # because --resume refuses weights without a checkpoint
             try:
                 row.update(self.validate())
             except CannotWrite:  # of a grid or of weights; the checkpoint may have room
@@ -225,6 +228,8 @@ class VaeStage(Stage):
         settings = session.run.config.training
         super().__init__(session, "vae", session.model.vae, settings.vae_lr, settings.vae_batch_size, False)
         self.held_out = session.pictures.rows(VALID)[:256]
+        if settings.init:  # that run may be gone, or trained on, when this one is resumed
+            self.more = {BEGUN_UNET: session.model.unet.state_dict()}
 
     def train(self) -> Generator[Step, None, bool]:
         r"""Train, encode and write vae.safetensors; False when it was stopped before its end."""
@@ -341,15 +346,12 @@ class FewStepsStage(UnetStage):
     parts = "steps, the first at the most noise,"
 
     def prepare(self):
-        teacher = networks(self.config.model)[1]
+        teacher = copy.deepcopy(self.model.unet).eval().requires_grad_(False)
         file = self.run.folder / TEACHER_FILE
-        if self.opt.step == 0:  # the student is still its teacher
-            teacher.load_state_dict(self.model.unet.state_dict())
-            if self.run.writes:
-                save_weights(file, teacher.state_dict())
-        else:
+        if self.opt.step:
             load_weights(file, teacher)
-        teacher.eval().requires_grad_(False).to(self.model.device, memory_format=torch.channels_last)
+        elif self.run.writes:  # the student is still its teacher
+            save_weights(file, teacher.state_dict())
         self.rows = rows_of(self.pictures, self.config)
         captions = captions_of(self.pictures, self.rows, self.config)
         data = (self.texts, captions, self.config.model, self.settings.seed, self.precision)

@@ -60,16 +60,20 @@ def gpu_tests(**_) -> dict:
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180)
     except subprocess.TimeoutExpired:
         return {"returncode": None, "last_line": "not done after three minutes"}
-    return {"returncode": done.returncode, "last_line": done.stdout.strip().splitlines()[-1]}
+    return {
+        "returncode": done.returncode,
+        "last_line": (done.stdout.strip() or done.stderr.strip() or "nothing was printed").splitlines()[-1],
+    }
 
 
 def most_memory(device: torch.device, action: Callable[[], object]) -> float | None:
-    r"""GiB of tensors at once while `action` runs; None on a CPU."""
+    r"""GiB of tensors that `action` makes while it runs, beside those that are there; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     action()
-    return torch.cuda.max_memory_allocated() / 2**30
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def steps(device: torch.device, batch: int, rounds: int, small: bool, **_) -> Iterator[Row | dict]:

@@ -64,7 +64,7 @@ def parser() -> cli.Parser:
         "--extractor", choices=EXTRACTORS, default="classifier", help="of the distance [classifier]"
     )
     p.add_argument("--drawn-images", type=int, default=8000, help="how many faces to draw [8000]")
-    p.add_argument("--n", type=int, default=391, help="held-out prompts [391]")
+    p.add_argument("--n", type=int, help="held-out prompts [391, or all]")
     p.add_argument(
         "--out", type=cli.path, metavar="FOLDER", default=Path("runs/quality"), help="[runs/quality]"
     )
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None):
                 config = Config.from_preset(a.preset, max_minutes=minutes, **settings)
                 steps = train_peer(config, folder, cache, minutes)
             shutil.rmtree(cache)
-            words = [folder, "--only", "adherence,frechet", "--n", a.n]
+            words = [folder, "--only", "adherence,frechet", *(["--n", a.n] if a.n else [])]
             words += ["--extractor", a.extractor, "--cache", a.out / "cache"]
             evaluation.main([str(word) for word in words])
             result = json.loads((folder / "evaluation" / "result.json").read_text())
