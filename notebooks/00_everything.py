@@ -163,7 +163,7 @@ class Block(nn.Module):
         self.time = nn.Linear(d, c_out)
         self.conv2 = nn.Sequential(nn.GroupNorm(8, c_out), nn.SiLU(), nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2[2].weight)  # the block starts as its shortcut and a bias
+        nn.init.zeros_(self.conv2[2].weight)  # the block starts as its shortcut
 
     def forward(self, x, time):
         h = self.conv1(x) + self.time(time)[:, :, None, None]

@@ -26,7 +26,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     r"""`auto` becomes bf16 where the device multiplies matrices faster in it, fp32 elsewhere.
 
     Of CPUs these are the ones with AMX. AVX-512 alone has instructions for bf16 too, but torch's steps with them took
-    1.2 to 1.4 times as long as in fp32 (docs/benchmarks.md).
+    1.2 to 1.7 times as long as in fp32 (docs/benchmarks.md).
     """
     if name != "auto":
         return name
