@@ -301,8 +301,9 @@ plt.show()
 # For example, s = 1 gives the prediction with the caption. With s = 3 a picture follows its caption more strongly than
 # the training pictures follow theirs.
 #
-# A step of DDIM goes from time t to an earlier time s. The prediction gives a picture and a noise. The step mixes the
-# same two again, with the smaller amount of noise that belongs to s:
+# A step of DDIM goes from time t to an earlier time, which papers call s too. From here on s is this time, and `scale`
+# in the code is that of guidance. The prediction gives a picture and a noise. The step mixes the same two again, with
+# the smaller amount of noise that belongs to s:
 #
 # $$x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s}\, \hat\epsilon$$
 
@@ -349,11 +350,11 @@ show(drawn, [textwrap.fill(prompt, 24) for prompt in asked], columns=8)
 plt.savefig("everything.png") if "__file__" in globals() else plt.show()
 
 # %% [markdown]
-# The loss falls from 0.62 to 0.10. Hair, hats and eyeglasses follow the sentences: all four women of the first prompt
-# are blond, and all four men of the last wear a dark hat. Baldness is learned worse: the second man has hair, and the
-# third a dark patch. A smile takes a few pixels and can hardly be seen. Every picture is grainy, because five minutes
-# of training are short. [Notebook 07](07_sampling_and_guidance.ipynb) draws with a model of 64 x 64 pixels that
-# trained for longer.
+# The loss falls from 0.62 to 0.10. Hair and hats follow the sentences, and mostly eyeglasses too: all four women of the
+# first prompt are blond, and all four men of the last wear a dark hat. Baldness is learned worse: the second man has
+# hair and no eyeglasses that one can see, and the third a dark patch. A smile takes a few pixels and can hardly be
+# seen. Every picture is grainy, because five minutes of training are short.
+# [Notebook 07](07_sampling_and_guidance.ipynb) draws with a model of 64 x 64 pixels that trained for longer.
 #
 # ## Exercises
 #
