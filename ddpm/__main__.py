@@ -181,10 +181,12 @@ def check_model(a: argparse.Namespace, model: ModelConfig):
     count = len(a.prompts) * a.num
     columns = min(a.columns or 8, count)
     side = model.image_size * max(1, 128 // model.image_size)  # in a grid
+    labelled = (side + 8) * (side + 92)
     frame = model.image_size * max(1, 64 // model.image_size)  # in a strip
+    is_gif = a.film is not None and a.film.suffix.lower() == ".gif"  # whose frames are grids
     sheets = {
-        "--out": is_grid(a.out) * -(-count // columns) * columns * (side + 8) * (side + 92),
-        "--film": bool(a.film) * a.steps * count * frame**2,
+        "--out": is_grid(a.out) * -(-count // columns) * columns * labelled,
+        "--film": bool(a.film) * a.steps * count * (labelled if is_gif else frame**2),
     }
     for flag, pixels in sheets.items():
         if pixels > MOST_PIXELS:
