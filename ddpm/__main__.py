@@ -186,7 +186,7 @@ def check_model(a: argparse.Namespace, model: ModelConfig):
     is_gif = a.film is not None and a.film.suffix.lower() == ".gif"  # whose frames are grids
     sheets = {
         "--out": is_grid(a.out) * -(-count // columns) * columns * labelled,
-        "--film": bool(a.film) * a.steps * count * (labelled if is_gif else frame**2),
+        "--film": bool(a.film) * count * max(is_gif * labelled, a.steps * frame**2),
     }
     for flag, pixels in sheets.items():
         if pixels > MOST_PIXELS:

@@ -406,6 +406,7 @@ def test_a_resumed_run_names_the_settings_that_differ(trained, capsys):
         ("--num 5000", "60,000,000 pixels for --out"),
         ("--num 2355 --columns 2354", "60,000,000 pixels for --out"),
         ("--num 100 --steps 900 --out folder --film film.gif", "60,000,000 pixels for --film"),
+        ("--num 3000 --steps 2 --out folder --film film.gif", "60,000,000 pixels for --film"),
         ("--out x.png --film x.png", "--film apart from --out"),
         ("--out . --film 0000.png", "--film apart from --out"),
         ("--out=", "expected a path"),

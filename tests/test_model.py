@@ -15,7 +15,7 @@ from ddpm import model as model_file
 from ddpm.model import TextToImage
 from ddpm.sampling import SAMPLERS, Start, guided, sample_loop
 from ddpm.tools import text_weights
-from ddpm.tools.devices import autocast
+from ddpm.tools.devices import autocast, choose_precision
 from ddpm.tools.seeding import generator
 from ddpm.tools.weights import load_weights, save_weights
 
@@ -276,6 +276,12 @@ def test_a_model_without_caption_drop_warns_that_guidance_has_nothing_to_lead_fr
 def test_settings_that_cannot_be_are_refused(tiny, settings, told):
     with pytest.raises(ValueError, match=told):
         tiny.sample(**{"prompts": ["a"], "steps": 1} | settings)
+
+
+def test_auto_is_bf16_on_a_cpu_with_amx_alone(monkeypatch):
+    for has_amx, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        assert choose_precision("auto", torch.device("cpu")) == precision
 
 
 @pytest.mark.parametrize("around", [False, True])

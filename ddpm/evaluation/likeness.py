@@ -16,7 +16,7 @@ POOL = 512  # training pictures that are compared at once
 
 
 def frechet(e: Evaluation) -> dict:
-    r"""Distance, precision and recall against the held-out pictures, beside baselines of as many pictures or all."""
+    r"""Distance, precision and recall against the held-out pictures, beside those of baselines."""
     real = metrics.gaussian_of(e.real_features)
     train = e.train_pictures
     side = train.shape[-1]

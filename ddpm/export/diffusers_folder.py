@@ -242,7 +242,7 @@ def model_config(folder: Path) -> ModelConfig:
     try:
         Config(c, TrainConfig()).checked()
     except UserError as error:
-        named = "sample_size, block_out_channels, layers_per_block and num_train_timesteps"
+        named = f"sample_size, block_out_channels, layers_per_block, num_train_timesteps and {FEW_STEPS}"
         raise UserError(f"{error}, out of {named} in {folder}; {ADVICE}") from None
     scheduler.check(schedule_config(c), SCHEDULE_ALWAYS | {"prediction_type": "epsilon"})
     pad = tokenizer.get("pad_token")

@@ -177,7 +177,9 @@ def minutes(config: Config, split: np.ndarray, to_read: float, seconds: dict[str
     yield "about, in minutes: " + ", ".join(f"{value / 60:,.1f} {name}" for name, value in parts.items())
     if epochs > MANY_EPOCHS:
         fewer = max(1, MANY_EPOCHS * count // settings.batch_size)
-        flags = "--epochs 0 " * bool(settings.epochs) + f"--unet-steps {fewer}"
+        flags = f"--unet-steps {fewer}"
+        if settings.epochs:  # they bound the VAE too
+            flags = f"--epochs 0 --vae-steps {stage_steps(config, 'vae', count)} {flags}"
         yield (
             f"warning: the UNet may learn {count:,} pictures by heart in {epochs:,.0f} epochs; for {MANY_EPOCHS} of "
             f"them take {flags}, and fewer if the validation loss rises"

@@ -95,7 +95,9 @@ class Run:
             self.lock.close()
 
     def _check_new(self):
-        was_killed_in_create = (self.folder / LOCK).exists() and not (self.folder / "config.json").exists()
+        of_a_run = ("config.json", STATE, PREVIOUS, "vae.safetensors")
+        is_begun = any((self.folder / name).exists() for name in of_a_run)
+        was_killed_in_create = (self.folder / LOCK).exists() and not is_begun
         if not was_killed_in_create:
             check_new_folder(self.folder, f"choose another --out, or go on with --resume {self.quoted}")
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())

@@ -137,6 +137,10 @@ def prepared(
     elif run.state and (begun := run.state.get(BEGUN_UNET)):
         with run.fitting():
             model.unet.load_state_dict(begun)
+    elif settings.init and not run.in_second_stage:  # of a version before they were kept
+        say(
+            "warning: this checkpoint lacks the UNet of --init, which begins untrained; start anew to have it"
+        )
     model.unet.set_gradient_checkpointing(settings.gradient_checkpointing)
     with group.main_process_first():
         remove_leftovers(cache)
