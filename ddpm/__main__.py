@@ -95,7 +95,7 @@ def check(a: argparse.Namespace):
 
 
 def read_prompts(file: Path) -> list[str]:
-    r"""The lines of a file, or of standard input for `-`; line i is the prompt of picture i, also where it is empty."""
+    r"""The lines of a file, or of standard input for `-`, each a prompt; an empty line is the empty prompt."""
     if str(file) == "-":
         data = sys.stdin.buffer.read(MOST_BYTES + 1)
     else:

@@ -1,8 +1,8 @@
 r"""Every number that shapes a run: dataclass field -> flag of the same name -> config.json -> rebuilt model.
 
 `ModelConfig` is what a checkpoint needs to be built again; `TrainConfig` is how it is trained. `PRESETS` is the
-table of named settings. This file imports neither torch nor the rest of the package, because `--help` must answer
-at once.
+table of named settings. This file imports no torch, and of the package only what is as light, because `--help`
+must answer at once.
 """
 
 import argparse

@@ -118,7 +118,8 @@ def reverse_variance(schedule: Schedule, x_t, t, s=None, variance="posterior", n
     r"""Sigma_theta(x_t, t, c), the variance of the reverse step, in its three forms.
 
     `posterior` is beta-tilde of `q_posterior`, exact for a single picture. `beta` is beta_{t|s}, exact for standard
-    normal data (DDPM, section 3.2). `learned` lies between the two (Improved DDPM, equation 15; its v is nu here):
+    normal data (DDPM, section 3.2). `learned` lies between the two for nu in 0..1 (Improved DDPM, equation 15; its v is
+    nu here):
 
     $$\Sigma_\theta = \exp\left(\nu \log \beta_{t|s} + (1 - \nu) \log \tilde\beta\right)$$
 

@@ -1,7 +1,7 @@
 r"""The layers that the VAE and the UNet share: time embedding, residual block, and the levels built of them.
 
-Letters: B batch, C channels, H and W height and width, D width of the time embedding. Attribute names are those of
-Stable Diffusion checkpoints, so weights go to and from other implementations by name.
+Letters: B batch, C channels, H and W height and width, D width of the time embedding. Most attribute names
+are diffusers' own, and `ddpm.export` has the few others, so weights go to and from other implementations by name.
 """
 
 import math

@@ -63,7 +63,7 @@ def diffusion_loss(
 
     $$\mathcal L_{\mathrm{hybrid}} = \mathcal L + \lambda\, T\, L_{t-1}$$
 
-    where $\lambda$ is `vlb_weight`, and T L_{t-1} estimates the whole bound from one time.
+    where $\lambda$ is `vlb_weight`, and T L_{t-1}, in bits/dim, estimates the whole bound from one time.
 
     Args: denoise: callable (z_t, t) -> (B, ...), the network with its condition filled in; z_0, eps (B, ...);
         t (B,) integers.

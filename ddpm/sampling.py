@@ -142,7 +142,7 @@ def guided(network: Callable, context: Tensor, negative: Tensor, scale: float) -
 
     where s is `scale`. s = 1 is the conditional model and s = 0 the unconditional one, and each runs the network once,
     not twice. Once is enough for every s where `negative` is `context`. A learned variance is the conditional model's,
-    because an extrapolated one would leave its bounds.
+    because guidance would take nu far out of 0..1.
 
     Args:
         network: callable (z_t, t, context) -> (B, ...), the UNet; the formula holds for eps, v and x_0 alike.
