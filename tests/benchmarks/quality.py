@@ -1,7 +1,7 @@
 r"""Time to quality: what is drawn after so many minutes, by our preset and by a recipe that users of diffusers take.
 
 python tests/benchmarks/quality.py                                  drawn faces, 2, 5 and 10 minutes of each side
-python tests/benchmarks/quality.py --data PATH --preset celeba64-laptop --minutes 10,60 --extractor efficientnet-lite0
+python tests/benchmarks/quality.py --data PATH --preset celeba64-laptop --minutes 60 --extractor efficientnet-lite0
 
 The peer has UNet2DConditionModel and AutoencoderKL of our sizes, our pictures, captions and frozen text tower, and our
 precision. Its recipe is that of diffusers' example train_text_to_image.py: AdamW with a constant rate of 1e-4 after
