@@ -149,7 +149,7 @@ class TrainConfig:
     )
     precision: str = option(
         "auto",
-        "arithmetic of the networks; auto: bf16 on a GPU that has it and a CPU with AMX",
+        "arithmetic of the networks; auto: bf16 on a GPU that has it, and on CPUs that are faster in it",
         ("auto", "fp32", "bf16", "fp16"),
     )
     gradient_checkpointing: bool = option(False, "compute activations twice, keep fewer")

@@ -278,10 +278,19 @@ def test_settings_that_cannot_be_are_refused(tiny, settings, told):
         tiny.sample(**{"prompts": ["a"], "steps": 1} | settings)
 
 
-def test_auto_is_bf16_on_a_cpu_with_amx_alone(monkeypatch):
-    for has_amx, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
-        assert choose_precision("auto", torch.device("cpu")) == precision
+@pytest.mark.parametrize(
+    ("cpu", "precision"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": True, "sse4a": False}, "bf16"),
+        ({"avx512_bf16": True, "amx_bf16": False, "sse4a": True}, "bf16"),  # AMD
+        ({"avx512_bf16": True, "amx_bf16": False, "sse4a": False}, "fp32"),
+        ({"avx512_bf16": False, "amx_bf16": False, "sse4a": True}, "fp32"),
+        ({"bf16": True}, "fp32"),  # of ARM, where neither was measured
+    ],
+)
+def test_auto_is_bf16_on_the_cpus_that_are_faster_in_it(monkeypatch, cpu, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert choose_precision("auto", torch.device("cpu")) == precision
 
 
 @pytest.mark.parametrize("around", [False, True])

@@ -25,15 +25,17 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> str:
     r"""`auto` becomes bf16 where the device multiplies matrices faster in it, fp32 elsewhere.
 
-    Of CPUs these are the ones with AMX. AVX-512 alone has instructions for bf16 too, but torch's steps with them took
-    1.2 to 1.7 times as long as in fp32 (docs/benchmarks.md).
+    Of CPUs these are the ones with AMX, and those of AMD with AVX-512's instructions for bf16. On a Xeon that has the
+    latter alone, torch's steps in bf16 took 1.2 to 1.7 times as long as in fp32 (docs/benchmarks.md).
     """
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
-        return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+        cpu = torch.cpu.get_capabilities()
+        is_amd = cpu.get("sse4a")  # an extension that no other maker's CPUs have
+        return "bf16" if cpu.get("amx_bf16") or (is_amd and cpu.get("avx512_bf16")) else "fp32"
     return "fp32"
 
 
