@@ -11,8 +11,9 @@ r"""Everything at once: a text-to-image diffusion model in one file, from faces 
 # The idea in two sentences: during training, a picture is mixed with noise, and a network learns to predict both from
 # the mixture. To draw, the model starts from pure noise and removes a little of the predicted noise at a time.
 #
-# Three things are smaller here than in the package. A 2 x 2 patch of pixels takes the place of the VAE's latent. A
-# small learned table of words takes the place of CLIP's text tower, so a prompt may have only the words of the training
+# Three things are smaller here than in the package. A 2 x 2 patch of pixels takes the place of the VAE's latent
+# (a smaller form of the picture, notebook 03). A small learned table of words takes the place of CLIP's text tower (a
+# network that turns sentences into numbers, notebook 04), so a prompt may have only the words of the training
 # captions. The pictures have 32 x 32 pixels.
 #
 # It is also a script: `python notebooks/00_everything.py` trains and writes `everything.png`.
@@ -144,6 +145,7 @@ show(q_sample(x_0[:1].expand(8, -1, -1, -1), t, torch.randn(8, 3, 32, 32)), [f"t
 #
 # A block combines each place with its neighbours by two 3 x 3 convolutions, and adds the result to its input. The
 # time is added between the two, because the network must act differently on much and on little noise.
+# `GroupNorm` brings groups of channels to mean 0 and variance 1. `SiLU`, x times sigmoid(x), is the nonlinearity.
 
 
 # %%
@@ -253,7 +255,8 @@ print(f"{sum(p.numel() for p in unet.parameters()):,} parameters")
 #
 # A step takes 32 faces, gives each its own time and noise, and compares the prediction with v. One caption in ten is
 # replaced by the empty one, so the same network also learns to draw without a caption. The learning rate falls to 0 at
-# the end, which averages out the last steps' noise.
+# the end, which averages out the last steps' noise. AdamW is gradient descent that divides the step of each weight by
+# the usual size of its gradient.
 
 
 # %%
@@ -360,6 +363,6 @@ plt.savefig("everything.png") if "__file__" in globals() else plt.show()
 #
 # Their solutions have a [file of their own](solutions.md#00-everything-at-once).
 #
-# **1.** Draw the first prompt with s = 0, 1, 3 and 10. What does each value give?
+# **1.** Draw the first prompt with a guidance `scale` of 0, 1, 3 and 10. What does each value give?
 #
 # **2.** Write DDPM's step: after the DDIM step to s, a part of the noise is new. How many steps does it need?
