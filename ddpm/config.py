@@ -157,7 +157,7 @@ class TrainConfig:
         1, "captions of a picture: made of its attributes, or of its own", low=1, high=1000
     )
     text_cache_gb: float = option(
-        8.0, "embed captions once up to this size on disk; beyond, at every step", low=0
+        8.0, "embed captions once up to this size on disk; beyond, at every step", low=0, high=4096
     )
     trajectories: int = option(
         2048, "pictures that the teacher draws for a distillation (--distill)", low=1, high=10**7
@@ -233,6 +233,10 @@ class Config:
     def with_training(self, **changes) -> "Config":
         r"""A copy with other training numbers."""
         return dataclasses.replace(self, training=dataclasses.replace(self.training, **changes)).checked()
+
+    def settings(self) -> dict:
+        r"""Every field of both parts by its name."""
+        return {**vars(self.model), **vars(self.training)}
 
     def to_json(self) -> str:
         r"""The text of config.json."""

@@ -7,7 +7,7 @@ integers in 0..T-1. The algebra runs in double precision and is rounded to the i
 import torch
 from torch import Tensor
 
-from ddpm.schedule import Schedule
+from ddpm.schedule import Schedule, one_of
 
 PREDICTIONS = ("eps", "v", "x_0")
 VARIANCES = ("posterior", "beta", "learned")
@@ -50,8 +50,7 @@ def q_posterior(schedule: Schedule, x_0, x_t, t, s=None) -> tuple[Tensor, Tensor
 
     Returns: the mean, like x_t, and the variance, (B, 1, ..., 1). At s = -1 they are x_0 and 0.
     """
-    alpha_bar_t = schedule.alpha_bar_at(t, x_t)
-    alpha_bar_s = schedule.alpha_bar_at(earlier(t, s), x_t)
+    alpha_bar_t, alpha_bar_s = alpha_bars(schedule, x_t, t, s)
     alpha_ts = alpha_bar_t / alpha_bar_s
     beta_ts = 1 - alpha_ts
     mean = (
@@ -62,13 +61,13 @@ def q_posterior(schedule: Schedule, x_0, x_t, t, s=None) -> tuple[Tensor, Tensor
     return mean.to(x_t.dtype), variance
 
 
-def earlier(t: Tensor, s: Tensor | None) -> Tensor:
-    r"""The time before t: t - 1, or s where it is given; ValueError unless s is before t."""
+def alpha_bars(schedule: Schedule, x_t: Tensor, t: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor]:
+    r"""alpha_bar at t and at the earlier time s, t - 1 when None; on the CPU ValueError unless s is before t."""
     if s is None:
-        return t - 1
-    if s.device.type == "cpu" and not bool((s < t).all()):  # the look would make a GPU wait
+        s = t - 1
+    elif s.device.type == "cpu" and not bool((s < t).all()):  # the look would make a GPU wait
         raise ValueError(f"expected s before t, got s = {s.tolist()} and t = {t.tolist()}")
-    return s
+    return schedule.alpha_bar_at(t, x_t), schedule.alpha_bar_at(s, x_t)
 
 
 def v_from(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -99,6 +98,7 @@ def x_0_and_eps(schedule: Schedule, x_t, t, output, prediction: str) -> tuple[Te
 
     `prediction` may also be "score", see `score_from`.
     """
+    one_of((*PREDICTIONS, "score"), prediction, "prediction")
     alpha_bar_t = schedule.alpha_bar_at(t, x_t)
     signal = alpha_bar_t.sqrt()
     noise = (1 - alpha_bar_t).sqrt()
@@ -131,8 +131,7 @@ def reverse_variance(schedule: Schedule, x_t, t, s=None, variance="posterior", n
 
     Returns: (B, 1, ..., 1), or (B, ...) where it is learned; float64 (float32 on devices without it).
     """
-    alpha_bar_t = schedule.alpha_bar_at(t, x_t)
-    alpha_bar_s = schedule.alpha_bar_at(earlier(t, s), x_t)
+    alpha_bar_t, alpha_bar_s = alpha_bars(schedule, x_t, t, s)
     beta_ts = 1 - alpha_bar_t / alpha_bar_s
     if variance == "beta":
         return beta_ts

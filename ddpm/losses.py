@@ -14,6 +14,7 @@ WEIGHTINGS = ("prediction", "eps", "v", "x_0", "min_snr")
 
 def training_target(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, prediction: str) -> Tensor:
     r"""What the network should predict from x_t = q_sample(x_0, t, eps): eps, v or x_0."""
+    one_of(PREDICTIONS, prediction, "prediction")
     if prediction == "eps":
         return eps
     if prediction == "x_0":
@@ -70,7 +71,6 @@ def diffusion_loss(
 
     Returns: (B,) float32.
     """
-    one_of(PREDICTIONS, prediction, "prediction")
     one_of(WEIGHTINGS, weighting, "weighting")
     if eps.shape != z_0.shape or t.shape != z_0.shape[:1] or t.is_floating_point():
         got = f"{tuple(eps.shape)} and {tuple(t.shape)} {t.dtype}"
@@ -145,5 +145,7 @@ def prior_term(schedule: Schedule, z_0: Tensor) -> Tensor:
     in nats. The value is divided by log 2.
     """
     alpha_bar_T = schedule.alpha_bar[-1].item()
-    nats = 0.5 * (alpha_bar_T * z_0.cpu().double() ** 2 - alpha_bar_T - math.log1p(-alpha_bar_T))
+    nats = 0.5 * (
+        alpha_bar_T * z_0.to(schedule.alpha_bar.dtype) ** 2 - alpha_bar_T - math.log1p(-alpha_bar_T)
+    )
     return nats.flatten(1).mean(dim=1) / math.log(2)

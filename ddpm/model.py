@@ -111,13 +111,10 @@ class TextToImage(nn.Module):
             raise ValueError(
                 f"expected eta with ddim or dpm++ and variance with ddpm, got {sampler}; leave it out"
             )
-        dtypes = {
-            parameter.dtype for part in (self.vae, self.text, self.unet) for parameter in part.parameters()
-        }
-        if dtypes - {torch.float32}:
-            dtype = (dtypes - {torch.float32}).pop()
+        others = {parameter.dtype for parameter in self.parameters()} - {torch.float32}
+        if others:
             raise ValueError(
-                f"expected weights in float32, got {dtype}; call float(), and give precision fp16 or bf16"
+                f"expected weights in float32, got {others.pop()}; call float(), and give precision fp16 or bf16"
             )
         if batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.diffusion import PREDICTIONS, VARIANCES, q_posterior, q_sample, reverse_variance, x_0_and_eps
+from ddpm.diffusion import (
+    PREDICTIONS,
+    VARIANCES,
+    alpha_bars,
+    q_posterior,
+    q_sample,
+    reverse_variance,
+    x_0_and_eps,
+)
 from ddpm.losses import split_output
 from ddpm.schedule import Schedule, one_of
 
@@ -85,7 +93,7 @@ def ddpm_step(schedule: Schedule, x_t, t, s, x_0, noise, variance="posterior", n
 
 
 def ddim_step(schedule: Schedule, x_t, t, s, x_0, eps, noise, eta: float = 0.0) -> Tensor:
-    r"""One step of DDIM (equation 12; its alpha is our alpha_bar).
+    r"""One step of DDIM (equations 12 and 16; its alpha is our alpha_bar).
 
     $$x_s = \sqrt{\bar\alpha_s}\, \hat x_0 + \sqrt{1 - \bar\alpha_s - \sigma^2}\, \hat\epsilon
     + \sigma\, \epsilon', \qquad
@@ -93,8 +101,7 @@ def ddim_step(schedule: Schedule, x_t, t, s, x_0, eps, noise, eta: float = 0.0) 
 
     where $\epsilon'$ is `noise`. eta = 0 is deterministic, and eta = 1 is a step of DDPM with the posterior's variance.
     """
-    alpha_bar_t = schedule.alpha_bar_at(t, x_t)
-    alpha_bar_s = schedule.alpha_bar_at(s, x_t)
+    alpha_bar_t, alpha_bar_s = alpha_bars(schedule, x_t, t, s)
     sigma_2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
     direction = (1 - alpha_bar_s - sigma_2).clamp(min=0).sqrt()  # float32 may round it below 0
     x_s = alpha_bar_s.sqrt() * x_0 + direction * eps + sigma_2.sqrt() * noise

@@ -40,9 +40,9 @@ class UNet(nn.Module):
         time_width = 4 * channels[0]
         smallest = len(channels) - 1
 
-        def attention(width: int, level: int) -> partial | None:
-            attends = level in attention_levels
-            return partial(CrossAttentionBlock, width, context_width, head_width) if attends else None
+        def options(width: int, level: int) -> dict:
+            attention = partial(CrossAttentionBlock, width, context_width, head_width)
+            return {"time_width": time_width, "attention": attention if level in attention_levels else None}
 
         self.time_embedding = TimeEmbedding(channels[0], time_width)
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
@@ -51,8 +51,7 @@ class UNet(nn.Module):
         skips = [channels[0]]  # the widths of what the way up will take
         for k, width in enumerate(channels):
             inputs = [skips[-1]] + [width] * (res_blocks - 1)
-            options = {"time_width": time_width, "attention": attention(width, k)}
-            self.down_blocks.append(DownLevel(inputs, width, last=k == smallest, **options))
+            self.down_blocks.append(DownLevel(inputs, width, last=k == smallest, **options(width, k)))
             skips += [width] * (res_blocks + (k != smallest))
 
         middle = partial(CrossAttentionBlock, channels[-1], context_width, head_width)
@@ -62,8 +61,7 @@ class UNet(nn.Module):
         below = channels[-1]
         for k, width in reversed(list(enumerate(channels))):
             inputs = [h + skips.pop() for h in [below] + [width] * res_blocks]
-            options = {"time_width": time_width, "attention": attention(width, k)}
-            self.up_blocks.append(UpLevel(inputs, width, last=k == 0, **options))
+            self.up_blocks.append(UpLevel(inputs, width, last=k == 0, **options(width, k)))
             below = width
 
         self.conv_norm_out = group_norm(channels[0], eps=1e-5)

@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("", "docs", "notebooks", "test
 import equations  # noqa: E402
 
 MOST = 12  # departures of a function; of more, as many are taken in equal distances
-SECONDS = 60  # after which the tests of a departure are stopped, and it has been noticed
+SECONDS = 60  # after which a test of a departure is stopped, and it has been noticed
 TINY = 1e-6  # smaller numbers only guard against a division by zero
 ROWS = {row.id: row for row in equations.ROWS}
 FORMULA = "tests/test_equations.py::test_a_formula_gives_the_numbers_of_its_code"
@@ -283,6 +283,11 @@ def tests_of(ids: Iterable[str]) -> set[str]:
 class Seconds(dict):
     r"""A pytest plugin that sums the seconds of each test."""
 
+    limit = 0  # seconds of a test; 0: none
+
+    def pytest_runtest_setup(self):
+        signal.alarm(self.limit)
+
     def pytest_runtest_logreport(self, report):
         test = report.nodeid if report.nodeid.startswith(FORMULA) else report.nodeid.partition("[")[0]
         self[test] = self.get(test, 0) + report.duration
@@ -309,7 +314,7 @@ def outcome(job: tuple[Place | None, int, list[str]]) -> tuple[int, dict[str, fl
             place.depart(number)
             if place.module == "ddpm.text":
                 text_tower().cache_clear()
-            signal.alarm(SECONDS)
+            seconds.limit = SECONDS
         with contextlib.redirect_stderr(printed):
             code = int(pytest.main([*options, *tests], plugins=[seconds]))
         signal.alarm(0)

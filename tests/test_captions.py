@@ -38,7 +38,7 @@ def celeba_rows():
         pytest.skip(f"{table} is absent; set DDPM_CELEBA to the folder that holds it")
     lines = table.read_text().splitlines()
     assert tuple(lines[1].split()) == ATTRIBUTES
-    return np.array([line.split()[1:] for line in lines[2:] if line.strip()], dtype=int)
+    return np.array([line.split()[1:] for line in lines[2::13] if line.strip()], dtype=int)  # a thousand
 
 
 @pytest.fixture(scope="module", params=["random_rows", pytest.param("celeba_rows", marks=pytest.mark.slow)])

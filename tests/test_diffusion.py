@@ -16,6 +16,7 @@ from ddpm.diffusion import (
     v_from,
     x_0_and_eps,
 )
+from ddpm.losses import training_target
 from ddpm.schedule import SCHEDULES, Schedule
 
 NAMES = sorted(SCHEDULES)
@@ -68,7 +69,9 @@ def test_every_function_computes_in_double_precision_and_rounds_once_whatever_th
         lambda a, b: v_from(LINEAR, a, t, b),
         lambda a, b: score_from(LINEAR, t, b),
         lambda a, b: x_0_and_eps(LINEAR, a, t, b, "v")[0],
-        lambda a, b: x_0_and_eps(LINEAR, a, t, b, "eps")[1],
+        lambda a, b: x_0_and_eps(LINEAR, a, t, b, "v")[1],
+        lambda a, b: x_0_and_eps(LINEAR, a, t, b, "eps")[0],
+        lambda a, b: x_0_and_eps(LINEAR, a, t, b, "x_0")[1],
     ):
         rounded = f(a, b)
         assert rounded.dtype == dtype
@@ -76,6 +79,15 @@ def test_every_function_computes_in_double_precision_and_rounds_once_whatever_th
 
 
 # ------------------------------------------------------------------------------------------- posterior
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "V", "sample"])
+def test_another_name_of_a_prediction_is_refused(prediction):
+    x = normal(2, 4)
+    with pytest.raises(ValueError, match="prediction out of eps, v, x_0"):
+        x_0_and_eps(LINEAR, x, at(1, 2), x, prediction)
+    with pytest.raises(ValueError, match="prediction out of eps, v, x_0"):
+        training_target(LINEAR, x, at(1, 2), x, prediction)
 
 
 @pytest.mark.equation("posterior")

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ddpm.config import Config, TrainConfig, fill_in_drawing
 from ddpm.evaluation import adherence, classifier, command, likeness, metrics, networks, plots, report, shared
 from ddpm.evaluation.__main__ import main, parser
 from ddpm.evaluation.choices import PARTS, SCOPES
-from ddpm.evaluation.classifier import attribute_classifier, truths
+from ddpm.evaluation.classifier import attribute_classifier, gaussian_blur, truths
 from ddpm.evaluation.prompts import FREE, SPECIFICATION, prompts_of
 from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools import text_weights
@@ -125,17 +126,23 @@ def test_the_figures_are_those_of_the_library_called_by_hand(run, result, pictur
     assert set(rows) == set(pictures.rows(TEST))
     train = pictures.rows(TRAIN)
     order = torch.randperm(len(train), generator=generator(0, "evaluation", "others"))
-    mean = pictures.batch(np.sort(train[order[:20].numpy()])).mean(0, keepdim=True)
+    others = pictures.batch(np.sort(train[order[:20].numpy()]))
     x = pictures.batch(rows)
     model = TextToImage.load(run)
     generated = model.sample([pictures.full_caption(i) for i in rows], "dpm++", 2, 3.0, seed=0)
     network = attribute_classifier(run.parent / "cache", pictures, torch.device("cpu"))
     with torch.no_grad():
-        x_hat = model.vae.decode(model.vae.encode(x).mode())
+        x_hat, others_hat = (model.vae.decode(model.vae.encode(x).mode()).clamp(-1, 1) for x in (x, others))
         features = network.features(generated)
         real = network.features(x)
-        features_of_mean = network.features(mean).expand(20, -1)
-        seen = {"generated": network(generated) > 0, "real": network(x) > 0}
+        drawn = {"generated": generated, "real": x, "reconstructed": x_hat}
+        seen = {source: network(x) > 0 for source, x in drawn.items()}
+        baselines = {
+            "train pictures": network.features(others),
+            "train pictures through the VAE": network.features(others_hat),
+            "train pictures, blurred by 2 pixels of 64": network.features(gaussian_blur(others, 0.5, 6)),
+            "their mean": network.features(others.mean(0, keepdim=True)).expand(20, -1),
+        }
 
     def distance(real, others):
         of_real = metrics.gaussian_of(real)
@@ -144,7 +151,8 @@ def test_the_figures_are_those_of_the_library_called_by_hand(run, result, pictur
     row = result["frechet"]["generated"]
     assert row["distance"] == distance(real, features)
     assert (row["precision"], row["recall"]) == metrics.precision_recall(real, features)
-    assert result["frechet"]["their mean"]["distance"] == distance(real, features_of_mean)
+    for name, of_baseline in baselines.items():
+        assert result["frechet"][name]["distance"] == distance(real, of_baseline), name
     assert {row["n"] for row in result["frechet"].values()} == {20}
     point = next(point for point in result["guidance"] if point["guidance"] == 3)
     assert point["frechet"] == distance(real[:12], features[:12])  # the first pictures of the same setting
@@ -194,7 +202,7 @@ def test_a_row_is_as_far_as_the_nearest_training_row(pictures):
     assert found.tolist() == expected and found[3] == 0 and found.max() > 1
 
 
-def test_mirrored_copies_count_where_training_mirrors(run, pictures, tmp_path, monkeypatch):
+def test_mirrored_copies_do_not_count_where_training_mirrors_none(run, pictures, tmp_path, monkeypatch):
     r"""Most of the pictures here are mirrored, so their median is near 0 only if those are found."""
     copies = pictures.batch(pictures.rows(TRAIN)[:20], torch.arange(20) % 3 > 0)
     monkeypatch.setattr(TextToImage, "sample", lambda self, prompts, *_, **__: copies[: len(prompts)])
@@ -280,6 +288,17 @@ def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run)
     assert set(result["left_out"]) == {"adherence", "wordings", "frechet"}
     assert "attribute" in result["left_out"]["wordings"]
     assert result["vae"]["n"] == 10 and set(result["neighbours"]) == {"pixels"}
+
+
+def test_a_model_of_few_steps_is_measured_at_its_own_times_alone(run, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(run, student, ignore=shutil.ignore_patterns("evaluation"))
+    config = Config.read(run / "config.json")
+    config = replace(config, model=replace(config.model, few_steps=2))
+    (student / "config.json").write_text(config.to_json())
+    assert evaluate(student, "--cache", run.parent / "cache", "--only", "vae,loss,bits,guidance,steps") == 0
+    result = result_in(student / "evaluation")
+    assert "vae" in result and set(result["left_out"]) == {"loss", "bits", "guidance", "steps"}
 
 
 def test_fewer_training_pictures_than_prompts_are_compared_too():

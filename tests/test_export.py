@@ -147,12 +147,6 @@ def test_the_vocabulary_is_open_clips_with_a_second_name_for_id_0(folder, model)
 # ------------------------------------------------------------------------------------------- there and back
 
 
-def test_a_distilled_model_comes_back_with_its_steps(model, tmp_path):
-    student = TextToImage(dataclasses.replace(model.config, few_steps=4), model.text)
-    export(student, tmp_path / "exported")
-    assert import_diffusers(tmp_path / "exported").config.drawing == ("ddim", 4, 1.0)
-
-
 def test_the_model_comes_back_bit_for_bit(folder, model):
     back = import_diffusers(folder)
     assert_same_weights(back, model)

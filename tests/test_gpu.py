@@ -47,7 +47,8 @@ def test_steps_in_every_precision_are_finite_and_move_the_weights(stage, precisi
             return torch.zeros(len(captions), 77, 512)
 
         reports = list(train_unet(model, latents, texts, pictures, config, opt, precision))
-    assert len(reports) == 5 and any(report.finite for report in reports)
+    assert len(reports) == 5 and reports[-1].finite
+    assert precision == "fp16" or all(report.finite for report in reports)  # fp16 looks for its loss scale
     assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 

@@ -286,6 +286,18 @@ def test_a_broken_parquet_file_is_named_in_one_line(tmp_path, content, says):
     assert says in refusal_of(open_table, tmp_path)
 
 
+def test_one_long_caption_in_every_row_of_a_small_file_is_refused_in_little_memory(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra parquet")
+    from pyarrow import parquet
+
+    rows = 10_000
+    captions = pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), ["a" * 2**20])
+    parquet.write_table(pyarrow.table({"image": [b""] * rows, "text": captions}), tmp_path / "all.parquet")
+    assert (tmp_path / "all.parquet").stat().st_size < 2**20
+    assert "expected at most 128 MiB beside the pictures" in refusal_of(open_table, tmp_path)
+    assert pyarrow.default_memory_pool().max_memory() < 2**30
+
+
 def test_without_pyarrow_the_refusal_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     put(tmp_path / "all.parquet", b"PAR1")

@@ -35,5 +35,13 @@ def test_the_tables_say_what_was_measured(path):
         assert figure in section, figure
 
 
+def test_the_table_of_the_readme_has_the_same_figures():
+    table = (DOCS.parent / "README.md").read_text(encoding="utf-8").split("## How good it is")[1]
+    for path in MEASURED:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "drawn" in path.stem or path.stem in ("celeba64", "celeba64-laptop", "celeba64-laptop-slow"):
+            assert f"{result['adherence']['held_out']['generated']['mean']:.3f}" in table, path.stem
+
+
 def test_there_are_some():
     assert len(MEASURED) >= 2

@@ -159,6 +159,12 @@ def test_the_interval_of_the_mean_is_as_wide_as_the_means_of_many_samples():
     assert high - low == pytest.approx(2 * 1.96 * means.std().item(), rel=0.25)
 
 
+def test_the_interval_of_three_prompts_is_made_of_numbers():
+    wanted = torch.tensor([[True], [False], [True]])
+    low, high = bootstrap_interval(wanted, ~wanted, torch.arange(3))
+    assert (low, high) == (0, 0)  # some of the resamples have one value of the attribute alone
+
+
 @pytest.mark.parametrize("errors, score", [("none", 1.0), ("a tenth", 0.9), ("shuffled", 0.5)])
 def test_adherence_of_a_classifier_of_known_errors_is_its_own_accuracy(errors, score):
     wanted = uniform(4_000, 4) < torch.tensor([0.5, 0.2, 0.1, 0.9])

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,6 +227,24 @@ def test_a_validation_loss_that_rises_is_told_as_overfitting(
     assert ("was 0.4000 at step 4; the UNet begins to learn" in capsys.readouterr().out) == warned
 
 
+def test_minutes_end_both_stages_and_go_on_after_a_resume(whole, tmp_path, monkeypatch):
+    now, stages_of_steps = [0.0], []
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bounds = {"max_minutes": 1.0, "vae_share": 0.4, "vae_steps": 10**6, "unet_steps": 10**6}
+    config = Config.read(whole / "config.json").with_training(**bounds)
+    for begun in (0.0, 1000.0):  # two processes, each with a clock of its own
+        now[0] = begun
+        resume = begun > 0
+        for stage, _ in train(config, tmp_path / "run", resume, device="cpu", started=begun):
+            now[0] += 4.0
+            stages_of_steps.append(stage)
+            if not resume and len(stages_of_steps) == 3:
+                break
+    assert (
+        stages_of_steps == ["vae"] * 6 + ["unet"] * 7
+    )  # until 24 seconds, and until 50: ten are left to draw
+
+
 def test_pictures_may_come_from_memory(whole, tmp_path):
     config = Config.read(whole / "config.json").with_training(vae_steps=1, unet_steps=1)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
@@ -233,6 +252,8 @@ def test_pictures_may_come_from_memory(whole, tmp_path):
     pictures = pictures_in_memory(pixels, captions)
     assert len(list(train(config, tmp_path / "run", device="cpu", pictures=pictures))) == 2
     assert TextToImage.load(tmp_path / "run").sample(["number 3"], steps=1).shape == (1, 3, 16, 16)
+    resumed = train(config, tmp_path / "run", resume=True, device="cpu")  # on drawn faces
+    assert "which a program gave" in refusal_of(next, resumed)
     assert "got (32, 32, 3)" in refusal_of(
         lambda: next(
             train(

@@ -54,7 +54,7 @@ def config_of(name: str, a: argparse.Namespace) -> Config:
     base = (
         Config.from_preset("drawn64", data="drawn") if a.run is None else Config.read(a.run / "config.json")
     )
-    settings = {**vars(base.model), **vars(base.training)}
+    settings = base.settings()
     settings |= {"init": "", "seed": a.seed, "max_minutes": a.minutes}
     settings |= {"vae_steps": 10**9, "unet_steps": 10**9, "epochs": 0}  # the minutes alone end it
     if name.startswith("vae"):

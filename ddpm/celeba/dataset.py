@@ -28,6 +28,7 @@ from ddpm.tools.errors import UserError
 from ddpm.tools.files import write_atomically
 from ddpm.tools.strict_json import parse_json
 
+IN_MEMORY = "pictures in memory"  # of a `fingerprint`: no folder has them
 AT_A_TIME = 128  # pictures that one thread decodes before it reports
 
 
@@ -124,10 +125,10 @@ def reopen_data(config: Config) -> ImageTable | None:
         raise UserError(f"{error}; or say with --data where the run's data is now") from None
 
 
-def fingerprint(table: ImageTable | None, pictures: Pictures) -> dict[str, str]:
+def fingerprint(table: ImageTable | None, pictures: Pictures, in_memory: bool = False) -> dict[str, str]:
     r"""Digests that tell whether a run goes on with the data it began with, wherever the folder is now."""
     if table is None:
-        return {"pictures": pictures.key}
+        return {IN_MEMORY if in_memory else "pictures": pictures.key}
     labels = table.captions if table.attributes is None else table.attributes.tobytes()
     return {
         "pictures": key_of(table.files, checksum(pictures.pixels)),

@@ -13,6 +13,7 @@ from ddpm.celeba.sheets import CAPTION_COLUMNS, LABEL, MAX_BYTES, PLAIN_ATTRIBUT
 from ddpm.tools.errors import UserError
 from ddpm.tools.strict_json import parse_json
 
+ROWS = 64  # read at a time: a small file may say one long caption in each of its rows
 COLUMNS = {*CAPTION_COLUMNS, *PLAIN_ATTRIBUTES, LABEL, "attributes", "split"}
 PICTURE = re.compile(r"(struct<.*\bbytes: )?(large_)?binary")  # the type of a column, as pyarrow writes it
 
@@ -88,7 +89,7 @@ def _columns(file: Path) -> dict[str, list]:
         picture = _picture_column(file, schema)
         names = [name for name in schema.names if plain_name(name) in COLUMNS]
         size = 0
-        for batch in parquet.iter_batches(columns=[*names, f"{picture}.path"]):
+        for batch in parquet.iter_batches(ROWS, columns=[*names, f"{picture}.path"]):
             size += batch.nbytes
             if size > MAX_BYTES:
                 expected = f"at most {MAX_BYTES // 2**20} MiB beside the pictures"

@@ -17,7 +17,7 @@ from ddpm.tools.devices import autocast
 from ddpm.tools.seeding import generator
 from ddpm.training.caches import Latents, Texts
 
-SLICES = 24  # of the time axis, in each of which one timestep is drawn for each picture
+SLICES = 24  # at most, of the time axis, in each of which one timestep is drawn for each picture
 
 
 @torch.no_grad()
@@ -39,8 +39,8 @@ def bits_per_dimension(
     $$-\log p(z_0) \le L_T + \sum_{t=2}^{T} L_{t-1} + L_0$$
 
     L_T and L_0 are computed for each picture. The sum is estimated from one random timestep for each picture in each
-    of SLICES slices of 1..T-1, which are short where t is small and the terms are large. Of the pictures it is the
-    bound of the VAE with the diffusion as its prior (Kingma and Welling 2014, equation 2):
+    of at most SLICES slices of 1..T-1, which are short where t is small and the terms are large. Of the pictures it is
+    the bound of the VAE with the diffusion as its prior (Kingma and Welling 2014, equation 2):
 
     $$-\log P(x) \le \mathbb E_{q(z_0 \mid x)}\left[-\log P(x \mid z_0) + \log q(z_0 \mid x) - \log p(z_0)\right]$$
 

@@ -6,6 +6,7 @@ from ddpm.evaluation.shared import Evaluation
 
 def curve(e: Evaluation, x: str) -> list[dict]:
     r"""The points of the curve over `x`, guidance or steps; same prompts, same noise."""
+    e.check_all_times()
     n = e.curve_n
     real = metrics.gaussian_of(e.real_features[:n])
     points = []

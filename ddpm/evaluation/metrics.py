@@ -142,6 +142,8 @@ def balanced_interval(wanted: Tensor, seen: Tensor, weight: Tensor) -> tuple[Ten
 def bootstrap_interval(wanted: Tensor, seen: Tensor, groups: Tensor) -> tuple[float, float]:
     r"""The 95 % interval of the mean of `balanced_accuracy` over the attributes, by resampling whole groups.
 
+    An attribute without an error has none in any resample, so near 1 the interval is too narrow, and at 1 a point.
+
     Args:
         groups: (N,) long; pictures of one prompt have one number, because they are no independent evidence.
     """
@@ -153,7 +155,7 @@ def bootstrap_interval(wanted: Tensor, seen: Tensor, groups: Tensor) -> tuple[fl
     right = wanted == seen
     rates = [(weight @ (group & right).double()) / (weight @ group.double()) for group in (wanted, ~wanted)]
     means = ((rates[0] + rates[1]) / 2).nanmean(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
@@ -184,7 +186,7 @@ def frechet_distance(mu_1: Tensor, S_1: Tensor, mu_2: Tensor, S_2: Tensor) -> fl
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
-    r"""How many generated pictures lie among the real ones, and the reverse (Kynkaanniemi et al. 2019, equation 2).
+    r"""How many generated pictures lie among the real ones, and the reverse (Kynkaanniemi et al. 2019, section 2).
 
     A set Y covers the balls around its members that reach to their k-th nearest fellow; x lies in one when
 

@@ -26,6 +26,7 @@ def latents(e: Evaluation) -> dict:
 
 def loss(e: Evaluation) -> dict:
     r"""The loss in each tenth of the time axis, on fixed noise."""
+    e.check_all_times()
     n = min(e.n, 256)
     prediction = e.model.config.prediction
     inputs = (e.model, e.encoded, e.texts, e.held_out, np.arange(n))
@@ -36,6 +37,7 @@ def loss(e: Evaluation) -> dict:
 
 def bits(e: Evaluation) -> dict:
     r"""Bits/dim, by the variational bound; the decoder's width is its mean error on train pictures."""
+    e.check_all_times()
     n = min(e.n, 64)
     train = e.train_pictures[:n]
     width = (train - e.decoded(train)).abs().mean().item()

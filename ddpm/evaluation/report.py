@@ -66,7 +66,7 @@ def _wordings_lines(result: dict) -> Iterator[str]:
     rates = {prompt: row["right"] for prompt, row in free["prompts"].items() if row["stated"]}
     least = ", ".join(f"{prompt!r} {rates[prompt]:.0%}" for prompt in sorted(rates, key=rates.get)[:3])
     mean = _number(free["mean"])
-    yield f"wordings, free prompts: all that they state in {mean:.1%} of the pictures; least: {least}"
+    yield f"wordings, free prompts: all that they state in {mean:.1%} of the pictures of a prompt; least: {least}"
 
 
 def _mean(row: dict) -> str:

@@ -77,7 +77,8 @@ class Evaluation:
         scope = SCOPES[options.scope]
         self.main = Setting(options.sampler, options.steps, options.guidance, options.eta)
         self.curve_n = min(self.n, scope.curve_prompts)
-        self.curves = curve_settings(self.main, scope, model.schedule.timesteps)
+        self.few_steps = model.config.few_steps
+        self.curves = {} if self.few_steps else curve_settings(self.main, scope, model.schedule.timesteps)
         self.drawn: dict[tuple[str, Setting], Tensor] = {}
         of_curves = [("full", setting) for part in options.only for setting in self.curves.get(part, ())]
         self.planned = dict.fromkeys(of_curves, self.curve_n)
@@ -87,6 +88,13 @@ class Evaluation:
             others = prompts_of(self.held_out.attributes[: self.curve_n], options.seed)
             self.planned |= {(kind, self.main): len(prompts) for kind, prompts in others.items()}
             self.prompts |= others
+
+    def check_all_times(self):
+        r"""LeftOut for a model of few steps, which predicts at its own times alone."""
+        if self.few_steps:
+            raise LeftOut(
+                f"this model was trained at {self.few_steps} times alone, and this part needs others"
+            )
 
     @torch.no_grad()
     def minutes_of_drawing(self) -> float:

@@ -4,8 +4,9 @@ python -m ddpm.export runs/drawn64 exported             # a run becomes a diffus
 python -m ddpm.export --reverse exported runs/again     # and back
 python -m ddpm.export --half runs/drawn64 small         # a run's configuration and weights alone, in float16
 
-Our modules already have diffusers' names, so a table of renames is all that lies between the two. Sampling there by
-default is sampling here by default: the folder names DPM-Solver++ 2M with trailing steps as its scheduler.
+Our modules already have diffusers' names, so a table of renames is all that lies between the two. The folder names our
+default sampler, DPM-Solver++ 2M with trailing steps, or DDIM for a model of few steps. Give the pipeline the steps and
+the guidance, because its own defaults differ.
 """
 
 import argparse

@@ -53,12 +53,13 @@ def write_atomically(
                 temporary.write_bytes(content)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            if keep is not None:
+            if keep is not None and path.exists():
                 os.replace(path, keep)
             os.replace(temporary, path)
     except Exception as error:
         number = _error_number(error)
-        if number is None:
+        is_of_the_content = isinstance(error, UserError) and not isinstance(error, CannotWrite)
+        if number is None or is_of_the_content:
             raise
         needed = max(size, _size(temporary)) if callable(content) else len(content)
         with contextlib.suppress(OSError):
@@ -84,6 +85,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     check_new_folder(folder)
     folder = Path(folder).resolve()
+    if folder.is_mount():
+        raise UserError(f"expected a folder that can be renamed, {folder} is a disk; name a new folder in it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from ddpm.config import DISTILL, MOVABLE, PRESETS, SHIPPED, Config, add_flags, given_flags
+from ddpm.config import DISTILL, MOVABLE, PRESETS, SHIPPED, TEXT_FILE, Config, add_flags, given_flags
 from ddpm.tools import command
-from ddpm.tools.errors import UserError
+from ddpm.tools.errors import UserError, is_name
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,8 +74,10 @@ def chosen(arguments: argparse.Namespace, flags: dict) -> Config:
         if value is not None and value < 1:
             raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {value}")
     if arguments.max_steps is not None:
+        if flags.get("epochs"):
+            raise UserError("expected --max-steps or --epochs, got both; leave one out")
         steps = {"vae_steps": arguments.max_steps, "unet_steps": arguments.max_steps, "epochs": 0}
-        flags = {"max_minutes": 0.0} | flags | steps
+        flags = {"max_minutes": 0.0} | steps | flags
     if arguments.resume is not None:
         return resumed_configuration(arguments, flags)
     if arguments.distill is not None:
@@ -99,8 +101,11 @@ def chosen(arguments: argparse.Namespace, flags: dict) -> Config:
 def settings_of(file: Path, changes: dict) -> Config:
     r"""The settings in a run's config.json with `changes` over them."""
     given = Config.read(file)
+    values = given.settings()
+    if not (is_name(given.model.text_weights) or changes.get("few_steps")):
+        values["text_weights"] = str(file.absolute().parent / TEXT_FILE)  # a student's is its teacher's
     preset = given.preset if given.preset in PRESETS else "celeba64"
-    return Config.from_preset(preset, **{**vars(given.model), **vars(given.training)} | changes)
+    return Config.from_preset(preset, **values | changes)
 
 
 def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
@@ -115,7 +120,7 @@ def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
             f"expected the folder of a run after --resume, {folder} is none; start one with --out"
         )
     config = Config.read(folder / "config.json")
-    stored = {**vars(config.model), **vars(config.training)}
+    stored = config.settings()
     differing = [
         f"--{name.replace('_', '-')} (is {stored[name]}, asked {value})"
         for name, value in flags.items()

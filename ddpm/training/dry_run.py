@@ -213,6 +213,7 @@ def seconds_of_a_call(model: TextToImage, precision: str) -> float:
     t = torch.zeros(count, dtype=torch.long, device=model.device)
     with autocast(model.device, precision), context_read_once(model.unet):
         model.unet(x, t, context)
+        wait_for(model.device)
         begun = time.perf_counter()
         model.unet(x, t, context)
         wait_for(model.device)
@@ -321,6 +322,7 @@ def measure_caches(model: TextToImage, precision: str) -> tuple[tuple[int, int],
         with autocast(model.device, precision):
             with LiveBytes() as live:
                 work()
+            wait_for(model.device)
             begun = time.perf_counter()
             work()
             wait_for(model.device)

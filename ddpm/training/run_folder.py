@@ -6,7 +6,6 @@ state are dropped when a run goes on. The state before the last is kept, and a s
 
 import contextlib
 import csv
-import dataclasses
 import io
 import itertools
 import os
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure  # not pyplot, which opens windows and keep
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ddpm.celeba.dataset import IN_MEMORY
 from ddpm.config import MOVABLE, TEXT_FILE, Config
 from ddpm.tools.command import TRAIN
 from ddpm.tools.errors import UserError
@@ -44,6 +44,7 @@ FORMAT = 1  # of the state; what `digest_of` makes of it stays the same in all f
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
 LOCK = ".lock"
+FROM_PYTHON = "go on with train(config, folder, resume=True, pictures=...) and the same pictures"
 
 
 class Damaged(Exception):
@@ -174,7 +175,7 @@ class Run:
                 )
 
     def _check_config(self):
-        now = all_settings(self.config)
+        now = self.config.settings()
         differing = [
             f"{name} (config.json {now[name]}, state {value})"
             for name, value in self.state["config"].items()
@@ -193,6 +194,11 @@ class Run:
         """
         self.data = data
         before = self.state.get("data", {}) if self.state else {}
+        if IN_MEMORY in before and IN_MEMORY not in data:
+            raise UserError(
+                f"expected the pictures that {self.folder} began with, which a program gave, got those of "
+                f"{self.config.training.data}; {FROM_PYTHON}"
+            )
         changed = [part for part, digest in before.items() if data.get(part) != digest]
         folder = self.config.training.data
         has_moved = changed and Path(folder).resolve() != Path(self.state["config"]["data"]).resolve()
@@ -243,6 +249,8 @@ class Run:
         saved = "{} step {} is saved".format(*self.saved) if self.saved else "no step is saved yet"
         if not self.writes:  # only the main process knows whether it saved
             saved = "what the first process saved stands"
+        if IN_MEMORY in self.data:
+            return f"{saved}; {FROM_PYTHON}"
         is_whole = self.stage == "all" or self.config.model.few_steps  # a distillation has one stage alone
         stage = "" if is_whole else f" --stage {self.stage}"
         return f"{saved}; go on with {TRAIN} --resume {self.quoted}{stage}"
@@ -269,7 +277,7 @@ class Run:
             "stage": stage,
             "step": optimization.step,
             "elapsed": self.clock(),
-            "config": all_settings(self.config),
+            "config": self.config.settings(),
             "data": self.data,
             stage: optimization.state_dict(),
             **more,
@@ -301,11 +309,6 @@ class Run:
             raise UserError(
                 f"expected the state of this configuration in {self.folder}: {str(error)[:300]}"
             ) from None
-
-
-def all_settings(config: Config) -> dict:
-    r"""Every setting by its name."""
-    return dataclasses.asdict(config.model) | dataclasses.asdict(config.training)
 
 
 def written_at(path: Path) -> int | None:

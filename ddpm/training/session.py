@@ -130,7 +130,7 @@ def prepared(
     if config.model.few_steps and text_file is None and (Path(settings.init) / TEXT_FILE).is_file():
         text_file = Path(settings.init) / TEXT_FILE  # the teacher's
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)  # torch's own function seeds GPUs too
         model = TextToImage(config.model, text_weights.tower_from_file(text_file) if text_file else None)
     if settings.init and run.state is None:
         begin_from(model, settings.init, stage)
@@ -148,7 +148,7 @@ def prepared(
         check_pictures(config, pictures)
         if settings.perceptual_weight and stage != "unet" and not run.in_second_stage:
             perceptual.perceptual_loss(group.device)  # downloads, or refuses, while there is no folder yet
-    run.check_data(fingerprint(table, pictures))
+    run.check_data(fingerprint(table, pictures, in_memory=given is not None))
     # a text tower that came from a file is kept in the run, because that file may go
     is_to_keep = text_file != own if text_file else not is_name(config.model.text_weights)
     run.create(partial(text_weights.save_tower, model.text) if is_to_keep else None)
@@ -156,7 +156,8 @@ def prepared(
         say(line)
     together = f", {group.size} processes" if group.size > 1 else ""
     say(f"run {run.folder}, preset {config.preset}, {precision} on {group.device}{together}")
-    say(f"{len(pictures.rows(TRAIN)):,} pictures to train on, {len(pictures.rows(VALID)):,} to validate")
+    what = "drawn faces" if table is None and given is None else "pictures"
+    say(f"{len(pictures.rows(TRAIN)):,} {what} to train on, {len(pictures.rows(VALID)):,} to validate")
     model.to(group.device)
     files = None if table is None else table.files
     return Session(run, model, pictures, files, cache, precision, group)

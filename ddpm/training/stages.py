@@ -128,6 +128,9 @@ class Stage:
                 raise LostGroup(error, f" at {self.name} step {self.opt.step}") from None
             self.save()
         self.check_stop()
+        if is_over and not self.opt.step:
+            advice = "more --max-minutes leave time; --dry-run says how they will be spent"
+            say(f"warning: the minutes were over before the first step of the {self.name}; {advice}")
         if not is_over:
             say(f"stopped at {self.name} step {self.opt.step}; {self.run.advice()}")
         return is_over

@@ -76,7 +76,7 @@ def reconstruction_quality(
 def measure_latent_scale(
     latents: Latents, rows: np.ndarray, progress: Progress = silent, batch: int = 64, batches: int = 32
 ) -> float:
-    r"""1 / root mean square of the latents of 2,048 pictures (Latent Diffusion, appendix G).
+    r"""1 / root mean square of the latents of 2,048 pictures (Latent Diffusion, appendix G, there around the mean).
 
     $$s = \left(\mathbb E\left[\mu^2 + \sigma^2\right]\right)^{-1/2}$$
 
