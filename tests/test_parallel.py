@@ -132,9 +132,10 @@ def children_once(exists: Path, process: subprocess.Popen) -> list[int]:
     while time.monotonic() < deadline:
         pids = [int(pid) for pid in children.read_text().split()]
         if exists.exists() and all(map(handles_sigterm, pids)):
-            break
+            return pids
         time.sleep(0.2)
-    return pids
+    process.kill()
+    return pytest.fail(f"waited in vain for {exists}")
 
 
 def handles_sigterm(pid: int) -> bool:
@@ -143,18 +144,16 @@ def handles_sigterm(pid: int) -> bool:
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def training(folder: Path, *more) -> tuple[subprocess.Popen, list[int]]:
-    r"""A long run that has taken some steps, and its processes."""
-    process = start(TWO, folder, "--max-steps", 2000, "--sample-every", 2000, *more)
-    children = children_once(folder / "run" / "config.json", process)
-    time.sleep(3)  # some steps
-    return process, children
+def training(folder: Path) -> tuple[subprocess.Popen, list[int]]:
+    r"""A long run that has saved some steps, and its processes."""
+    process = start(TWO, folder, "--max-steps", 2000, "--sample-every", 2000, "--save-every", 5)
+    return process, children_once(folder / "run" / "state.pt", process)
 
 
 @processes
 @pytest.mark.parametrize("how", ["a process is killed", "the launcher is told to stop"])
 def test_a_group_that_ends_early_leaves_a_checkpoint_that_one_process_goes_on_from(how, tmp_path):
-    process, children = training(tmp_path, "--save-every", 2000)
+    process, children = training(tmp_path)
     if how == "a process is killed":
         os.kill(children[-1], signal.SIGKILL)
         expected = "error: lost the other processes at vae step"
@@ -172,7 +171,7 @@ def test_a_group_that_ends_early_leaves_a_checkpoint_that_one_process_goes_on_fr
 
 @processes
 def test_where_the_first_process_is_killed_nobody_says_that_it_saved(tmp_path):
-    process, children = training(tmp_path, "--save-every", 5)
+    process, children = training(tmp_path)
     os.kill(children[0], signal.SIGKILL)
     output = failed(process)
     assert "error: lost the other processes at vae step" in output and " is saved" not in output, output

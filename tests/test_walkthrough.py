@@ -1,7 +1,8 @@
-r"""Every command that README and the docs show, executed in a small form: the page's own flags, sizes cut to seconds.
+r"""The commands that README and the docs show, executed in a small form: the page's own flags, sizes cut to seconds.
 
-Each runs in a folder of its own that holds what the page presumes: the data, and the run that it goes on from.
-`.ci/run` executes the commands of pip, pytest and sphinx, and tests/test_parallel.py launches `torchrun`.
+Of commands with the same flags the first is executed; tests/test_docs.py parses them all. Each runs in a folder of its
+own that holds what the page presumes: the data, and the run that it goes on from. `.ci/run` executes the commands of
+pip, pytest and sphinx, and tests/test_parallel.py launches `torchrun`.
 """
 
 import copy
@@ -9,9 +10,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import trials
-from benchmarks import __main__ as benchmarks
-from benchmarks import measure
 from PIL import Image
 from small_runs import make_runs_cheap
 from test_docs import blocks, commands
@@ -30,15 +28,10 @@ MAINS = {
     "sample.py": sample.main,
     "ddpm.export": export.main,
     "ddpm.evaluation": evaluation.main,
-    "tests/benchmarks": benchmarks.main,
-    "tests/trials.py": trials.main,
 }
 BY_CI = ("python3 -m venv", "pip install", "python -m pytest", "python -m sphinx")
-BY_A_TEST = (
-    "python docs/derivation.py",
-    "python tests/benchmarks/gpu.py",
-    "python tests/benchmarks/quality.py",
-)  # test_derivation.py, test_benchmarks.py
+BY_A_TEST = ("python docs/derivation.py", "python tests/benchmarks")  # test_derivation.py, test_benchmarks.py
+LONG = ("python tests/trials.py",)  # trainings that are measured
 SMALL_MODEL = (
     "--image-size 16 --vae-channels 32,32 --vae-layers 1 --latent-channels 4 --channels 32,32 --attention-levels 1 "
     "--res-blocks 1 --head-width 32 --text-weights random --drawn-images 400"
@@ -57,28 +50,27 @@ SMALLER = {
     "--unet-steps": "8",
     "--max-minutes": "1",
 }
-FAST = ("train.py",)  # the default run: it needs no run before it
+FAST = ["train.py"]  # the default run: it needs no run before it
 
 
 def shown() -> list:
-    r"""[program, *arguments] of every command on every page, each once, named by its page."""
+    r"""[program, *arguments] of the commands on the pages, of those with the same flags the first; named by its page."""
     found = {}
     for page, text in (block.values for block in blocks("")):
         for words in commands(text):
             words = [word.removeprefix(".venv/bin/") for word in words]
             if words[0] == "torchrun":
                 words = ["python", *words[words.index("train.py") :]]
-            if words[0] == "error:" or " ".join(words).startswith((*BY_CI, *BY_A_TEST)):
+            if words[0] == "error:" or " ".join(words).startswith((*BY_CI, *BY_A_TEST, *LONG)):
                 continue
             program = words[1:] if words[1] != "-m" else words[2:]
-            found.setdefault(tuple(program), page)
+            flags = {word for word in program if word.startswith("--")} - {*SMALL, *SMALLER}
+            found.setdefault((program[0], *sorted(flags)), (program, page))
     return [
         pytest.param(
-            list(words),
-            id=f"{page} {' '.join(words)}"[:80],
-            marks=[] if words == FAST else [pytest.mark.slow],
+            words, id=f"{page} {' '.join(words)}"[:80], marks=[] if words == FAST else [pytest.mark.slow]
         )
-        for words, page in found.items()
+        for words, page in found.values()
     ]
 
 
@@ -91,8 +83,7 @@ def small(words: list[str]) -> list[str]:
         if "--distill" in arguments:  # the model is the teacher's
             added = [*SMALL_TRAINING.split(), "--trajectories", "8"]
         return [*arguments, *added, "--device", "cpu"]
-    has_a_device = program not in ("ddpm.export", "tests/benchmarks", "tests/trials.py")
-    return [*arguments, "--device", "cpu"] if has_a_device else arguments
+    return arguments if program == "ddpm.export" else [*arguments, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +111,6 @@ def place(tmp_path, monkeypatch) -> Path:
         short = scope._replace(prompts=8, curve_prompts=4, guidances=(1.0, 3.0), steps=(2,))
         monkeypatch.setitem(evaluation.SCOPES, name, short)
     monkeypatch.setattr(shared, "feature_extractor", lambda *_: lambda x: x.flatten(1)[:, :64])
-    for part in benchmarks.PARTS:
-        monkeypatch.setitem(benchmarks.PARTS, part, ("measure", "one_row"))
-    row = measure.Row("part", "what", "ours", "theirs", 1.0, 1.0, 1.0, None, True)
-    monkeypatch.setattr(measure, "one_row", lambda **_: [row], raising=False)
-    monkeypatch.setattr(measure, "machine", lambda quick: {"quick": quick})
-    monkeypatch.setattr(trials, "trial", lambda name, a: None)
     write_celeba(tmp_path / "PATH", 200, seed=1)
     (tmp_path / "mine").mkdir()
     for i in range(12):
