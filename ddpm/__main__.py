@@ -92,6 +92,9 @@ def check(a: argparse.Namespace):
     for path in filter(None, (a.out if is_grid(a.out) else None, a.film)):
         if not path.resolve().parent.is_dir():
             raise UserError(f"expected the folder of {path} to exist; make it first")
+        command.check_writable(path.parent)
+    if not is_grid(a.out):
+        command.check_writable(a.out)
 
 
 def read_prompts(file: Path) -> list[str]:

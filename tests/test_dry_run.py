@@ -117,6 +117,8 @@ def test_minutes_are_shared_out_and_few_pictures_bound_the_steps():
     )
     [line] = minutes(Config.from_preset("celeba64", max_minutes=5.0), split, 1.15, seconds)
     assert " 0 steps of the UNet, 0.0 epochs" in line
+    [line] = minutes(Config.from_preset("celeba64", max_minutes=10.0), split, 0.1, seconds, "unet")
+    assert "for 0 steps of the VAE, 0.0 for the latents' scale" in line
     *_, warning = minutes(Config.from_preset("celeba64", epochs=100), split, 0.1, seconds)
     assert "take --epochs 0 --vae-steps 2800 --unet-steps 1406, and fewer" in warning
     few = Config.from_preset("celeba64", max_minutes=60.0, vae_steps=60, unet_steps=100)  # which end first

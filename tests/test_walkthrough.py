@@ -54,7 +54,7 @@ FAST = ["train.py"]  # the default run: it needs no run before it
 
 
 def shown() -> list:
-    r"""[program, *arguments] of the commands on the pages, of those with the same flags the first; named by its page."""
+    r"""[program, *arguments] of each command shown, of those with the same flags the first, named by its page."""
     found = {}
     for page, text in (block.values for block in blocks("")):
         for words in commands(text):

@@ -2,7 +2,6 @@ r"""What `python -m ddpm.evaluation` does: open a run, choose held-out pictures,
 
 import argparse
 import platform
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from ddpm.evaluation.report import summary, write
 from ddpm.evaluation.shared import DRAWING, Evaluation, LeftOut
 from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools.arrays import key_of
-from ddpm.tools.command import progress_bar, say
+from ddpm.tools.command import check_writable, progress_bar, say
 from ddpm.tools.devices import choose_device, choose_precision
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import digest_of
@@ -83,13 +82,7 @@ def choose_folders(options: argparse.Namespace):
     ships = run.resolve() == SHIPPED.resolve()
     options.out = options.out or (Path("runs/shipped-evaluation") if ships else run / "evaluation")
     options.cache = options.cache or (Path("runs/cache") if ships else run.absolute().parent / "cache")
-    existing = next(p for p in (options.out, *options.out.absolute().parents) if p.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError:
-        raise UserError(
-            f"expected a folder that can be written to, {existing} cannot; choose another --out"
-        ) from None
+    check_writable(options.out)
 
 
 def open_run(options: argparse.Namespace) -> tuple[TextToImage, Config, Pictures]:

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -33,6 +34,17 @@ OUT_OF_MEMORY = (
 QUIET_SECONDS = 10  # after which a command that draws no bar prints how far it is
 _quiet = False  # by `be_quiet`
 _newest = time.monotonic()  # when a line was printed last
+
+
+def check_writable(folder: Path):
+    r"""UserError where nothing can be written to `folder`, which may be new."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError:
+        raise UserError(
+            f"expected a folder that can be written to, {existing} cannot; choose another --out"
+        ) from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -39,6 +39,12 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
+def allow_tf32(device: torch.device):
+    r"""Let a GPU that has TF32 multiply in it what stays in fp32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     r"""The context in which networks compute in `precision`: fp32, bf16 or fp16, whatever context is around it.

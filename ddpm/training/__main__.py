@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None):
     from ddpm.training import session  # late, because --help must not wait for torch
 
     if arguments.dry_run:
-        session.print_needs(config, arguments.device)
+        session.print_needs(config, arguments.device, arguments.stage)
         return
     steps = session.train(
         config,

@@ -86,7 +86,9 @@ def bytes_kept(loss: Callable[[], Tensor], network: nn.Module) -> int:
     return sum(kept.values())
 
 
-def report(config: Config, table: ImageTable | None, device: torch.device, precision: str) -> Iterator[str]:
+def report(
+    config: Config, table: ImageTable | None, device: torch.device, precision: str, stage: str = "all"
+) -> Iterator[str]:
     r"""Lines of text: the model, what `measure` finds for each stage, `measure_caches` beside them, and `minutes`."""
     settings = config.training
     split = drawn_split(settings.drawn_images) if table is None else table.split
@@ -104,17 +106,17 @@ def report(config: Config, table: ImageTable | None, device: torch.device, preci
     batch_sizes = {"vae": settings.vae_batch_size, "unet": settings.batch_size}
     if config.model.few_steps:  # the VAE is the teacher's
         del batch_sizes["vae"]
-    for stage, batch_size in batch_sizes.items():
-        need = measure(stage, model, config, precision)
-        seconds[stage] = need["seconds"]
-        mib = {name: f"{need[name] / MIB:.0f}" for name in need}
+    for name, batch_size in batch_sizes.items():
+        need = measure(name, model, config, precision)
+        seconds[name] = need["seconds"]
+        mib = {kind: f"{value / MIB:.0f}" for kind, value in need.items()}
         yield (
-            f"{stage}: {need['parameters']:,} parameters; {need['flops'] / 1e9:,.0f} GFLOP and {need['seconds']:.2f} s "
+            f"{name}: {need['parameters']:,} parameters; {need['flops'] / 1e9:,.0f} GFLOP and {need['seconds']:.2f} s "
             f"a step of {batch_size} in {settings.accumulation} part{'s' * (settings.accumulation > 1)}"
         )
         average = f"average {mib['average']}, " if need["average"] else ""
         yield (
-            f"{stage}, memory in MiB: weights of all networks {mib['weights']}, gradients {mib['gradients']}, "
+            f"{name}, memory in MiB: weights of all networks {mib['weights']}, gradients {mib['gradients']}, "
             f"optimizer {mib['optimizer']}, {average}kept for the backward pass {mib['kept']}; "
             f"predicted peak {mib['peak']}"
         )
@@ -127,20 +129,22 @@ def report(config: Config, table: ImageTable | None, device: torch.device, preci
         count = int((split == TRAIN).sum())
         yield minutes_of_distillation(config, count, seconds["unet"], seconds_of_a_call(model, precision))
         return
-    yield from minutes(config, split, seconds_of_a_picture(config, table), seconds)
+    yield from minutes(config, split, seconds_of_a_picture(config, table), seconds, stage)
 
 
-def minutes(config: Config, split: np.ndarray, to_read: float, seconds: dict[str, float]) -> Iterator[str]:
+def minutes(
+    config: Config, split: np.ndarray, to_read: float, seconds: dict[str, float], stage: str = "all"
+) -> Iterator[str]:
     r"""How long each part of the run will take on the data that is there, and what to change for few pictures.
 
     Args:
         split: of the pictures. to_read: seconds for one of them.
-        seconds: of a step of `vae` and `unet`, and of one `latent` and one `caption`.
+        seconds: of a step of `vae` and `unet`, and of one `latent` and one `caption`. stage: vae, unet or all.
     """
     settings = config.training
     count = int((split == TRAIN).sum())
     reading = len(split) * to_read
-    scale = min(count, 2048) * seconds["latent"]
+    scale = 0 if stage == "unet" else min(count, 2048) * seconds["latent"]
 
     def new(steps: float) -> tuple[float, float]:
         r"""Seconds for the latents and the captions that so many steps of the UNet need first, if all rows differ."""
@@ -150,7 +154,7 @@ def minutes(config: Config, split: np.ndarray, to_read: float, seconds: dict[str
         latents = pictures * -math.expm1(-drawn / pictures) * seconds["latent"]
         return latents, captions * -math.expm1(-drawn / captions) * seconds["caption"]
 
-    steps = {stage: stage_steps(config, stage, count) for stage in ("vae", "unet")}
+    steps = {name: stage_steps(config, name, count) * (stage in ("all", name)) for name in ("vae", "unet")}
     if settings.max_minutes:
         whole = 60 * settings.max_minutes
         allowed = max(0.0, whole * settings.vae_share - reading) / seconds["vae"]

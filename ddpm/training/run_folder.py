@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm.celeba.dataset import IN_MEMORY
 from ddpm.config import MOVABLE, TEXT_FILE, Config
-from ddpm.tools.command import TRAIN
+from ddpm.tools.command import TRAIN, check_writable
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import (
     CannotWrite,
@@ -101,9 +101,7 @@ class Run:
         was_killed_in_create = (self.folder / LOCK).exists() and not is_begun
         if not was_killed_in_create:
             check_new_folder(self.folder, f"choose another --out, or go on with --resume {self.quoted}")
-        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise UserError(f"expected a folder that can be written to, {there} cannot; choose another --out")
+        check_writable(self.folder)
 
     def _take_lock(self):
         try:

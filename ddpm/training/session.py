@@ -16,7 +16,7 @@ from ddpm.config import TEXT_FILE, Config, size_warning
 from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools import text_weights
 from ddpm.tools.command import SAMPLE, Stopped, be_quiet, progress_bar, say
-from ddpm.tools.devices import choose_device, choose_precision
+from ddpm.tools.devices import allow_tf32, choose_device, choose_precision
 from ddpm.tools.errors import UserError, is_name
 from ddpm.tools.files import CannotWrite, remove_leftovers
 from ddpm.tools.weights import load_weights
@@ -28,11 +28,12 @@ from ddpm.training.run_folder import Run
 from ddpm.training.stages import BEGUN_UNET, FewStepsStage, Session, Step, UnetStage, VaeStage, restore_vae
 
 
-def print_needs(config: Config, device: str = "auto"):
+def print_needs(config: Config, device: str = "auto", stage: str = "all"):
     r"""Print what a training of this configuration would need; write nothing."""
     device = choose_device(device)
-    table = open_data(config)
-    for line in dry_run.report(config, table, device, choose_precision(config.training.precision, device)):
+    allow_tf32(device)
+    precision = choose_precision(config.training.precision, device)
+    for line in dry_run.report(config, open_data(config), device, precision, stage):
         print(line)
 
 
@@ -122,8 +123,7 @@ def prepared(
         open_table = reopen_data if resume else open_data
         table = open_table(config) if given is None else None
     check_stage(run, stage)
-    if group.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32, where the card has it
+    allow_tf32(group.device)
     # in a new folder a file of a text tower is what a killed command left
     own = run.folder / TEXT_FILE
     text_file = own if resume and own.is_file() else None
