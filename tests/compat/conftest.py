@@ -7,9 +7,17 @@ import torch
 from conftest import TINY
 from torch import nn
 
+from ddpm.config import PRESETS, Config, ModelConfig
 from ddpm.export.diffusers_folder import export
 from ddpm.model import TextToImage
 from ddpm.tools.seeding import generator
+
+
+def one_of_each(describe, odd: ModelConfig) -> dict[str, ModelConfig]:
+    r"""The models of the presets and an odd one; of those that `describe` describes alike, but for a size, the last."""
+    configs = {name: Config.from_preset(name).model for name in PRESETS} | {"odd": odd}
+    kinds = {repr(describe(c) | {"sample_size": None}): name for name, c in configs.items()}
+    return {name: configs[name] for name in kinds.values()}
 
 
 def randomised(module: nn.Module, *keys) -> nn.Module:

@@ -12,8 +12,8 @@ import torch
 from conftest import far
 from safetensors.torch import load_file
 
-from compat.conftest import normalisations, randomised
-from ddpm.config import PRESETS, Config, ModelConfig
+from compat.conftest import normalisations, one_of_each, randomised
+from ddpm.config import ModelConfig
 from ddpm.export.diffusers_folder import RENAMES, UNET_ALWAYS, split, unet_config, write_weights
 from ddpm.layers import timestep_embedding
 from ddpm.model import networks
@@ -26,7 +26,7 @@ OUTPUT, GRADIENT = 1e-5, 1e-4
 ODD = ModelConfig(
     channels=(32, 64, 96, 96), attention_levels=(0, 3), res_blocks=3, head_width=16, latent_channels=5
 )
-CONFIGS = {name: Config.from_preset(name).model for name in PRESETS} | {"odd": ODD}
+CONFIGS = one_of_each(unet_config, ODD)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

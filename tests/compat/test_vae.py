@@ -10,8 +10,8 @@ import torch
 from conftest import far
 from safetensors.torch import load_file
 
-from compat.conftest import normalisations, randomised
-from ddpm.config import PRESETS, Config, ModelConfig
+from compat.conftest import normalisations, one_of_each, randomised
+from ddpm.config import ModelConfig
 from ddpm.export.diffusers_folder import RENAMES, VAE_ALWAYS, vae_config, write_weights
 from ddpm.vae import KLVAE, DiagonalGaussian
 
@@ -19,7 +19,7 @@ diffusers = pytest.importorskip("diffusers")
 
 TOLERANCE = 1e-5
 ODD = ModelConfig(vae_channels=(32, 96, 64), vae_layers=3, latent_channels=5)
-CONFIGS = {name: Config.from_preset(name).model for name in PRESETS} | {"odd": ODD}
+CONFIGS = one_of_each(vae_config, ODD)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
