@@ -224,7 +224,10 @@ class Trials:
             report = end_step(opt, *arguments)
             if opt.step == 3:
                 BOARD.doing = "stuck"
-                time.sleep(1.0 if opt.ema is None else 1000)
+                while (
+                    opt.ema or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+                ):  # until the first is seen
+                    time.sleep(0.005)
             return report
 
         def stick():
