@@ -290,6 +290,15 @@ def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run)
     assert result["vae"]["n"] == 10 and set(result["neighbours"]) == {"pixels"}
 
 
+def test_the_spread_is_that_of_the_pictures_of_one_prompt():
+    centre = torch.randn(3, 1, 5)
+    e = types.SimpleNamespace(main=None, real_features=torch.tensor([[0.0], [3.0]]), features=lambda x: x)
+    e.draw = lambda setting, kind: centre.expand(-1, shared.SPREAD_EACH, -1).flatten(0, 1)
+    found = likeness.spread(e)
+    assert (found["prompts"], found["each"], found["within"], found["held_out"]) == (3, 8, 0, 3)
+    assert found["between"] == pytest.approx(torch.pdist(centre[:, 0]).mean().item())
+
+
 def test_a_model_of_few_steps_is_measured_at_its_own_times_alone(run, tmp_path):
     student = tmp_path / "student"
     shutil.copytree(run, student, ignore=shutil.ignore_patterns("evaluation"))

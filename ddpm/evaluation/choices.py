@@ -4,7 +4,18 @@ import math
 from typing import NamedTuple
 
 CURVES = ("guidance", "steps")
-PARTS = ("adherence", "wordings", "frechet", "neighbours", "vae", "latents", "loss", "bits", *CURVES)
+PARTS = (
+    "adherence",
+    "wordings",
+    "frechet",
+    "spread",
+    "neighbours",
+    "vae",
+    "latents",
+    "loss",
+    "bits",
+    *CURVES,
+)
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 EXTRACTORS = ("classifier", "efficientnet-lite0", "inception")
 

@@ -16,7 +16,7 @@ from ddpm.config import Config
 from ddpm.evaluation.adherence import adherence, wordings
 from ddpm.evaluation.choices import CURVES, SCOPES
 from ddpm.evaluation.curves import curve
-from ddpm.evaluation.likeness import frechet, neighbours
+from ddpm.evaluation.likeness import frechet, neighbours, spread
 from ddpm.evaluation.metrics import MIN_EACH
 from ddpm.evaluation.networks import bits, latents, loss, vae
 from ddpm.evaluation.report import summary, write
@@ -32,7 +32,7 @@ from ddpm.tools.seeding import generator
 SPLITS = {"valid": VALID, "test": TEST}
 MEASURES = {
     f.__name__: f
-    for f in (Evaluation.prepare, adherence, wordings, frechet, neighbours, vae, latents, loss, bits)
+    for f in (Evaluation.prepare, adherence, wordings, frechet, spread, neighbours, vae, latents, loss, bits)
 }
 MEASURES |= {x: partial(curve, x=x) for x in CURVES}
 

@@ -1,4 +1,4 @@
-r"""The parts `frechet` and `neighbours`: are drawn pictures like real ones, and none a copy of one?"""
+r"""The parts `frechet`, `spread` and `neighbours`: are pictures like real ones, as various, and none a copy of one?"""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ddpm.evaluation import metrics
 from ddpm.evaluation.classifier import gaussian_blur
-from ddpm.evaluation.shared import Evaluation
+from ddpm.evaluation.shared import SPREAD_EACH, Evaluation
 from ddpm.tools.command import progress_bar
 from ddpm.tools.grids import labelled_grid
 
@@ -36,6 +36,18 @@ def frechet(e: Evaluation) -> dict:
         precision, recall = metrics.precision_recall(e.real_features, features)
         result[name] = {"n": len(features), "distance": distance, "precision": precision, "recall": recall}
     return result
+
+
+def spread(e: Evaluation) -> dict:
+    r"""How far apart the pictures of one prompt are: mean distances between features, beside those of other pictures.
+
+    Returns: `within` prompts, `between` the first pictures of different prompts, and of the `held_out` pictures.
+    """
+    features = e.features(e.draw(e.main, "spread")).unflatten(0, (-1, SPREAD_EACH))  # (prompts, each, D)
+    within = torch.stack([torch.pdist(of_one).mean() for of_one in features]).mean()
+    means = {"within": within, "between": torch.pdist(features[:, 0]).mean()}
+    means["held_out"] = torch.pdist(e.real_features).mean()
+    return {"prompts": len(features), "each": SPREAD_EACH} | {name: x.item() for name, x in means.items()}
 
 
 def neighbours(e: Evaluation) -> dict:

@@ -34,6 +34,12 @@ def summary(part: str, result: dict | list) -> Iterator[str]:
                 f"Frechet distance, n {row['n']}, {name}: {row['distance']:.3g}; "
                 f"precision {row['precision']:.2f}, recall {row['recall']:.2f}"
             )
+    elif part == "spread":
+        within, between = (result[name] / result["held_out"] for name in ("within", "between"))
+        yield (
+            f"spread, {result['prompts']} prompts, {result['each']} pictures each: those of one prompt are "
+            f"{within:.2f} times as far apart as held-out pictures, those of different prompts {between:.2f} times"
+        )
     elif part == "neighbours":
         for space, row in result.items():
             yield _neighbours_line(space, row)

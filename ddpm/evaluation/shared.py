@@ -33,6 +33,7 @@ READING = {"adherence", "wordings", "neighbours", "guidance", "steps"}
 MIN_READ = 0.8  # balanced accuracy on real pictures, for an attribute to count
 NO_CLASSIFIER = "the data has no attribute with enough pictures of both values to train a classifier on"
 BATCH = 32
+SPREAD_PROMPTS, SPREAD_EACH = 16, 8  # distinct prompts of the part `spread`, and pictures of each
 
 
 class LeftOut(Exception):
@@ -84,6 +85,10 @@ class Evaluation:
         self.planned = dict.fromkeys(of_curves, self.curve_n)
         if DRAWING & set(options.only):
             self.planned["full", self.main] = self.n
+        if "spread" in options.only:
+            distinct = list(dict.fromkeys(full))[:SPREAD_PROMPTS]
+            self.prompts["spread"] = [prompt for prompt in distinct for _ in range(SPREAD_EACH)]
+            self.planned["spread", self.main] = len(self.prompts["spread"])
         if "wordings" in options.only and pictures.attributes is not None:
             others = prompts_of(self.held_out.attributes[: self.curve_n], options.seed)
             self.planned |= {(kind, self.main): len(prompts) for kind, prompts in others.items()}
@@ -117,7 +122,7 @@ class Evaluation:
         r"""What the parts need from the cache, or made now: classifier, the prompts' embeddings, latents."""
         parts = set(self.options.only)
         cache, device, precision = self.options.cache, self.model.device, self.options.precision
-        if parts & READING or ("frechet" in parts and self.extract is None):
+        if parts & READING or ({"frechet", "spread"} & parts and self.extract is None):
             safe = "fp32" if precision == "fp16" else precision  # its training scales no loss
             self.classifier = attribute_classifier(cache, self.pictures, device, safe, progress_bar)
             if self.classifier is not None and self.extract is None:
