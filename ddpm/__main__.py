@@ -119,8 +119,11 @@ def read_prompts(file: Path) -> list[str]:
         raise UserError(f"expected UTF-8 in {file}, got {error.object[:60]!r}; save it as UTF-8") from None
 
 
-def warn_of_unknown_words(prompts: list[str], folder: Path):
-    r"""One warning names the words that no training caption had, where the text tower never learned any either."""
+def check_words(prompts: list[str], folder: Path):
+    r"""Warn of the words that no training caption had, where the text tower never learned any either.
+
+    Raises: UserError for any word where there were no captions.
+    """
     from ddpm.celeba.captions import plain_words
 
     file = folder / WORDS_FILE
@@ -129,6 +132,9 @@ def warn_of_unknown_words(prompts: list[str], folder: Path):
     with open(file, "rb") as opened:
         known = set(opened.read(MOST_BYTES).decode(errors="replace").split())
     unknown = sorted(set().union(*map(plain_words, prompts)) - known)
+    if unknown and not known:
+        got = f"one with {unknown[0]!r}"
+        raise UserError(f'expected the prompt "" alone, because this model learned without captions, got {got}')
     if unknown:
         listed = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
         means = "its random text tower gives them no meaning"
@@ -231,7 +237,7 @@ def main(argv: list[str] | None = None):
 
     model = TextToImage.load(a.model, a.weights)
     check_model(a, model.config)
-    warn_of_unknown_words([*a.prompts, a.negative or ""], a.model or SHIPPED)
+    check_words([*a.prompts, a.negative or ""], a.model or SHIPPED)
     start = None
     if a.init_image:
         crop = Config.read((a.model or SHIPPED) / "config.json").training.crop

@@ -10,6 +10,7 @@ from ddpm.diffusion import PREDICTIONS, q_sample, reverse_variance, v_from, x_0_
 from ddpm.schedule import Schedule, one_of
 
 WEIGHTINGS = ("prediction", "eps", "v", "x_0", "min_snr")
+MIN_SNR_GAMMA = 5
 
 
 def training_target(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, prediction: str) -> Tensor:
@@ -32,12 +33,14 @@ def loss_weight(schedule: Schedule, x_0: Tensor, t: Tensor, prediction: str, wei
     \mathrm{SNR} = \frac{\bar\alpha_t}{1 - \bar\alpha_t}$$
 
     For example, a network that predicts v minimises the spec's error of eps when its square is weighted by
-    SNR / (SNR + 1), which is alpha_bar_t. `min_snr` weights the error of x_0 by min(SNR, 5) (Min-SNR, equation 8).
-    `prediction` gives every prediction the weight 1.
+    SNR / (SNR + 1), which is alpha_bar_t. `prediction` gives every prediction the weight 1, and `min_snr` bounds the
+    weight of the error of x_0, so that times of little noise do not prevail (Min-SNR, section 3.4):
+
+    $$\min(\mathrm{SNR}, \gamma)\, \lVert x_0 - \hat x_0 \rVert^2, \qquad \gamma = 5$$
     """
     alpha_bar_t = schedule.alpha_bar_at(t, x_0)
     snr = alpha_bar_t / (1 - alpha_bar_t)
-    of_x_0 = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "min_snr": snr.clamp(max=5)}
+    of_x_0 = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "min_snr": snr.clamp(max=MIN_SNR_GAMMA)}
     of_x_0["prediction"] = of_x_0[prediction]
     return of_x_0[weighting] / of_x_0[prediction]
 

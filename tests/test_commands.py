@@ -144,6 +144,16 @@ def test_words_that_no_training_caption_had_are_named_and_the_picture_is_drawn(t
     assert "warning" not in capsys.readouterr().err
 
 
+def test_a_model_of_pictures_without_captions_takes_the_empty_prompt_alone(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("*.pt"))
+    (run / "words.txt").write_text("\n")
+    drawing = ["--model", run, "--steps", 1, "--out", tmp_path / "a.png"]
+    assert run_sample("", *drawing) == 0
+    assert run_sample("a man", *drawing) == 2
+    assert "learned without captions, got one with 'a'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_every_sampler_makes_a_picture_and_a_film(sampler, trained, tmp_path):
     film = tmp_path / ("film.gif" if sampler == "ddim" else "film.png")

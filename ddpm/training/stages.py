@@ -278,9 +278,9 @@ class UnetStage(Stage):
         self.texts = session.texts()
         captions = sorted({session.pictures.full_caption(i) for i in self.held_out})
         self.prompts = captions[:: max(1, len(captions) // 16)][:16]
-        if session.run.writes and session.run.config.model.text_weights == "random":
-            words = "\n".join(sorted(session.pictures.words())) + "\n"
-            write_atomically(session.run.folder / WORDS_FILE, words.encode())
+        words = sorted(session.pictures.words())
+        if session.run.writes and (session.run.config.model.text_weights == "random" or not words):
+            write_atomically(session.run.folder / WORDS_FILE, ("\n".join(words) + "\n").encode())
         super().__init__(session, "unet", model.unet, settings.lr, settings.batch_size, True)
         self.more = {"trained_vae": {"weights": model.vae.state_dict(), "latent_scale": model.latent_scale}}
         self.prepare()
