@@ -30,6 +30,7 @@ PARTS = {  # name: the module and the function
     "overhead": ("training", "overhead"),
     "checkpointing": ("training", "checkpointing"),
     "data-size": ("training", "data_size"),
+    "caches": ("training", "caches"),
     "decode": ("commands", "decode"),
     "large": ("large", "large"),
     "start": ("commands", "start"),

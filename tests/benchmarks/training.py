@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm.celeba.dataset import Pictures
+from ddpm.celeba.dataset import Pictures, pictures_in_memory
 from ddpm.config import Config
 from ddpm.model import TextToImage
 from ddpm.tools.devices import autocast, choose_precision
 from ddpm.training.batches import batch_rows, permutation
-from ddpm.training.caches import Latents, Texts
+from ddpm.training.caches import Encoded, Latents, Texts
 from ddpm.training.loops import train_unet
 from ddpm.training.parallel import ALONE
 from ddpm.training.run_folder import Run
@@ -85,6 +86,30 @@ class Training:
         self.session.steps_left = count
         for _ in self.stage.take_steps(self.reports):
             pass
+
+
+def caches(quick: bool, **_) -> Iterator[Row]:
+    r"""Latents and captions of a batch that the caches have, against those that the networks make first."""
+    config = Config.from_preset("celeba64-laptop")
+    precision = choose_precision("auto", CPU)
+    rounds, size = (3 if quick else 8), config.training.batch_size
+    model = TextToImage(config.model).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (rounds * size, 64, 64, 3), np.uint8)
+    captions = [f"a face with the number {i}" for i in range(len(pixels))]
+    batches = np.split(np.arange(len(pixels)), rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = pictures_in_memory(pixels, captions)
+        latents = Latents(Encoded(Path(folder), model.vae, pictures, precision))
+        texts = Texts(Path(folder), model.text, (), precision)
+        looked_up = {
+            "latents": lambda rows: latents.gaussian(rows, torch.zeros(size, dtype=torch.bool)),
+            "captions": lambda rows: texts([captions[i] for i in rows]),
+        }
+        for what, look_up in looked_up.items():
+            made, read = ([seconds(partial(look_up, rows)) for rows in batches] for _ in range(2))
+            sides = [f"{1000 * median(side):.1f} ms" for side in (read, made)]
+            ratios = [a / b for a, b in zip(read, made, strict=True)]
+            yield spread("caches", f"{size} {what}, read against made and kept", sides, ratios, 0.1)
 
 
 @contextmanager
