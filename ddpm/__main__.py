@@ -134,7 +134,9 @@ def check_words(prompts: list[str], folder: Path):
     unknown = sorted(set().union(*map(plain_words, prompts)) - known)
     if unknown and not known:
         got = f"one with {unknown[0]!r}"
-        raise UserError(f'expected the prompt "" alone, because this model learned without captions, got {got}')
+        raise UserError(
+            f'expected the prompt "" alone, because this model learned without captions, got {got}'
+        )
     if unknown:
         listed = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
         means = "its random text tower gives them no meaning"

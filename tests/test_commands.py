@@ -16,18 +16,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import FP32, QUICK, make_runs_cheap, run_train
+from small_runs import FP32, QUICK, PlainTower, make_runs_cheap, run_train
 
 from ddpm import __main__ as sample
 from ddpm import diffusion, sampling
 from ddpm.celeba.dataset import Pictures
 from ddpm.celeba.images import read_image
-from ddpm.config import PRESETS
+from ddpm.config import PRESETS, SHIPPED, Config
 from ddpm.evaluation import __main__ as evaluation
 from ddpm.model import TextToImage
 from ddpm.tools import command
 from ddpm.tools.command import Output, exit_code
-from ddpm.training import stages
+from ddpm.training import session, stages
 
 ROOT = Path(__file__).parents[1]
 SMALL = [*QUICK, *FP32]
@@ -281,7 +281,8 @@ def test_a_run_begins_with_what_fits_of_another_and_with_its_settings(trained, t
         0,
     ]
     assert run_train(*begin, "--init", trained, "--out", tmp_path / "same") == 0
-    assert f"begins with the VAE of {trained}, the UNet of {trained}" in capsys.readouterr().out
+    begun = f"begins with the VAE of {trained}, the UNet of {trained}\n"
+    assert begun in capsys.readouterr().out and (tmp_path / "same" / "init.txt").read_text() == begun
     for name in ("vae", "ema"):
         old, new = (load_file(folder / f"{name}.safetensors") for folder in (trained, tmp_path / "same"))
         assert all((old[key] - new[key]).abs().max() < 1e-6 for key in old)
@@ -292,6 +293,14 @@ def test_a_run_begins_with_what_fits_of_another_and_with_its_settings(trained, t
     assert "begins with the VAE of" in (said := capsys.readouterr().out) and "no UNet: expected" in said
     assert run_train("--resume", tmp_path / "wider", "--max-steps", 2, "--device", "cpu") == 0
     assert "begins with" not in capsys.readouterr().out
+
+
+def test_a_run_on_photographs_may_begin_with_the_vae_that_ships():
+    model = TextToImage(Config.from_preset("celeba64-laptop").model, PlainTower())
+    said = session.begin_from(model, "shipped", "all")
+    assert said.startswith(f"begins with the VAE of {SHIPPED}, no UNet: expected")
+    shipped = load_file(SHIPPED / "vae.safetensors")
+    assert all((value == shipped[name].float()).all() for name, value in model.vae.state_dict().items())
 
 
 def test_a_run_that_is_stopped_in_its_first_stage_still_begins_with_the_unet_of_another(trained, tmp_path):

@@ -18,7 +18,7 @@ from ddpm.tools import text_weights
 from ddpm.tools.command import SAMPLE, Stopped, be_quiet, progress_bar, say
 from ddpm.tools.devices import allow_tf32, choose_device, choose_precision
 from ddpm.tools.errors import UserError, is_name
-from ddpm.tools.files import CannotWrite, remove_leftovers
+from ddpm.tools.files import CannotWrite, remove_leftovers, write_atomically
 from ddpm.tools.weights import load_weights
 from ddpm.training import dry_run, perceptual
 from ddpm.training.batches import check_counts
@@ -26,6 +26,8 @@ from ddpm.training.optimization import NotFinite, check_batches
 from ddpm.training.parallel import Group, LostGroup, is_lost
 from ddpm.training.run_folder import Run
 from ddpm.training.stages import BEGUN_UNET, FewStepsStage, Session, Step, UnetStage, VaeStage, restore_vae
+
+INIT_FILE = "init.txt"  # of a run with --init: which weights it began with
 
 
 def print_needs(config: Config, device: str = "auto", stage: str = "all"):
@@ -132,8 +134,9 @@ def prepared(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)  # torch's own function seeds GPUs too
         model = TextToImage(config.model, text_weights.tower_from_file(text_file) if text_file else None)
+    begun_with = ""
     if settings.init and run.state is None:
-        begin_from(model, settings.init, stage)
+        begun_with = begin_from(model, settings.init, stage)
     elif run.state and (begun := run.state.get(BEGUN_UNET)):
         with run.fitting():
             model.unet.load_state_dict(begun)
@@ -152,6 +155,8 @@ def prepared(
     # a text tower that came from a file is kept in the run, because that file may go
     is_to_keep = text_file != own if text_file else not is_name(config.model.text_weights)
     run.create(partial(text_weights.save_tower, model.text) if is_to_keep else None)
+    if begun_with and run.writes:
+        write_atomically(run.folder / INIT_FILE, f"{begun_with}\n".encode())
     for line in size_warning(config):
         say(line)
     together = f", {group.size} processes" if group.size > 1 else ""
@@ -163,8 +168,8 @@ def prepared(
     return Session(run, model, pictures, files, cache, precision, group)
 
 
-def begin_from(model: TextToImage, source: str, stage: str):
-    r"""Give the networks those weights of another run, or of the package, whose shapes fit; print which.
+def begin_from(model: TextToImage, source: str, stage: str) -> str:
+    r"""Give the networks those weights of another run, or of the package, whose shapes fit; print and return which.
 
     Raises: UserError where none fit, or not those of the VAE although the UNet alone is to be trained.
     """
@@ -192,9 +197,11 @@ def begin_from(model: TextToImage, source: str, stage: str):
             raise UserError(f"expected a teacher with the settings of this run, got {got}; name another run")
         model.load_vae(folder)  # with its scale
         differing = []
-    say(f"begins with {', '.join([*taken, *refused.values()])}")
+    begun_with = f"begins with {', '.join([*taken, *refused.values()])}"
+    say(begun_with)
     if differing:
         say(f"warning: that UNet has learned with another {', '.join(differing)}")
+    return begun_with
 
 
 def check_stage(run: Run, stage: str):
