@@ -47,7 +47,7 @@ def trained(data: Path, folder: Path, steps: int) -> dict[str, float]:
     flags += ["--sample-every", "1000000", "--save-every", "1000000"]
     words = [sys.executable, "train.py", "--data", str(data), "--out", str(run), *flags]
     peak = 0
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(words, cwd=ROOT, stdout=sys.stderr) as process:
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text()
             now = [int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]
