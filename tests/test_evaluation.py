@@ -150,6 +150,8 @@ def test_the_figures_are_those_of_the_library_called_by_hand(run, result, pictur
 
     row = result["frechet"]["generated"]
     assert row["distance"] == distance(real, features)
+    between = (real.double().mean(dim=0) - features.double().mean(dim=0)).square().sum().item()
+    assert row["means"] == pytest.approx(between, rel=1e-3)
     assert (row["precision"], row["recall"]) == metrics.precision_recall(real, features)
     for name, of_baseline in baselines.items():
         assert result["frechet"][name]["distance"] == distance(real, of_baseline), name

@@ -32,9 +32,11 @@ def frechet(e: Evaluation) -> dict:
         features = e.features(x)
         if name == "their mean":  # one picture stands for n
             features = features.expand(e.n, -1)
-        distance = metrics.frechet_distance(*real, *metrics.gaussian_of(features))
-        precision, recall = metrics.precision_recall(e.real_features, features)
-        result[name] = {"n": len(features), "distance": distance, "precision": precision, "recall": recall}
+        drawn = metrics.gaussian_of(features)
+        figures = {"distance": metrics.frechet_distance(*real, *drawn)}
+        figures["means"] = (real[0] - drawn[0]).square().sum().item()  # the distance's first term
+        figures["precision"], figures["recall"] = metrics.precision_recall(e.real_features, features)
+        result[name] = {"n": len(features), **figures}
     return result
 
 
