@@ -85,7 +85,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     check_new_folder(folder)
     folder = Path(folder).resolve()
-    if folder.is_mount():
+    if os.path.ismount(folder):
         raise UserError(f"expected a folder that can be renamed, {folder} is a disk; name a new folder in it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
