@@ -167,6 +167,9 @@ def read_start(a: argparse.Namespace, size: int, crop: int):
         raise UserError(
             f"expected white in --mask {a.mask} where to draw anew, got none after the crop; make it 255 there"
         )
+    if mask.all():
+        says = "is white everywhere, so nothing is kept; transparent parts are white"
+        warnings.warn(f"--mask {a.mask} {says}", stacklevel=2)
     return Start(x_0, a.strength, mask)
 
 

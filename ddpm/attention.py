@@ -16,8 +16,9 @@ class Attention(nn.Module):
     $$\mathrm{Attention}(Q, K, V) = \mathrm{softmax}\left(\frac{Q K^\top}{\sqrt{d}}\right) V, \qquad
     Q = W_q x, \quad K = W_k c, \quad V = W_v c$$
 
-    where x gives the queries and c is `context`, or x itself without one: cross-attention or self-attention. D is
-    `width`, d is `head_width`, and the number of heads is D / d.
+    where x gives the queries and c is `context`, or x itself without one: cross-attention or self-attention. Q, K and
+    V are D = `width` wide and are cut into D / d heads, d = `head_width`. The equation holds for each head. The heads'
+    results are concatenated and pass through one more linear layer, `to_out`.
 
     Shapes: x (B, L, D), context (B, M, context_width) -> (B, L, D).
     """

@@ -24,9 +24,8 @@ TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one t
 WORDS_FILE = "words.txt"  # of a run folder: what its training captions say, where the text tower is random
 MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
 # what --resume may change
-MOVABLE = {"data", "max_minutes", "vae_steps", "unet_steps", "epochs", "save_every", "sample_every"} | {
-    "precision"
-}
+MOVABLE = {"data", "precision", "max_minutes"}
+MOVABLE |= {"vae_steps", "unet_steps", "epochs", "save_every", "sample_every"}
 # settings that older config.json files lack; their defaults are what those runs did
 LATER = {"few_steps", "trajectories", "max_pictures", "init", "flip", "weighting"}
 # the default sampler, steps and guidance of a model, by which a teacher draws too
@@ -157,7 +156,10 @@ class TrainConfig:
         1, "captions of a picture: made of its attributes, or of its own", low=1, high=1000
     )
     text_cache_gb: float = option(
-        8.0, "embed captions once up to this size on disk; beyond, at every step", low=0, high=4096
+        8.0,
+        "GB on disk for embedded captions, of which new ones then replace old ones; 0: none",
+        low=0,
+        high=4096,
     )
     trajectories: int = option(
         2048, "pictures that the teacher draws for a distillation (--distill)", low=1, high=10**7

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
     r"""Cosines and sines of t at `width / 2` frequencies (Attention Is All You Need, section 3.5; DDPM, appendix B).
 
     $$\gamma(t) = \left[\cos(\omega_i t),\ \sin(\omega_i t)\right]_{i=0}^{w/2-1}, \qquad
@@ -22,7 +22,7 @@ def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tens
     where t is (B,) times in 0..T-1 and w is `width`, even. Returns (B, w) float32 in [-1, 1], all cosines first.
     """
     half = width // 2
-    frequency = torch.exp(-math.log(longest) * torch.arange(half, device=t.device) / half)
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 

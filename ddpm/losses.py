@@ -26,7 +26,8 @@ def training_target(schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, pre
 def loss_weight(schedule: Schedule, x_0: Tensor, t: Tensor, prediction: str, weighting: str) -> Tensor:
     r"""The factor that makes the squared error of one prediction that of another; (B, 1, ..., 1).
 
-    Given x_t, the three predictions determine each other, so their squared errors differ by a factor of t alone:
+    Given x_t, the three predictions determine each other, so their squared errors are equal up to a factor that
+    depends on t alone:
 
     $$\lVert \epsilon - \hat\epsilon \rVert^2 = \mathrm{SNR}\, \lVert x_0 - \hat x_0 \rVert^2, \qquad
     \lVert v - \hat v \rVert^2 = (\mathrm{SNR} + 1)\, \lVert x_0 - \hat x_0 \rVert^2, \qquad
@@ -116,7 +117,8 @@ def variational_term(
     + \frac{\bar\alpha_{t-1}\, \beta_t^2}{(1 - \bar\alpha_t)^2} \cdot
     \frac{(z_0 - \hat z_0)^2}{\Sigma_\theta}\right]$$
 
-    because both means contain z_t with the same factor. For the last step, t = 0 in code, it is the density of z_0:
+    because both means contain z_t with the same factor. For the last step, t = 0 in code, it is minus the logarithm of
+    the density of z_0:
 
     $$L_0 = -\log p_\theta(z_0 \mid z_1, c)
     = \frac12 \left[\log 2 \pi \Sigma_\theta + \frac{(z_0 - \hat z_0)^2}{\Sigma_\theta}\right]$$

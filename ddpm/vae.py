@@ -41,7 +41,7 @@ class DiagonalGaussian:
         return self.mu + (self.logvar / 2).exp() * eps.to(self.mu.device)
 
     def kl(self) -> Tensor:
-        r"""Distance from the standard normal in nats, summed over each latent; (B,) (Kingma and Welling, appendix B).
+        r"""Divergence from the standard normal in nats, summed over each latent; (B,) (Kingma and Welling, appendix B).
 
         $$\mathrm{KL}\left(q(z \mid x)\, \Vert\, \mathcal N(0, \mathbf I)\right)
         = \tfrac12 \sum \left(\mu^2 + \sigma^2 - 1 - \log \sigma^2\right)$$

@@ -197,7 +197,7 @@ def run(pictures: Pictures, mistake: str) -> tuple[list[float], Tensor]:
         return torch.stack([states[caption] for caption in captions])
 
     opt = Optimization(model.unet, config, config.training.lr, Bound(STEPS), ema=True, precision="fp32")
-    reports = loops.train_unet(model, latents, texts, pictures, config, opt, "fp32")
+    reports = loops.train_unet(model, latents, texts, pictures, config, opt)
     found = [report.loss for report in reports]
     words = ["a man"] * 4 + ["a woman"] * 4
     start = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ r"""Makes what derivation.md and questions.md show: figures, and what was measur
     python docs/derivation.py skips       # the UNet with one skip connection at zero, or all
     python docs/derivation.py blur        # how sharp the predicted picture is at each time
     python docs/derivation.py samplers    # how far each sampler's pictures are from those of a fine solution
-    python docs/derivation.py kl          # a small VAE trained with KL weights of 0, 1e-5 and 1
+    python docs/derivation.py kl          # a small VAE trained with KL weights of 0, 1e-5, 1 and 100
 
 Seed 0 throughout. Nothing is downloaded.
 """
@@ -315,7 +315,7 @@ def kl():
         torch.manual_seed(0)
         model = TextToImage(config.model, text)
         opt = Optimization(model.vae, config, config.training.vae_lr, Bound(300), ema=False, precision="fp32")
-        for _ in train_vae(model, pictures, config, opt, "fp32"):
+        for _ in train_vae(model, pictures, config, opt):
             pass
         with torch.no_grad():
             q = model.vae.eval().encode(x)

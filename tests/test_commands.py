@@ -191,7 +191,7 @@ def test_a_file_has_a_prompt_a_line_and_its_pictures_are_written_as_they_are_dra
                 assert np.abs(np.asarray(picture) - other).max() <= 1  # batches of another size
 
 
-def test_a_picture_is_drawn_over_and_what_the_mask_keeps_has_its_own_pixels(trained, tmp_path):
+def test_a_picture_is_drawn_over_and_what_the_mask_keeps_has_its_own_pixels(trained, tmp_path, capsys):
     r"""Both are cropped as in training: of 178 x 218 the middle 148. The mask is white on the right of them."""
     levels = np.random.default_rng(0).integers(0, 256, (218, 178, 3), dtype=np.uint8)
     photo, mask, out = (tmp_path / name for name in ("photo.png", "mask.png", "out"))
@@ -208,6 +208,9 @@ def test_a_picture_is_drawn_over_and_what_the_mask_keeps_has_its_own_pixels(trai
     assert run_sample(*drawing, "--strength", 0.5) == 0
     with Image.open(out / "0000.png") as picture:
         assert picture.text["strength"] == "0.5" and "mask" not in picture.text
+    Image.new("RGBA", (178, 218)).save(mask)  # which is black, and transparent
+    assert run_sample(*drawing, "--mask", mask) == 0
+    assert "mask.png is white everywhere, so nothing is kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_minutes_are_shared_out_and_few_pictures_bound_the_steps():
     [line] = minutes(Config.from_preset("celeba64", max_minutes=10.0), split, 0.1, seconds, "unet")
     assert "for 0 steps of the VAE, 0.0 for the latents' scale" in line
     *_, warning = minutes(Config.from_preset("celeba64", epochs=100), split, 0.1, seconds)
-    assert "take --epochs 0 --vae-steps 2800 --unet-steps 1406, and fewer" in warning
+    assert "take --epochs 0 --vae-steps 2800 --unet-steps 1406 --sample-every 140, and fewer" in warning
     few = Config.from_preset("celeba64", max_minutes=60.0, vae_steps=60, unet_steps=100)  # which end first
     [line] = minutes(few, split, 0.1, seconds)
     assert "1.0 for 60 steps of the VAE, " in line and "1.0 for 100 steps of the UNet, 3.6 epochs" in line
@@ -203,7 +203,7 @@ model.unet.set_gradient_checkpointing(config.training.gradient_checkpointing)
 latents = Latents(np.zeros((16, 2, 2, *model.latent_shape), np.float16))
 opt = Optimization(model.unet, config, 1e-4, Bound(3), True, "fp32")
 texts = lambda captions: torch.zeros(len(captions), 77, 512)
-list(train_unet(model, latents, texts, pictures, config, opt, "fp32"))
+list(train_unet(model, latents, texts, pictures, config, opt))
 print(status("VmHWM") - before)
 """
 

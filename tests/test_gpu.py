@@ -39,14 +39,14 @@ def test_steps_in_every_precision_are_finite_and_move_the_weights(stage, precisi
     assert opt.optimizers[0].defaults["fused"] and opt.scaler.is_enabled() == (precision == "fp16")
     before = [p.detach().clone() for p in network.parameters()]
     if stage == "vae":
-        reports = list(train_vae(model, pictures, config, opt, precision))
+        reports = list(train_vae(model, pictures, config, opt))
     else:
         latents = Latents(np.zeros((32, 2, 2, *model.latent_shape), np.float16))
 
         def texts(captions):
             return torch.zeros(len(captions), 77, 512)
 
-        reports = list(train_unet(model, latents, texts, pictures, config, opt, precision))
+        reports = list(train_unet(model, latents, texts, pictures, config, opt))
     assert len(reports) == 5 and reports[-1].finite
     assert precision == "fp16" or all(report.finite for report in reports)  # fp16 looks for its loss scale
     assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))

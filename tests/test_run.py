@@ -21,6 +21,7 @@ from small_runs import FP32, QUICK, assert_same_run, leftovers, make_runs_cheap,
 from ddpm.celeba import dataset
 from ddpm.celeba.dataset import pictures_in_memory
 from ddpm.celeba.faces import write_celeba
+from ddpm.celeba.lists import VALID
 from ddpm.config import Config
 from ddpm.model import TextToImage
 from ddpm.tools import files
@@ -250,7 +251,10 @@ def test_pictures_may_come_from_memory(whole, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     captions = [f"number {i}" for i in range(20)]
     pictures = pictures_in_memory(pixels, captions)
-    assert len(list(train(config, tmp_path / "run", device="cpu", pictures=pictures))) == 2
+    assert len(list(train(config, str(tmp_path / "run"), device="cpu", pictures=pictures))) == 2
+    assert (tmp_path / "run" / "words.txt").read_text().split() == sorted(
+        {"number", *map(str, range(20))} - {"9", "19"}
+    )
     assert TextToImage.load(tmp_path / "run").sample(["number 3"], steps=1).shape == (1, 3, 16, 16)
     resumed = train(config, tmp_path / "run", resume=True, device="cpu")  # on drawn faces
     assert "which a program gave" in refusal_of(next, resumed)
@@ -266,6 +270,13 @@ def test_pictures_may_come_from_memory(whole, tmp_path):
     )
     assert "one a picture, got 19" in refusal_of(pictures_in_memory, pixels, captions[1:])
     assert "of float64" in refusal_of(pictures_in_memory, pixels / 255, captions)
+    assert "expected captions as texts, got 0" in refusal_of(pictures_in_memory, pixels, range(20))
+
+
+def test_the_held_out_pictures_are_spread_over_those_that_are_sorted_by_class():
+    pictures = pictures_in_memory(np.zeros((100, 16, 16, 3), np.uint8), ["cat"] * 50 + ["dog"] * 50)
+    assert pictures.held_out(3).tolist() == [9, 49, 99]
+    assert pictures.held_out(64).tolist() == pictures.rows(VALID).tolist() == list(range(9, 100, 10))
 
 
 # --------------------------------------------------------------------------------------------- damaged states

@@ -1,8 +1,8 @@
 r"""A seed names a picture and a training: bit for bit on one machine, and as the same 8-bit picture, give or take one
 level, in other batches, orders, processes, threads and on other CPUs. Nothing is drawn from a global generator.
 
-What differs between CPUs is the order in which sums are rounded, and the logarithm inside a normal number. Over 20
-steps of a trained model it came to 3e-6 of the range from -1 to 1; a level of 8 bits is 8e-3.
+What differs between CPUs is the order in which sums are rounded, and the logarithm inside a normal number.
+docs/promises.md says how much that is.
 """
 
 import os

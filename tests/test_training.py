@@ -144,7 +144,7 @@ def test_with_a_rate_for_muon_the_inner_matrices_are_under_it_and_all_rates_come
 
 def run_vae(config, model, pictures, steps):
     opt = optimization(model.vae, config, 2e-3, steps)
-    return list(train_vae(model, pictures, config, opt, "fp32"))
+    return list(train_vae(model, pictures, config, opt))
 
 
 def prepared_unet(tmp_path, config, model, pictures):
@@ -156,7 +156,7 @@ def prepared_unet(tmp_path, config, model, pictures):
 
 def run_unet(config, model, pictures, latents, texts, steps):
     opt = optimization(model.unet, config, 1e-3, steps, ema=True)
-    return list(train_unet(model, latents, texts, pictures, config, opt, "fp32"))
+    return list(train_unet(model, latents, texts, pictures, config, opt))
 
 
 def test_the_vae_learns_to_give_pictures_back(small, pictures):
@@ -194,7 +194,8 @@ def test_a_step_asks_the_unet_about_scaled_latents_with_noise_and_about_their_ca
     latents.moments[:, :, 0] = 4 * sign[:, None, None, None, None]
     latents.moments[:, :, 1] = -30
     inputs = []
-    model.unet.register_forward_pre_hook(lambda unet, arguments: inputs.append(arguments))
+    keep = lambda unet, arguments, named: inputs.append((*arguments, named["context"]))  # noqa: E731
+    model.unet.register_forward_pre_hook(keep, with_kwargs=True)
     reports = run_unet(config, model, pictures, latents, texts, 5)
     noise, dropped = [], 0
     for step, (z_t, t, context) in enumerate(inputs):

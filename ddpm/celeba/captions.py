@@ -378,8 +378,8 @@ def parse(sentence: str) -> dict[str, bool]:
 
 
 def plain_words(text: str) -> set[str]:
-    r"""The words of a text as they are written, in lower case."""
-    return set(re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*", text.lower()))
+    r"""The words and numbers of a text as they are written, in lower case."""
+    return set(re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", text.lower()))
 
 
 def vocabulary() -> set[str]:

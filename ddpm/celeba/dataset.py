@@ -29,7 +29,7 @@ from ddpm.tools.files import write_atomically
 from ddpm.tools.strict_json import parse_json
 
 IN_MEMORY = "pictures in memory"  # of a `fingerprint`: no folder has them
-AT_A_TIME = 128  # pictures that one thread decodes before it reports
+AT_A_TIME = 16  # pictures that one thread decodes before it reports
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Pictures:
     def rows(self, split: int) -> np.ndarray:
         r"""Numbers of the readable pictures of a split."""
         return np.flatnonzero((self.split == split) & self.good)
+
+    def held_out(self, count: int) -> np.ndarray:
+        r"""At most `count` rows of the valid split, evenly spaced, because pictures may be sorted by class."""
+        rows = self.rows(VALID)
+        return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
     def subset(self, rows: np.ndarray) -> "Pictures":
         r"""These rows as a data set of their own. Its `bad` is empty, because a subset skips nothing itself."""
@@ -174,6 +179,8 @@ def pictures_in_memory(pixels: np.ndarray, captions: Sequence[str]) -> Pictures:
         raise UserError(f"expected pictures as (N, S, S, 3) of uint8, got {pixels.shape} of {pixels.dtype}")
     if len(captions) != len(pixels):
         raise UserError(f"expected {len(pixels)} captions, one a picture, got {len(captions)}")
+    if others := [caption for caption in captions if not isinstance(caption, str)]:
+        raise UserError(f"expected captions as texts, got {others[0]!r}; write it as a str")
     split = np.where(np.arange(len(pixels)) % 10 == 9, VALID, TRAIN).astype(np.uint8)
     wordings = tuple((caption,) for caption in captions)
     good = np.ones(len(pixels), bool)

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -38,6 +38,7 @@ FOLDERS = ("img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_c
 # Where CelebA's pictures are, seen from the folder with the annotations.
 IMAGE_FOLDERS = (*FOLDERS, *(f"Img/{name}" for name in FOLDERS), "Img", "images", "")
 OWN_LISTS = ("captions.csv", "metadata.csv", "metadata.jsonl", "captions.tsv", "captions.txt")
+UNREAD = (".heic", ".heif", ".avif")
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz")
 VALUES = {"-1": 0, "0": 0, "1": 1, "-1.0": 0, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 SPLITS = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
@@ -73,12 +74,11 @@ class ImageTable:
         for start in range(0, len(plain), size):
             yield [(number_of[name], self.root / name) for name in plain[start : start + size]]
         for file in dict.fromkeys(filter(None, map(_parquet, self.files))):
-            row = 0
-            for pictures in picture_bytes(self.root / file, size):
-                names = [f"{file}/{i}" for i in range(row, row + len(pictures))]
-                row += len(pictures)
-                both = zip(names, pictures, strict=True)
-                yield [(number_of[name], picture) for name, picture in both if name in number_of]
+            rows = chain.from_iterable(picture_bytes(self.root / file, size))
+            names = ((f"{file}/{row}", picture) for row, picture in enumerate(rows))
+            wanted = ((number_of[name], picture) for name, picture in names if name in number_of)
+            while batch := list(islice(wanted, size)):
+                yield batch
 
     def take(self, index) -> "ImageTable":
         r"""The rows that `index` picks, in its order: integers, a mask like `split == VALID`, a slice."""
@@ -198,8 +198,18 @@ def _open_pictures(folder: Path) -> ImageTable:
     paths = {path.removeprefix("/") for path in _walk(folder, follow=True)}
     files = tuple(sorted(filter(is_image_name, paths)))
     is_celeba = folder.name.lower() in NAMELESS and _find(folder.parent, "Anno", "list_attr_celeba")
+    if others := sorted(path for path in paths if path.lower().endswith(UNREAD)):
+        advice = "convert them to JPEG or PNG"
+        if not files:
+            raise DataError(folder, "pictures as JPEG, PNG, WebP, BMP, GIF or TIFF", others[0], advice)
+        says = f"left out {len(others):,} pictures, such as {others[0]}; {advice}"
+        warnings.warn(printable(f"{folder}: {says}"), stacklevel=3)
     if not files or is_celeba or _find(folder, "Eval", "list_eval_partition"):
         raise _no_list(folder)
+    if missed := sorted(filter(_is_list_name, paths)):
+        expected = "the list of the pictures in the folder itself, under its own name"
+        advice = "give the folder of the list as --data, or call it list_attr_celeba.csv or captions.csv"
+        raise DataError(folder, expected, missed[0], advice)
     if with_text := tuple(name for name in files if f"{_stem(name)}.txt" in paths):
         if without := sorted({*files} - {*with_text}):
             why = f"left out {len(without):,} pictures, such as {without[0]}, because no .txt is called so"
@@ -213,6 +223,11 @@ def _open_pictures(folder: Path) -> ImageTable:
         captions = _folder_names(folder, files)
     table = ImageTable(folder, files, None, captions, np.full(len(files), UNKNOWN, np.uint8))
     return _with_split(table, files)
+
+
+def _is_list_name(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return name in OWN_LISTS or name.startswith("list_attr_celeba")
 
 
 def _lines_of(file: Path) -> tuple[str, ...]:
@@ -235,7 +250,7 @@ def _folder_names(folder: Path, files: Sequence[str]) -> tuple[tuple[str], ...]:
 
 
 def _existing_folder(path) -> Path:
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))  # Path.expanduser fails where no user is called so
     if folder.is_dir():
         return folder
     if not folder.is_file():
@@ -264,10 +279,10 @@ def _own_lists(folder: Path) -> list[Path]:
     if tables:
         got = f"{len(tables)}: {first_few(tables)}"
         raise DataError(folder, "one csv", got, "name the right one captions.csv")
-    for name in OWN_LISTS:
-        splits = [sub for sub in names if sub.lower() in SPLITS and (folder / sub / name).is_file()]
-        if splits:
-            return [folder / sub / name for sub in splits]
+    splits = [folder / sub for sub in names if sub.lower() in SPLITS]
+    firsts = ([sub / name for name in OWN_LISTS if (sub / name).is_file()][:1] for sub in splits)
+    if lists := list(chain.from_iterable(firsts)):
+        return lists
     return [folder / path.removeprefix("/") for path in sorted(_walk(folder)) if path.endswith(".parquet")]
 
 
@@ -504,6 +519,12 @@ def _with_split(table: ImageTable, names: Sequence[str]) -> ImageTable:
     if (split == UNKNOWN).any():
         split = np.array([_split_of(name) for name in table.files], np.uint8)
     is_known = not (split == UNKNOWN).any()
+    if not is_known and (split != UNKNOWN).any():
+        outside = table.files[np.flatnonzero(split == UNKNOWN)[0]]
+        says = (
+            f"the pictures are split by name, because {outside} is in no folder called train, valid or test"
+        )
+        warnings.warn(printable(f"{table.root}: {says}"), stacklevel=4)
     return replace(table, split=_with_valid(split, names) if is_known else split_by_name(names))
 
 

@@ -9,13 +9,23 @@ from pathlib import Path
 
 from ddpm.celeba.captions import ATTRIBUTES
 from ddpm.celeba.refusals import AGAIN, DataError, first_few, kind_of, quoted
-from ddpm.celeba.sheets import CAPTION_COLUMNS, LABEL, MAX_BYTES, PLAIN_ATTRIBUTES, Sheet, plain_name
+from ddpm.celeba.sheets import (
+    CAPTION_COLUMNS,
+    FILE_COLUMNS,
+    LABEL,
+    MAX_BYTES,
+    PLAIN_ATTRIBUTES,
+    Sheet,
+    plain_name,
+)
 from ddpm.tools.errors import UserError
 from ddpm.tools.strict_json import parse_json
 
 ROWS = 64  # read at a time: a small file may say one long caption in each of its rows
 COLUMNS = {*CAPTION_COLUMNS, *PLAIN_ATTRIBUTES, LABEL, "attributes", "split"}
-PICTURE = re.compile(r"(struct<.*\bbytes: )?(large_)?binary")  # the type of a column, as pyarrow writes it
+# the types of columns, as pyarrow writes them
+PICTURE = re.compile(r"(struct<.*\bbytes: )?(large_)?binary")
+ONE_LABEL = re.compile(r"u?int|bool|(large_)?string|dictionary")
 
 
 def read_parquet(file: Path) -> Sheet:
@@ -25,7 +35,10 @@ def read_parquet(file: Path) -> Sheet:
     """
     sheet = Sheet(file, [], [], is_list=True)
     columns = {}
-    for name, values in _columns(file).items():
+    found = _columns(file)
+    if found.keys() & {*CAPTION_COLUMNS}:
+        found.pop("attributes", None)  # which need not be CelebA's
+    for name, values in found.items():
         if name == "attributes":
             columns |= _forty_columns(sheet, values)
         else:
@@ -71,13 +84,20 @@ def _opened(file: Path):
 
 
 def _picture_column(file: Path, schema) -> str:
-    for field in schema:
-        if PICTURE.match(str(field.type)):
-            return field.name
-    got = f"the columns {first_few(schema.names)}"
-    raise DataError(
-        file, "a column with the bytes of pictures", got, "take a copy that has the pictures in it"
-    )
+    found = [field.name for field in schema if PICTURE.match(str(field.type))]
+    named = [name for name in found if plain_name(name) in FILE_COLUMNS] or found
+    if not named:
+        got = f"the columns {first_few(schema.names)}"
+        advice = "take a copy that has the pictures in it"
+        raise DataError(file, "a column with the bytes of pictures", got, advice)
+    if len(named) > 1:
+        raise DataError(file, "one column of pictures", first_few(named), "call the right one image")
+    return named[0]
+
+
+def _is_useful(field) -> bool:
+    name = plain_name(field.name)
+    return name in COLUMNS and (name != LABEL or ONE_LABEL.match(str(field.type)) is not None)
 
 
 def _columns(file: Path) -> dict[str, list]:
@@ -87,7 +107,7 @@ def _columns(file: Path) -> dict[str, list]:
         parquet = _opened(file)
         schema = parquet.schema_arrow
         picture = _picture_column(file, schema)
-        names = [name for name in schema.names if plain_name(name) in COLUMNS]
+        names = [field.name for field in schema if _is_useful(field)]
         size = 0
         for batch in parquet.iter_batches(ROWS, columns=[*names, f"{picture}.path"]):
             size += batch.nbytes

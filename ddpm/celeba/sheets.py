@@ -13,7 +13,7 @@ from ddpm.tools.strict_json import parse_json
 
 MAX_BYTES = 2**27  # of a list; CelebA's has 26 million
 MAX_ROW = 2**20  # characters
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_id", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "prompt")
 LABEL = "label"  # a caption, where there is nothing else

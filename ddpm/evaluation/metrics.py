@@ -108,6 +108,8 @@ def wilson_interval(right: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
 
     $$l, u = \frac{\hat p + \frac{Z^2}{2 n} \mp Z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{Z^2}{4 n^2}}}
     {1 + \frac{Z^2}{n}}$$
+
+    where p_hat = right / n, and Z = 1.96.
     """
     centre = (right + Z**2 / 2) / (n + Z**2)
     half = Z / (n + Z**2) * (right * (n - right) / n + Z**2 / 4).sqrt()
@@ -120,6 +122,7 @@ def balanced_interval(wanted: Tensor, seen: Tensor, weight: Tensor) -> tuple[Ten
     $$\hat p - \tfrac12 \sqrt{\textstyle\sum_i (\hat p_i - l_i)^2}, \qquad
     \hat p + \tfrac12 \sqrt{\textstyle\sum_i (u_i - \hat p_i)^2}$$
 
+    where p_hat is the balanced accuracy, and l_i and u_i are the `wilson_interval` of its rate p_hat_i, i = 1, 2.
     It does not shrink to a point when all answers are right.
 
     Args:

@@ -70,7 +70,8 @@ class Evaluation:
         self.x = self.held_out.batch(np.arange(self.n))
         full = [self.held_out.full_caption(i) for i in range(self.n)]
         self.prompts = {"full": full}
-        self.groups = torch.tensor([full.index(prompt) for prompt in full])
+        number = {full[i]: i for i in reversed(range(self.n))}
+        self.groups = torch.tensor([number[prompt] for prompt in full])
         self.files: dict[str, Figure | Image.Image] = {}
         self.classifier = None
         is_ready_made = options.extractor != "classifier"

@@ -31,6 +31,12 @@ def permutation(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(n)
 
 
+def seconds_of_training(settings: TrainConfig) -> float:
+    r"""When --max-minutes ends the steps; what is left is for saving and drawing."""
+    whole = 60 * settings.max_minutes
+    return whole - max(10, 0.02 * whole)
+
+
 def check_counts(train: int, valid: int):
     r"""UserError unless there are pictures to train on and others to validate."""
     if not train or not valid:

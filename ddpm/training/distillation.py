@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpm.celeba.dataset import Pictures
-from ddpm.celeba.lists import TRAIN, VALID
+from ddpm.celeba.lists import TRAIN
 from ddpm.config import GUIDED, Config, ModelConfig
 from ddpm.diffusion import x_0_and_eps
 from ddpm.losses import loss_weight, split_output, training_target
@@ -150,7 +150,7 @@ def captions_of(pictures: Pictures, rows: np.ndarray, config: Config) -> list[st
         "" if drop else pictures.caption(i, settings.seed, k % settings.caption_variants)
         for k, (i, drop) in enumerate(zip(rows, dropped < config.model.caption_drop, strict=True))
     ]
-    return captions + [pictures.full_caption(i) for i in np.resize(pictures.rows(VALID), HELD_OUT)]
+    return captions + [pictures.full_caption(i) for i in np.resize(pictures.held_out(HELD_OUT), HELD_OUT)]
 
 
 def rows_of(pictures: Pictures, config: Config) -> np.ndarray:
@@ -167,7 +167,6 @@ def train_distilled(
     texts: Texts,
     config: Config,
     opt: Optimization,
-    precision: str,
 ) -> Iterator[Report]:
     r"""Second stage of a model of few steps: a batch takes one step of each of its trajectories, all k equally often.
 
@@ -175,11 +174,6 @@ def train_distilled(
     """
     settings = config.training
     shard = opt.group.shard
-
-    def denoise(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        with autocast(model.device, precision):
-            return opt.parallel(z_t.contiguous(memory_format=torch.channels_last), t, context)
-
     while opt.progress() < 1:
         opt.begin_step()
         numbers, _ = batch_rows(
@@ -191,7 +185,7 @@ def train_distilled(
         context = texts([trajectories.captions[i] for i in shard(numbers)])
         i, k = np.arange(len(z)), shard(k)
         for *place, context_k in opt.micro_batches(z[i, k], shard(t), z[i, k + 1], shard(s), context):
-            denoise_k = partial(denoise, context=context_k)
+            denoise_k = partial(opt.forward, context=context_k)
             loss = distillation_loss(model.schedule, denoise_k, *place, model.config.prediction)
             opt.backward(loss.mean())
         yield opt.end_step(rows[numbers], t)

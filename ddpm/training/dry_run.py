@@ -24,7 +24,7 @@ from ddpm.tools.arrays import TOGETHER
 from ddpm.tools.command import bar
 from ddpm.tools.devices import autocast, wait_for
 from ddpm.tools.kernels import context_read_once
-from ddpm.training.batches import check_counts, stage_steps
+from ddpm.training.batches import check_counts, seconds_of_training, stage_steps
 from ddpm.training.distillation import HELD_OUT
 from ddpm.training.optimization import Bound, Optimization
 
@@ -159,7 +159,7 @@ def minutes(
         whole = 60 * settings.max_minutes
         allowed = max(0.0, whole * settings.vae_share - reading) / seconds["vae"]
         steps["vae"] = min(allowed, steps["vae"])
-        left = 0.98 * whole - reading - steps["vae"] * seconds["vae"] - scale
+        left = seconds_of_training(settings) - reading - steps["vae"] * seconds["vae"] - scale
         low, high = 0.0, max(0.0, min(left / seconds["unet"], steps["unet"]))
         for _ in range(50):  # steps that the time allows, by halving
             middle = (low + high) / 2
@@ -181,7 +181,7 @@ def minutes(
     yield "about, in minutes: " + ", ".join(f"{value / 60:,.1f} {name}" for name, value in parts.items())
     if epochs > MANY_EPOCHS:
         fewer = max(1, MANY_EPOCHS * count // settings.batch_size)
-        flags = f"--unet-steps {fewer}"
+        flags = f"--unet-steps {fewer} --sample-every {max(1, min(settings.sample_every, fewer // 10))}"
         if settings.epochs:  # they bound the VAE too
             flags = f"--epochs 0 --vae-steps {stage_steps(config, 'vae', count)} {flags}"
         yield (
@@ -201,7 +201,7 @@ def minutes_of_distillation(config: Config, count: int, step: float, call: float
     pictures = min(settings.trajectories, steps * settings.batch_size)
     drawing = (pictures + HELD_OUT) * calls * call
     if settings.max_minutes:
-        steps = min(steps, max(0.0, 0.98 * 60 * settings.max_minutes - drawing) / step)
+        steps = min(steps, max(0.0, seconds_of_training(settings) - drawing) / step)
     return (
         f"about, in minutes: {drawing / 60:,.1f} for {pictures:,} pictures of the teacher, {calls} calls "
         f"each, and {steps * step / 60:,.1f} for {steps:,.0f} steps of the student"

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from ddpm.celeba.dataset import Pictures
 from ddpm.celeba.lists import TRAIN
 from ddpm.config import Config
 from ddpm.losses import diffusion_loss
 from ddpm.model import TextToImage
-from ddpm.tools.devices import autocast
 from ddpm.tools.seeding import generator
 from ddpm.training.batches import batch_rows, mirrored, timestep_batch
 from ddpm.training.caches import Latents, Texts
@@ -25,9 +23,7 @@ from ddpm.training.perceptual import perceptual_loss
 from ddpm.vae import vae_loss
 
 
-def train_vae(
-    model: TextToImage, pictures: Pictures, config: Config, opt: Optimization, precision: str
-) -> Iterator[Report]:
+def train_vae(model: TextToImage, pictures: Pictures, config: Config, opt: Optimization) -> Iterator[Report]:
     r"""First stage: the VAE learns to reconstruct pictures."""
     settings = config.training
     shard = opt.group.shard
@@ -42,8 +38,7 @@ def train_vae(
         x = pictures.batch(shard(rows), shard(flip))  # (B, 3, H, W)
         for x_k, eps_k in opt.micro_batches(x, shard(eps)):
             x_k = x_k.contiguous(memory_format=torch.channels_last)
-            with autocast(model.device, precision):
-                x_hat, posterior = opt.parallel(x_k, eps_k)
+            x_hat, posterior = opt.forward(x_k, eps_k)
             _, loss = vae_loss(x_k, x_hat, posterior, settings.kl_weight, settings.reconstruction)
             if perceptual is not None:
                 loss = loss + settings.perceptual_weight * perceptual(x_k, x_hat.float())
@@ -52,23 +47,12 @@ def train_vae(
 
 
 def train_unet(
-    model: TextToImage,
-    latents: Latents,
-    texts: Texts,
-    pictures: Pictures,
-    config: Config,
-    opt: Optimization,
-    precision: str,
+    model: TextToImage, latents: Latents, texts: Texts, pictures: Pictures, config: Config, opt: Optimization
 ) -> Iterator[Report]:
     r"""Second stage: the UNet learns to denoise latents (DDPM, algorithm 1)."""
     settings = config.training
     shard = opt.group.shard
     train_rows = pictures.rows(TRAIN)
-
-    def denoise(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        with autocast(model.device, precision):
-            return opt.parallel(z_t.contiguous(memory_format=torch.channels_last), t, context)
-
     while opt.progress() < 1:
         opt.begin_step()
         g = generator(settings.seed, "unet", opt.step)
@@ -85,7 +69,7 @@ def train_unet(
         posterior = latents.gaussian(shard(rows), shard(flip))
         z_0 = posterior.sample(eps=shard(eps_vae)) * model.latent_scale  # (B, c, h, w)
         for z_k, t_k, eps_k, context_k in opt.micro_batches(z_0, shard(t), shard(eps), context):
-            denoise_k = partial(denoise, context=context_k)
+            denoise_k = partial(opt.forward, context=context_k)
             how = (model.config.prediction, settings.vlb_weight, settings.weighting)
             loss = diffusion_loss(model.schedule, denoise_k, z_k, t_k, eps_k, *how)
             opt.backward(loss.mean())

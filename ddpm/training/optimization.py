@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.config import Config, TrainConfig
+from ddpm.tools.devices import autocast
 from ddpm.tools.errors import UserError
 from ddpm.training.batches import to_device
 from ddpm.training.muon import Muon, muon_groups
-from ddpm.training.parallel import ALONE, Group
+from ddpm.training.parallel import ALONE
 
 BAD_STEPS = 5  # non-finite steps in a row after which a run stops
 
@@ -95,23 +96,12 @@ class EMA:
             network.load_state_dict(last)
 
 
-def check_batches(config: Config, group: Group):
-    r"""Raise UserError where the processes and their micro-batches do not divide a batch."""
-    settings = config.training
-    for batch_size in (settings.batch_size, settings.vae_batch_size):
-        if batch_size % (settings.accumulation * group.size):
-            raise UserError(
-                f"expected a batch that {group.size} processes x {settings.accumulation} parts divide, "
-                f"got {batch_size}; change --nproc_per_node, or start anew with another --batch-size and "
-                "--vae-batch-size"
-            )
-
-
 class Optimization:
     r"""One network that learns: optimizers, learning rate, gradient clipping, loss scaling, EMA, the count of steps.
 
-    A step is `begin_step`, a `backward` for each of the `micro_batches`, and `end_step`. With a `muon_lr` the inner
-    matrices learn by `Muon` and all else by AdamW. `state_dict` holds all that a resumed run needs, weights included.
+    A step is `begin_step`, a `forward` and a `backward` for each of the `micro_batches`, and `end_step`. With a
+    `muon_lr` the inner matrices learn by `Muon` and all else by AdamW. `state_dict` holds all that a resumed run needs,
+    weights included.
 
     Attributes: parallel: the network for the forward passes of training, whose gradients are averaged over the group.
     """
@@ -119,13 +109,13 @@ class Optimization:
     def __init__(
         self, network: nn.Module, config: Config, lr: float, bound: Bound, ema: bool, precision, group=ALONE
     ):
-        check_batches(config, group)
         self.settings = config.training
         self.network = network
         self.group = group
         self.parallel = group.parallel(network)
         self.bound = bound
         self.device = next(network.parameters()).device
+        self.precision = precision
         self.optimizers = optimizers(network, config.training, lr, precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.ema = EMA(network, config.training.ema_decay) if ema else None
@@ -170,6 +160,11 @@ class Optimization:
             accumulates = self.group.size > 1 and k < count - 1
             with self.parallel.no_sync() if accumulates else nullcontext():
                 yield tuple(to_device(tensor, self.device) for tensor in part)
+
+    def forward(self, x: Tensor, *rest: Tensor, **more: Tensor):
+        r"""What the network makes of a micro-batch, in the precision of the training."""
+        with autocast(self.device, self.precision):
+            return self.parallel(x.contiguous(memory_format=torch.channels_last), *rest, **more)
 
     def backward(self, loss: Tensor):
         r"""Add the gradient of a micro-batch's mean loss, divided by the number of micro-batches."""

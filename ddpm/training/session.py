@@ -22,7 +22,7 @@ from ddpm.tools.files import CannotWrite, remove_leftovers, write_atomically
 from ddpm.tools.weights import load_weights
 from ddpm.training import dry_run, perceptual
 from ddpm.training.batches import check_counts
-from ddpm.training.optimization import NotFinite, check_batches
+from ddpm.training.optimization import NotFinite
 from ddpm.training.parallel import Group, LostGroup, is_lost
 from ddpm.training.run_folder import Run
 from ddpm.training.stages import BEGUN_UNET, FewStepsStage, Session, Step, UnetStage, VaeStage, restore_vae
@@ -67,6 +67,7 @@ def train(
     Raises: UserError, or Stopped after a signal; both say what is saved and how to go on.
     """
     started = time.monotonic() if started is None else started
+    folder = Path(folder)
     cache = cache or folder.absolute().parent / "cache"
     device = choose_device(device)
     precision = choose_precision(config.training.precision, device)
@@ -94,6 +95,18 @@ def train(
                 if session.pictures.captions is not None:
                     prompt = session.pictures.full_caption(session.pictures.rows(TRAIN)[0])
                 say(f"  {SAMPLE} {shlex.quote(prompt)} --model {run.quoted}")
+
+
+def check_batches(config: Config, group: Group):
+    r"""Raise UserError where the processes and their micro-batches do not divide a batch."""
+    settings = config.training
+    for batch_size in (settings.batch_size, settings.vae_batch_size):
+        if batch_size % (settings.accumulation * group.size):
+            raise UserError(
+                f"expected a batch that {group.size} processes x {settings.accumulation} parts divide, "
+                f"got {batch_size}; change --nproc_per_node, or start anew with another --batch-size and "
+                "--vae-batch-size"
+            )
 
 
 @contextlib.contextmanager

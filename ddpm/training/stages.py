@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from ddpm.celeba.dataset import Pictures
-from ddpm.celeba.lists import TRAIN, VALID
+from ddpm.celeba.lists import TRAIN
 from ddpm.config import WORDS_FILE
 from ddpm.model import TextToImage
 from ddpm.tools.command import Stopped, StopRequest, bar, on_signals, progress_bar, say
@@ -21,7 +21,7 @@ from ddpm.tools.errors import UserError
 from ddpm.tools.files import CannotWrite, digest_of, write_atomically
 from ddpm.tools.grids import labelled_grid, save_png
 from ddpm.tools.weights import load_weights, save_weights
-from ddpm.training.batches import stage_steps
+from ddpm.training.batches import seconds_of_training, stage_steps
 from ddpm.training.caches import Encoded, Latents, Texts
 from ddpm.training.distillation import (
     HELD_OUT,
@@ -96,11 +96,12 @@ class Stage:
         until = None
         if self.settings.max_minutes:
             whole = 60 * self.settings.max_minutes
-            to_save_and_draw = max(10, 0.02 * whole)
-            until = whole * self.settings.vae_share if self.name == "vae" else whole - to_save_and_draw
+            is_vae = self.name == "vae"
+            until = whole * self.settings.vae_share if is_vae else seconds_of_training(self.settings)
+        run, group = self.run, self.group  # not self: that cycle would keep the stage's optimizer in memory
 
         def clock() -> float:
-            return self.group.broadcast(self.run.clock())
+            return group.broadcast(run.clock())
 
         steps = stage_steps(self.config, self.name, len(self.pictures.rows(TRAIN)))
         return Bound(steps, clock, clock(), until)
@@ -230,13 +231,13 @@ class VaeStage(Stage):
     def __init__(self, session: Session):
         settings = session.run.config.training
         super().__init__(session, "vae", session.model.vae, settings.vae_lr, settings.vae_batch_size, False)
-        self.held_out = session.pictures.rows(VALID)[:256]
+        self.held_out = session.pictures.held_out(256)
         if settings.init:  # that run may be gone, or trained on, when this one is resumed
             self.more = {BEGUN_UNET: session.model.unet.state_dict()}
 
     def train(self) -> Generator[Step, None, bool]:
         r"""Train, encode and write vae.safetensors; False when it was stopped before its end."""
-        reports = train_vae(self.model, self.pictures, self.config, self.opt, self.precision)
+        reports = train_vae(self.model, self.pictures, self.config, self.opt)
         if not (yield from self.take(reports)):
             return False
         if self.run.writes and float(self.run.row("vae", self.opt.step)["psnr"]) < ENOUGH_PSNR:
@@ -274,7 +275,7 @@ class UnetStage(Stage):
     def __init__(self, session: Session):
         model = session.model
         settings = session.run.config.training
-        self.held_out = session.pictures.rows(VALID)[:64]
+        self.held_out = session.pictures.held_out(64)
         self.texts = session.texts()
         captions = sorted({session.pictures.full_caption(i) for i in self.held_out})
         self.prompts = captions[:: max(1, len(captions) // 16)][:16]
@@ -291,7 +292,7 @@ class UnetStage(Stage):
 
     def reports(self) -> Iterator[Report]:
         r"""The loop over the steps."""
-        return train_unet(*self.data, self.config, self.opt, self.precision)
+        return train_unet(*self.data, self.config, self.opt)
 
     def losses(self) -> list[float]:
         r"""Validation losses, by `parts`."""
@@ -364,7 +365,7 @@ class FewStepsStage(UnetStage):
 
     def reports(self) -> Iterator[Report]:
         data = (self.model, self.trajectories, self.rows, self.texts)
-        return train_distilled(*data, self.config, self.opt, self.precision)
+        return train_distilled(*data, self.config, self.opt)
 
     def losses(self) -> list[float]:
         data = (self.model, self.trajectories, self.texts)

@@ -79,7 +79,7 @@ class Training:
         settings = config.training
         self.stage = Stage(self.session, "unet", model.unet, settings.lr, settings.batch_size, ema=True)
         self.opt = self.stage.opt
-        self.reports = train_unet(model, self.latents, texts, pictures, config, self.opt, precision)
+        self.reports = train_unet(model, self.latents, texts, pictures, config, self.opt)
 
     def steps(self, count: int):
         r"""Take and log that many steps."""
