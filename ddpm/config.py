@@ -186,8 +186,8 @@ PRESETS = {
     | {"image_size": 128, "vae_channels": (32, 32, 64, 64), "max_minutes": 20.0, "vae_share": 0.4},
     "celeba64": SPEC,  # the rest of the spec's numbers are the defaults
     "celeba128": SPEC | {"image_size": 128, "vae_channels": (32, 64, 128)},
-    "celeba64-laptop": LAPTOP  # an hour sees 20,000 pictures several times, and reads each caption once
-    | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25, "max_pictures": 20_000}
+    "celeba64-laptop": LAPTOP  # an hour sees 16,000 pictures several times, and reads each caption once
+    | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25, "max_pictures": 16_000}
     | {"weighting": "min_snr"},
     "lowvram": SPEC
     | {"batch_size": 16, "accumulation": 8, "gradient_checkpointing": True}

@@ -3,6 +3,7 @@ r"""Pictures as people have them besides CelebA's own lists: folders, text files
 import json
 import re
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -324,8 +325,10 @@ def test_one_long_caption_in_every_row_of_a_small_file_is_refused_in_little_memo
     captions = pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), ["a" * 2**20])
     parquet.write_table(pyarrow.table({"image": [b""] * rows, "text": captions}), tmp_path / "all.parquet")
     assert (tmp_path / "all.parquet").stat().st_size < 2**20
+    tracemalloc.start()
     assert "expected at most 128 MiB beside the pictures" in refusal_of(open_table, tmp_path)
-    assert pyarrow.default_memory_pool().max_memory() < 2**30
+    assert tracemalloc.get_traced_memory()[1] < 2**29 and pyarrow.default_memory_pool().max_memory() < 2**30
+    tracemalloc.stop()
 
 
 def test_without_pyarrow_the_refusal_says_how_to_install_it(tmp_path, monkeypatch):

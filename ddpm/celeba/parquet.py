@@ -110,11 +110,13 @@ def _columns(file: Path) -> dict[str, list]:
         names = [field.name for field in schema if _is_useful(field)]
         size = 0
         for batch in parquet.iter_batches(ROWS, columns=[*names, f"{picture}.path"]):
-            size += batch.nbytes
-            if size > MAX_BYTES:
-                expected = f"at most {MAX_BYTES // 2**20} MiB beside the pictures"
-                raise DataError(file, expected, "more", "use a part of the data")
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                if hasattr(column, "dictionary_decode"):  # else each of its texts counts once
+                    column = column.dictionary_decode()
+                size += column.nbytes
+                if size > MAX_BYTES:
+                    expected = f"at most {MAX_BYTES // 2**20} MiB beside the pictures"
+                    raise DataError(file, expected, "more", "use a part of the data")
                 columns[name] += column.to_pylist()
         if not parquet.metadata.num_rows:
             raise DataError(file, "rows with pictures", "none", AGAIN)
