@@ -25,7 +25,7 @@ from ddpm.training import session
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a bald man", "a smiling woman with blond hair", "", "a bald man", "an older man wearing a hat"]
 SETTINGS = {"dpm++": {}, "ddpm": {}, "ddim": {"eta": 0.5}}
-SHORT = [*QUICK, *FP32, "--max-steps", "3"]
+SHORT = [*QUICK, *FP32, "--max-steps", "3", "--text-cache-gb", "0.01"]  # which is read whole
 
 
 def pictures(model, prompts=PROMPTS, sampler="ddpm", **changes):
