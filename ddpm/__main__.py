@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -73,10 +74,15 @@ def check(a: argparse.Namespace):
     if not a.init_image and (a.mask or a.strength is not None):
         raise UserError("expected --init-image with --mask and --strength, got none; name a picture")
     if a.strength is None:
-        a.strength = 0.8 if a.init_image and not a.mask else 1.0
+        a.strength = max(0.8, 1 / a.steps) if a.init_image and not a.mask else 1.0
     if not 1 / a.steps <= a.strength <= 1:
         least = math.ceil(1e4 / a.steps) / 1e4
         raise UserError(f"expected --strength from {least:g}, one of {a.steps} steps, to 1, got {a.strength}")
+    if a.negative and a.guidance in (0, 1):
+        raise UserError(
+            f"expected --guidance above 1 with --negative, got {a.guidance:g}, which leads away from nothing; "
+            "leave --negative out, or give --guidance"
+        )
     if a.variance and a.sampler != "ddpm":
         raise UserError(f"expected --variance with --sampler ddpm, got it with {a.sampler}; leave it out")
     if is_grid(a.out) and a.out.is_dir():
@@ -89,6 +95,11 @@ def check(a: argparse.Namespace):
         raise UserError(
             f"expected --film apart from --out, got {a.film} and {a.out}; name another file or folder"
         )
+    for given in filter(None, (a.init_image, a.mask, a.file)):
+        if given.resolve() in (a.out.resolve(), a.film and a.film.resolve()) or (
+            given.resolve().parent == a.out.resolve() and re.fullmatch(r"\d{4,}\.png", given.name)
+        ):
+            raise UserError(f"expected --out and --film apart from {given}, which is read; name another")
     for path in filter(None, (a.out if is_grid(a.out) else None, a.film)):
         if not path.resolve().parent.is_dir():
             raise UserError(f"expected the folder of {path} to exist; make it first")
@@ -215,7 +226,7 @@ def check_model(a: argparse.Namespace, model: ModelConfig):
         raise UserError("expected --variance posterior or beta, got learned: this model learned none")
 
 
-def texts(a: argparse.Namespace, variance: str) -> dict[str, str]:
+def texts(a: argparse.Namespace, variance: str, precision: str) -> dict[str, str]:
     r"""The settings that each PNG holds as text."""
     return {
         "model": str(a.model or "shipped"),
@@ -225,6 +236,7 @@ def texts(a: argparse.Namespace, variance: str) -> dict[str, str]:
         "seed": str(a.seed),
         "negative": a.negative or "",
         "weights": a.weights,
+        "precision": precision,
         **({"variance": a.variance or variance} if a.sampler == "ddpm" else {"eta": str(a.eta)}),
         **({"init_image": str(a.init_image), "strength": str(a.strength)} if a.init_image else {}),
         **({"mask": str(a.mask)} if a.mask else {}),
@@ -250,7 +262,7 @@ def main(argv: list[str] | None = None):
     device = devices.choose_device(a.device)
     precision = devices.choose_precision(a.precision, device)
     model.to(device)
-    settings = texts(a, model.config.variance)
+    settings = texts(a, model.config.variance, precision)
     frames = []
     count = len(a.prompts) * a.num
     batch_size = count if a.film else 32  # a film has all pictures in each of its frames

@@ -20,11 +20,11 @@ from ddpm.tools.strict_json import fits_in_64_bits, read_json
 
 SHIPPED = Path(__file__).parent / "weights"
 LARGEST_LATENT = 32  # side of the spec's; larger ones are warned of
-TEXT_FILE = "text.safetensors"  # of a run folder, where its text tower is one that no name brings back
+TEXT_FILE = "text.safetensors"  # of a run folder: its text tower, unless that is the random one
 WORDS_FILE = "words.txt"  # of a run folder: what its training captions say, where the text tower is random
 MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
 # what --resume may change
-MOVABLE = {"data", "precision", "max_minutes"}
+MOVABLE = {"data", "precision", "max_minutes", "accumulation", "gradient_checkpointing", "max_bad_images"}
 MOVABLE |= {"vae_steps", "unet_steps", "epochs", "save_every", "sample_every"}
 # settings that older config.json files lack; their defaults are what those runs did
 LATER = {"few_steps", "trajectories", "max_pictures", "init", "flip", "weighting"}
@@ -191,7 +191,7 @@ PRESETS = {
     | {"weighting": "min_snr"},
     "lowvram": SPEC
     | {"batch_size": 16, "accumulation": 8, "gradient_checkpointing": True}
-    | {"steps_per_epoch": 100, "epochs": 3},
+    | {"steps_per_epoch": 100, "epochs": 3, "save_every": 50},  # its steps are slow where memory is small
     "tiny": SMALL
     | {"image_size": 32, "vae_channels": (32, 32), "channels": (32, 64), "attention_levels": (1,)}
     | {"batch_size": 8, "vae_batch_size": 8, "vae_steps": 20, "unet_steps": 20, "drawn_images": 128}

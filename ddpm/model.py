@@ -18,7 +18,7 @@ from ddpm.text import WIDTH, TextTower, list_of_strings
 from ddpm.tools import text_weights
 from ddpm.tools.command import TRAIN
 from ddpm.tools.devices import autocast
-from ddpm.tools.errors import UserError, is_name
+from ddpm.tools.errors import UserError
 from ddpm.tools.files import write_atomically
 from ddpm.tools.kernels import context_read_once, use_fast_kernels
 from ddpm.tools.seeding import generator
@@ -41,10 +41,7 @@ class TextToImage(nn.Module):
         self.config = config
         self.schedule = Schedule.named(config.schedule, config.timesteps)
         self.vae, self.unet = networks(config)
-        self.own_text = text is not None
-        if text is None:
-            text = text_weights.named_tower(config.text_weights, config.text_quick_gelu)
-        self.text = text
+        self.text = text or text_weights.named_tower(config.text_weights, config.text_quick_gelu)
         self.latent_scale = 1.0
         self.to(memory_format=torch.channels_last)  # as convolutions compute and attention reads tokens
 
@@ -123,6 +120,10 @@ class TextToImage(nn.Module):
         if guidance_scale not in (0, 1) and not self.config.caption_drop:
             message = "guidance has no unconditional model to lead away from, because caption_drop was 0"
             warnings.warn(message, stacklevel=2)
+        if self.config.few_steps and guidance_scale not in (0, 1):
+            warnings.warn(
+                "this model has learned its teacher's guidance, and is now guided twice", stacklevel=2
+            )
         if start:
             start = self.one_each(start, len(prompts))
         self.eval()
@@ -147,7 +148,8 @@ class TextToImage(nn.Module):
         x = torch.cat(pictures)
         if not x.sum().isfinite():
             message = (
-                "some pictures are not finite numbers; lower guidance_scale, or look for NaN in the weights"
+                "some pictures are not finite numbers; take precision fp32 or bf16 in place of fp16, "
+                "lower guidance_scale, or look for NaN in the weights"
             )
             warnings.warn(message, stacklevel=2)
         return x.clamp(-1, 1)
@@ -213,7 +215,8 @@ class TextToImage(nn.Module):
     def save(self, folder: str | Path, preset: str = ""):
         r"""Write config.json, vae.safetensors and ema.safetensors: a folder that `load` reads.
 
-        The text tower goes to text.safetensors if no name stands for its weights.
+        The text tower goes to text.safetensors unless it is the random one, because what a name stands for may be out
+        of reach later.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,8 +224,7 @@ class TextToImage(nn.Module):
             folder / "config.json", Config(self.config, TrainConfig(), preset).to_json().encode()
         )
         self.save_vae(folder)
-        weights = self.config.text_weights
-        if not is_name(weights) or (self.own_text and weights != "random"):
+        if self.config.text_weights != "random":
             text_weights.save_tower(self.text, folder / TEXT_FILE)
         save_weights(folder / "ema.safetensors", self.unet.state_dict())
 

@@ -147,7 +147,7 @@ class KLVAE(nn.Module):
 
 
 def in_range(x: Tensor) -> bool:
-    r"""Whether x has pictures in [-1, 1] and not in 0..255; unchecked on a GPU, which would have to wait."""
+    r"""Whether x has pictures in about [-1, 1] and not in 0..255; unchecked on a GPU, which would have to wait."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return False
     return x.device.type != "cpu" or not x.numel() or bool(x.detach().abs().amax() < 10)

@@ -179,8 +179,9 @@ class Block(nn.Module):
 #
 # $$\mathrm{softmax}\left(q k^\top / \sqrt d\right) v$$
 #
-# For example, the places of the hair can put their weight on "blond". When the keys and values come from the places
-# instead of the words, the layer is called self-attention. It lets the left eye match the right one.
+# (This v is not the v that the network predicts.) For example, the places of the hair can put their weight on "blond".
+# When the keys and values come from the places instead of the words, the layer is called self-attention. It lets the
+# left eye match the right one.
 
 
 # %%
@@ -365,4 +366,6 @@ plt.savefig("everything.png") if "__file__" in globals() else plt.show()
 #
 # **1.** Draw the first prompt with a guidance `scale` of 0, 1, 3 and 10. What does each value give?
 #
-# **2.** Write DDPM's step: after the DDIM step to s, a part of the noise is new. How many steps does it need?
+# **2.** Write DDPM's step. It is a DDIM step to s, but a part of the noise is new. The new noise has the variance
+# $(1 - \bar\alpha_s) / (1 - \bar\alpha_t) \cdot (1 - \bar\alpha_t / \bar\alpha_s)$. How much of the old noise may
+# stay, so that the sum has the variance $1 - \bar\alpha_s$? From how many steps on are the pictures sharp?

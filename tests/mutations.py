@@ -49,6 +49,7 @@ EQUIVALENT = {
     ("images._rgb", "", ""): "which kinds of files there are",
     ("bits.bits_per_dimension", "", "SLICES + 1"): "any number of slices estimates the same sum",
     ("bits.bits_per_dimension", "another number", "1"): "slices may begin anywhere",
+    ("metrics.precision_recall", "another number", "1024"): "how many are compared at once",
     ("losses.diffusion_loss", "another number", "0.001"): "a default that the configuration replaces",
     ("sampling.ddim_step", "another number", "0.0"): "a default",
     ("sampling.ddim_step", "", "clamp"): "guards devices without float64 against rounding",

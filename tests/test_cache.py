@@ -14,6 +14,7 @@ from PIL import Image
 from ddpm.celeba.dataset import Pictures, drawn_pictures, fingerprint, photographs
 from ddpm.celeba.faces import PER_ROW, drawn_rows, drawn_split, write_celeba
 from ddpm.celeba.lists import TEST, TRAIN, VALID, open_table
+from ddpm.tools import arrays
 from ddpm.tools.arrays import Records, cached_array
 from ddpm.tools.errors import UserError
 from ddpm.training.caches import Encoded, Latents, Texts, encode_latents
@@ -315,5 +316,8 @@ def test_a_file_that_cannot_be_written_is_one_warning_and_no_more(tmp_path, monk
     with pytest.warns(UserWarning, match="could not write .*a.bin: No space left.*computed again") as warned:
         assert records([1, 2])[:, 0].tolist() == records([1, 2])[:, 0].tolist() == [10, 20]
     assert len(warned) == 1 and made == [1, 2, 1, 2]
+    monkeypatch.setattr(arrays, "RESERVE", 2**60)
+    with pytest.warns(UserWarning, match="could not write .*c.bin: the last .* GiB .* are for checkpoints"):
+        counted(tmp_path / "c.bin")[0]([1])
     (tmp_path / "b.bin").mkdir()
     assert "could not open" in refusal_of(counted, tmp_path / "b.bin")

@@ -63,6 +63,7 @@ def test_a_classifier_is_trained_once_for_a_data_set_and_draws_nothing_global(fa
 
     monkeypatch.setattr(module, "train_classifier", train)
     first, again, elsewhere = (attribute_classifier(tmp_path / folder, faces, CPU) for folder in "aab")
+    attribute_classifier(tmp_path / "a", faces, CPU, "bf16")  # read by the one of another precision
     assert len(trained) == 2 and not first.training and not again.training
     x = faces.batch(np.arange(3))
     assert torch.equal(first(x), again(x)) and torch.equal(first(x), elsewhere(x))

@@ -161,6 +161,8 @@ def test_every_sampler_makes_a_picture_and_a_film(sampler, trained, tmp_path):
     assert run_sample("a woman", *drawing, "--out", tmp_path / "s.png", "--film", film) == 0
     with Image.open(film) as picture:
         assert picture.size[0] == 3 * 64 if film.suffix == ".png" else picture.n_frames == 3
+        text = picture.text if film.suffix == ".png" else json.loads(picture.info["comment"])
+    assert (text["sampler"], text["steps"]) == (sampler, "3")
 
 
 def test_a_file_has_a_prompt_a_line_and_its_pictures_are_written_as_they_are_drawn(
@@ -205,9 +207,11 @@ def test_a_picture_is_drawn_over_and_what_the_mask_keeps_has_its_own_pixels(trai
     given = read_image(photo, 16)
     assert np.array_equal(drawn[:, :8], given[:, :8])
     assert np.abs(drawn[:, 8:].astype(int) - given[:, 8:]).mean() > 10
-    assert run_sample(*drawing, "--strength", 0.5) == 0
-    with Image.open(out / "0000.png") as picture:
-        assert picture.text["strength"] == "0.5" and "mask" not in picture.text
+    for given, strength in ((["--strength", 0.5], "0.5"), (["--steps", 1], "1.0")):
+        assert run_sample(*drawing, *given) == 0
+        with Image.open(out / "0000.png") as picture:
+            assert (picture.text["strength"], picture.text["precision"]) == (strength, "fp32")
+            assert "mask" not in picture.text
     Image.new("RGBA", (178, 218)).save(mask)  # which is black, and transparent
     assert run_sample(*drawing, "--mask", mask) == 0
     assert "mask.png is white everywhere, so nothing is kept" in capsys.readouterr().err
@@ -239,7 +243,11 @@ def test_a_picture_is_drawn_over_and_what_the_mask_keeps_has_its_own_pixels(trai
         ("man --init-image photo.png --strength 0 --steps 30", "from 0.0334, one of 30 steps"),
         ("man --init-image photo.png --strength nan", "got nan"),
         ("man --init-image photo.png --strength 1.5", "got 1.5"),
-        ("man --init-image photo.png --steps 1", "expected --strength from 1, one of 1 steps, to 1, got 0.8"),
+        ("man --init-image photo.png --out photo.png", "expected --out and --film apart from photo.png"),
+        ("man --init-image photo.png --film photo.png", "apart from photo.png, which is read"),
+        ("man --init-image faces/0000.png --out faces", "apart from faces/0000.png"),
+        ("man --negative hat --guidance 1", "expected --guidance above 1 with --negative, got 1"),
+        ("man --negative hat --guidance 0", "got 0, which leads away from nothing"),
     ],
 )
 def test_prompts_and_pictures_that_cannot_be_used_are_told_in_one_line(

@@ -20,6 +20,7 @@ from ddpm.celeba.lists import TRAIN, VALID
 from ddpm.config import Config
 from ddpm.model import TextToImage
 from ddpm.tools.arrays import TOGETHER
+from ddpm.tools.command import exit_code
 from ddpm.training import __main__ as train
 from ddpm.training.caches import Latents
 from ddpm.training.dry_run import (
@@ -28,6 +29,7 @@ from ddpm.training.dry_run import (
     FlopCounterMode,
     LiveBytes,
     bytes_kept,
+    distinct,
     measure,
     measure_caches,
     minutes,
@@ -124,6 +126,21 @@ def test_minutes_are_shared_out_and_few_pictures_bound_the_steps():
     few = Config.from_preset("celeba64", max_minutes=60.0, vae_steps=60, unet_steps=100)  # which end first
     [line] = minutes(few, split, 0.1, seconds)
     assert "1.0 for 60 steps of the VAE, " in line and "1.0 for 100 steps of the UNet, 3.6 epochs" in line
+
+
+def test_what_must_be_made_anew_is_what_the_epochs_see():
+    r"""Of three variants an epoch sees one, the second another with two chances in three."""
+    assert [distinct(3, epochs) for epochs in (0, 0.5, 1, 1.5, 2)] == pytest.approx([0, 0.5, 1, 4 / 3, 5 / 3])
+    assert [distinct(1, epochs) for epochs in (0.25, 1, 7)] == [0.25, 1, 1]
+    g = np.random.default_rng(0)
+    seen = np.mean([len(set(draws)) for draws in g.integers(0, 5, (20_000, 4))])
+    assert distinct(5, 4) == pytest.approx(seen, rel=0.01)
+
+
+def test_a_dry_run_under_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert exit_code(train.main, ["--dry-run"]) == 2
+    assert "expected --dry-run in one process, got 4" in capsys.readouterr().err
 
 
 def test_a_file_of_which_no_picture_was_chosen_is_passed_over_in_the_measurement():

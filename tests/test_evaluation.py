@@ -111,7 +111,7 @@ def test_the_result_names_what_it_measured_and_every_part(run, result):
     assert expected.items() <= settings.items()
     others = {"crop", "ddpm", "torch", "precision", "device", "machine", "preset", "data", "image_size"}
     assert set(settings) == {*expected, *others, "text_weights", "digests"}
-    assert set(settings["digests"]) == {"vae", "unet", "data"}
+    assert set(settings["digests"]) == {"vae", "unet", "data", "text"}
     assert set(result) == {"format", "settings", *PARTS, "left_out", "seconds"} and result["left_out"] == {}
     assert result["adherence"]["held_out"]["generated"]["counted"] > 5
     assert set(result["seconds"]) == {"prepare", *PARTS}
@@ -273,7 +273,7 @@ def test_the_same_seed_gives_the_same_json_but_for_times(run, result, tmp_path):
     assert result_in(tmp_path)["frechet"]["generated"] != result["frechet"]["generated"]
 
 
-def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run):
+def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run, monkeypatch, capsys):
     data = tmp_path / "mine"
     data.mkdir()
     g = np.random.default_rng(0)
@@ -290,6 +290,17 @@ def test_pictures_with_captions_are_measured_without_a_classifier(tmp_path, run)
     assert set(result["left_out"]) == {"adherence", "wordings", "frechet"}
     assert "attribute" in result["left_out"]["wordings"]
     assert result["vae"]["n"] == 10 and set(result["neighbours"]) == {"pixels"}
+    capsys.readouterr()
+    monkeypatch.setattr(TextToImage, "sample", None)  # nothing is drawn that no part reads
+    assert evaluate(run, "--data", data, "--out", out, "--only", "adherence,frechet,spread,guidance") == 0
+    assert len(result_in(out)["left_out"]) == 4 and "drawing will take" not in capsys.readouterr().out
+
+
+def test_data_that_changed_since_the_training_is_told(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "trained_on", lambda folder: {"pictures": "others", "split": "of then"})
+    assert evaluate(run, "--only", "vae", "--out", tmp_path) == 0
+    told = f"the pictures and split of drawn are not those that {run} was trained on"
+    assert told in capsys.readouterr().err
 
 
 def test_the_spread_is_that_of_the_pictures_of_one_prompt():
@@ -335,11 +346,19 @@ def test_an_evaluation_that_fails_leaves_the_old_one_as_it_was(
         raise error
 
     before = content(run / "evaluation")
-    monkeypatch.setattr(*target, fail)
-    for out in (run / "evaluation", tmp_path / "new"):
-        assert evaluate(run, "--only", "loss,vae", "--out", out) in (2, 130)
-    assert content(run / "evaluation") == before
-    assert not (tmp_path / "new" / "result.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, fail)
+        for out in (run / "evaluation", tmp_path / "new"):
+            assert evaluate(run, "--only", "loss,vae", "--out", out) in (2, 130)
+            unfinished = out / "result.unfinished.json"
+            assert "mean" in json.loads(unfinished.read_text())["loss"]
+    assert unfinished.name in content(tmp_path / "new") and not (tmp_path / "new" / "result.json").exists()
+    assert content(run / "evaluation") == before | {
+        unfinished.name: content(run / "evaluation")[unfinished.name]
+    }
+    (run / "evaluation" / unfinished.name).unlink()
+    assert evaluate(run, "--only", "vae", "--out", tmp_path / "new") == 0
+    assert set(content(tmp_path / "new")) == {"result.json"}
 
 
 def test_a_first_evaluation_leaves_other_files_of_the_folder_alone(run, tmp_path):

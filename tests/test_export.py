@@ -410,9 +410,10 @@ def test_an_export_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
 def test_the_command_goes_there_and_back(model, tmp_path, capsys):
     run, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
     model.save(run)
-    for arguments in ([run, out], ["--reverse", out, back]):
+    of_data = "; it does not say what it was trained on, so give an evaluation --data"
+    for arguments, more in (([run, out], ""), (["--reverse", out, back], of_data)):
         assert exit_code(main, arguments) == 0
-        assert capsys.readouterr() == (f"wrote {arguments[-1]}\n", "")
+        assert capsys.readouterr() == (f"wrote {arguments[-1]}{more}\n", "")
     again = TextToImage.load(back)
     assert_same_weights(again, model)
     assert again.latent_scale == model.latent_scale
@@ -435,6 +436,12 @@ def test_a_run_in_float16_is_half_as_large_loads_and_keeps_its_configuration(mod
             assert torch.equal(rounded.state_dict()[name], tensor.half().float()), name
     for folder in (run, small):
         shutil.rmtree(folder)
+
+
+def test_weights_are_not_chosen_from_a_folder_that_has_one_unet(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--reverse", "--weights", "unet", str(tmp_path), str(tmp_path / "out")])
+    assert "expected --weights without --reverse" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", [[], ["--reverse"], ["--half"]], ids=["there", "back", "half"])

@@ -782,7 +782,7 @@ def test_a_strange_prompt_draws_a_picture_and_names_no_file(case, run, model, tm
     prompt = PROMPTS[case]
     before = set(tmp_path.rglob("*"))
     for out in ("grid.png", "folder"):
-        arguments = [prompt, "--model", str(run), "--steps", "1", "--guidance", "1", "--device", "cpu"]
+        arguments = [prompt, "--model", str(run), "--steps", "1", "--guidance", "2", "--device", "cpu"]
         assert exit_code(sample.main, [*arguments, "--out", out, "--negative", prompt]) == 0
     made = {path.relative_to(tmp_path).as_posix() for path in set(tmp_path.rglob("*")) - before}
     assert made == {"grid.png", "folder", "folder/0000.png"}

@@ -224,9 +224,7 @@ class Trials:
             report = end_step(opt, *arguments)
             if opt.step == 3:
                 BOARD.doing = "stuck"
-                while (
-                    opt.ema or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-                ):  # until the first is seen
+                while opt.ema or not signal.getsignal(signal.SIGTERM).signum:  # until the first is seen
                     time.sleep(0.005)
             return report
 
@@ -240,7 +238,7 @@ class Trials:
         assert end_of(pid) == 143 and BOARD.saved == (0, 3)
         pid = self.start(folder, stick)
         wait_for(lambda: BOARD.doing == "stuck")
-        while lives(pid):  # two that come before the first is seen count as one
+        while lives(pid):  # those of the first second count as one
             os.kill(pid, signal.SIGINT)
             time.sleep(0.05)
         assert end_of(pid) == -signal.SIGINT and BOARD.saved == (1, 2)

@@ -82,6 +82,8 @@ def test_equal_clouds_cover_each_other_and_half_of_a_cloud_is_precise_and_recall
 @pytest.mark.equation("precision-recall")
 def test_balls_reach_to_the_kth_fellow():
     real, generated = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[-1.5], [-3.5]])
+    many = torch.arange(1100.0)[:, None]  # more than are compared at once
+    assert precision_recall(many, torch.cat([many, many + 5000])) == (0.5, 1.0)
     assert precision_recall(real, generated, k=1) == (0.0, pytest.approx(1 / 3))  # balls 1, 1, 2; 2, 2
     twice = torch.cat([real, real + 0.1])
     assert precision_recall(twice, torch.cat([generated, generated]))[0] == 0.0  # k is 3; at 4 it were 0.5

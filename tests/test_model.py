@@ -232,6 +232,15 @@ def test_bf16_gives_nearly_the_same_pictures_in_float32(tiny):
     assert 0 < far(exact, low) < 0.25
 
 
+def test_a_model_of_few_steps_warns_that_it_is_guided_twice(remembering):
+    model = TextToImage(dataclasses.replace(TINY, few_steps=2), remembering)
+    with pytest.warns(UserWarning, match="guided twice"):
+        model.sample(["a"], guidance_scale=3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.sample(["a"])
+
+
 def test_a_model_without_caption_drop_warns_that_guidance_has_nothing_to_lead_from(remembering):
     model = TextToImage(dataclasses.replace(TINY, caption_drop=0.0), remembering)
     with pytest.warns(UserWarning, match="caption_drop was 0"):

@@ -16,7 +16,17 @@ import pytest
 import torch
 import torchvision
 from conftest import refusal_of
-from small_runs import FP32, QUICK, assert_same_run, leftovers, make_runs_cheap, metrics, run_train
+from safetensors.torch import load_file
+from small_runs import (
+    FP32,
+    QUICK,
+    PlainTower,
+    assert_same_run,
+    leftovers,
+    make_runs_cheap,
+    metrics,
+    run_train,
+)
 
 from ddpm.celeba import dataset
 from ddpm.celeba.dataset import pictures_in_memory
@@ -24,11 +34,11 @@ from ddpm.celeba.faces import write_celeba
 from ddpm.celeba.lists import VALID
 from ddpm.config import Config
 from ddpm.model import TextToImage
-from ddpm.tools import files
+from ddpm.tools import files, text_weights
 from ddpm.tools.files import digest_of
 from ddpm.training import loops, run_folder, stages
 from ddpm.training.optimization import BAD_STEPS, Optimization
-from ddpm.training.run_folder import Damaged, Run, read_state, save_state
+from ddpm.training.run_folder import Damaged, Run, read_state, save_state, trained_on
 from ddpm.training.session import train
 from ddpm.training.stages import UnetStage
 
@@ -148,15 +158,17 @@ def test_the_caches_may_be_lost_between_two_parts(begun, whole, tmp_path):
     [(4, signal.SIGTERM), slow(3, signal.SIGINT), slow(9, signal.SIGHUP), slow(12, signal.SIGINT)],
 )
 def test_a_signal_ends_a_run_after_the_step_saved(signum, step, whole, tmp_path, monkeypatch, capsys):
+    r"""Sent twice, as where torchrun passes on what the whole group got."""
     folder = tmp_path / "run"
     if signal.getsignal(signum) is signal.SIG_IGN:
         pytest.skip("this process was started with the signal ignored, as under nohup")
     with monkeypatch.context() as patch:
-        at_step(patch, step, lambda: os.kill(os.getpid(), signum))
+        at_step(patch, step, lambda: [os.kill(os.getpid(), signum) for _ in range(2)])
         assert start(folder, whole) == 128 + signum
     place = ("vae", step) if step <= 6 else ("unet", step - 6)
     last_line = [line for line in capsys.readouterr().err.splitlines() if line][-1]
-    assert f"stopped at {place[0]} step {place[1]}" in last_line and f"--resume {folder}" in last_line
+    assert f"stopped at {place[0]} step {place[1]}" in last_line
+    assert last_line.endswith(f"--resume {folder} --cache {whole.parent / 'cache'} --device cpu")
     state = read_state(folder / "state.pt")
     assert (state["stage"], state["step"]) == place
     assert resume(folder, whole) == 0
@@ -329,6 +341,53 @@ def test_a_damaged_state_is_told_and_the_one_before_it_used(kind, steps, before,
     assert_same_run(folder, whole)
 
 
+def test_the_weights_are_those_of_the_checkpoint_and_its_average(whole):
+    state = read_state(whole / "state.pt")["unet"]
+    last, average = (load_file(whole / f"{name}.safetensors") for name in ("unet", "ema"))
+    assert all(torch.equal(last[name], tensor) for name, tensor in state["network"].items())
+    assert all(torch.equal(average[name], tensor) for name, tensor in state["ema"].items())
+    assert last.keys() == average.keys() and not torch.equal(
+        last["conv_in.weight"], average["conv_in.weight"]
+    )
+    assert trained_on(whole) == read_state(whole / "state.pt")["data"] != trained_on(whole / "samples") == {}
+
+
+def test_a_text_tower_that_was_downloaded_is_kept_in_the_run(whole, tmp_path, monkeypatch):
+    folder, tower = tmp_path / "run", PlainTower()
+    monkeypatch.setattr(text_weights, "save_tower", lambda text, path: path.write_bytes(b"a tower"))
+    monkeypatch.setattr(text_weights, "tower_from_file", lambda path: tower)
+    with monkeypatch.context() as patch:
+        patch.setattr(text_weights, "tower_from_tag", lambda tag: tower)
+        assert start(folder, whole, "--text-weights", "laion2b_s34b_b79k", "--stop-after", 8) == 0
+    assert (folder / "text.safetensors").read_bytes() == b"a tower"
+    monkeypatch.setattr(text_weights, "download_pretrained", None)  # from here on there is no network
+    assert resume(folder, whole) == 0
+    assert TextToImage.load(folder).text is tower
+
+
+def test_a_smaller_card_may_take_a_run_over(begun, whole):
+    folder = begun(8)
+    assert resume(folder, whole, "--accumulation", 2, "--gradient-checkpointing") == 0
+    training = json.loads((folder / "config.json").read_text())["training"]
+    assert (training["accumulation"], training["gradient_checkpointing"]) == (2, True)
+    expected, losses = ([float(row[2]) for row in metrics(run)] for run in (whole, folder))
+    assert losses == pytest.approx(expected, rel=1e-4)  # other sums, in fp32
+
+
+def test_a_validation_finds_its_step_saved_and_the_checkpoint_before_stays(whole, tmp_path, monkeypatch):
+    r"""The UNet validates at the steps 2, 4 and 6, of which --save-every names the last alone."""
+    seen = []
+
+    def validate(self, figures=UnetStage.validate):
+        seen.extend(read_state(self.run.folder / name)["step"] for name in STATES)
+        return figures(self)
+
+    monkeypatch.setattr(UnetStage, "validate", validate)
+    assert start(tmp_path / "run", whole, "--save-every", 3, "--sample-every", 2) == 0
+    assert seen == [2, 6, 4, 3, 6, 4]
+    assert [read_state(tmp_path / "run" / name)["step"] for name in STATES] == [6, 4]
+
+
 def test_a_damaged_state_does_not_push_out_the_whole_one_before_it(begun, whole):
     folder = begun(5)
     (folder / "state.pt").write_bytes(b"damaged")
@@ -381,6 +440,8 @@ def test_a_first_stage_that_goes_on_beyond_its_bound_is_not_taken_for_done(whole
 def test_a_first_stage_cannot_go_on_once_the_second_has_begun(begun, whole, capsys):
     folder = begun(8)
     before = (folder / "config.json").read_bytes()
+    assert resume(folder, whole, "--vae-steps", 9) == 2
+    assert "expected --stage vae with --vae-steps 9, because the VAE" in one_error(capsys)
     assert resume(folder, whole, "--stage", "vae", "--vae-steps", 9) == 2
     assert "the second has begun" in one_error(capsys)
     assert (folder / "config.json").read_bytes() == before

@@ -134,12 +134,24 @@ def test_with_a_rate_for_muon_the_inner_matrices_are_under_it_and_all_rates_come
     opt = optimization(model.unet, config.with_training(muon_lr=0.02), lr=1.0, precision="bf16")
     adamw, muon = opt.optimizers
     outer, inner = (sum(p.numel() for g in o.param_groups for p in g["params"]) for o in opt.optimizers)
+    assert adamw.defaults["weight_decay"] == config.training.weight_decay > 0
     assert outer + inner == sum(p.numel() for p in model.unet.parameters()) and inner > 9 * outer
     assert muon.dtype == torch.bfloat16 and muon.defaults["weight_decay"] == config.training.weight_decay
     opt.step = 50
     opt.begin_step()
     rates = [g["lr"] for optimizer in (adamw, muon) for g in optimizer.param_groups]
     assert rates == pytest.approx([0.505, 0.0101, 0.0101])
+
+
+@pytest.mark.parametrize("clip, size, is_cut", [(0.5, 1e3, True), (0.5, 1e-6, False), (0.0, 1e3, False)])
+def test_a_gradient_is_scaled_to_the_norm_that_clip_allows(clip, size, is_cut, small, monkeypatch):
+    config, model = small
+    opt = optimization(model.unet, config.with_training(clip=clip))
+    taken = []
+    norm = lambda: torch.cat([p.grad.flatten() for p in model.unet.parameters()]).norm().item()  # noqa: E731
+    monkeypatch.setattr(opt.optimizers[0], "step", lambda: taken.append(norm()))
+    report = take_step(opt, size * squares(model.unet))
+    assert taken == pytest.approx([clip if is_cut else report.grad_norm], rel=1e-3)
 
 
 def run_vae(config, model, pictures, steps):
@@ -211,6 +223,25 @@ def test_a_step_asks_the_unet_about_scaled_latents_with_noise_and_about_their_ca
     noise = torch.cat(noise)
     assert noise.numel() == 10_240 and 3 <= dropped <= 17  # of 40
     assert abs(noise.mean().item()) < 0.04 and abs(noise.var().item() - 1) < 0.056
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_epochs_take_turns_in_wordings_and_mirror_half_of_the_pictures(flip, small, pictures, tmp_path):
+    config, model = small
+    config = config.with_training(caption_variants=3, flip=flip)
+    latents, texts = prepared_unet(tmp_path, config, model, pictures)
+    told, flips = [], []
+    both = SimpleNamespace(gaussian=lambda rows, flip: flips.append(flip) or latents.gaussian(rows, flip))
+    run_unet(config, model, pictures, both, lambda captions: told.append(captions) or texts(captions), 12)
+    rows = pictures.rows(TRAIN)
+    epochs = set()
+    for step, captions in enumerate(told):
+        chosen, epoch = batches.batch_rows(rows, len(captions), step, 0, "unet")
+        epochs.add(epoch)
+        expected = [pictures.caption(i, 0, epoch % 3) for i in chosen]
+        assert all(said in ("", wording) for said, wording in zip(captions, expected, strict=True))
+    assert len(epochs) > 2 and len({said for captions in told for said in captions}) > 8
+    assert torch.cat(flips).unique().tolist() == ([False, True] if flip else [False])
 
 
 def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(small, pictures, tmp_path):

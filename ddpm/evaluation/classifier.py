@@ -220,15 +220,15 @@ def attribute_classifier(
 ) -> AttributeClassifier | None:
     r"""The classifier of a data set, from the cache `folder`, trained first where it is not there.
 
-    None where the data has no attributes, or too few pictures of any. The file's name follows from all that shapes the
-    classifier.
+    None where the data has no attributes, or too few pictures of any. The file's name follows from the data and from
+    the training's numbers, but for its precision.
     """
     names = learnable_names(pictures)
     if not names:
         return None
     rows = pictures.rows(TRAIN)
     labels = digest_of([torch.from_numpy(rows), torch.from_numpy(pictures.attributes[rows])])
-    training = (VERSION, WIDTHS, STEPS, BATCH, LR, WEIGHT_DECAY, precision)
+    training = (VERSION, WIDTHS, STEPS, BATCH, LR, WEIGHT_DECAY)  # not the precision: all are read by one
     path = folder / f"classifier-{key_of('classifier', pictures.key, labels, *training)}.safetensors"
     network = AttributeClassifier(names).to(device, memory_format=torch.channels_last)
     if path.exists():

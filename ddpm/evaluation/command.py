@@ -3,6 +3,7 @@ r"""What `python -m ddpm.evaluation` does: open a run, choose held-out pictures,
 import argparse
 import platform
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from ddpm import __version__
-from ddpm.celeba.dataset import Pictures, load_pictures, reopen_data
+from ddpm.celeba.dataset import Pictures, fingerprint, load_pictures, reopen_data
 from ddpm.celeba.lists import TEST, VALID
 from ddpm.config import Config
 from ddpm.evaluation.adherence import adherence, wordings
@@ -19,15 +20,17 @@ from ddpm.evaluation.curves import curve
 from ddpm.evaluation.likeness import frechet, neighbours, spread
 from ddpm.evaluation.metrics import MIN_EACH
 from ddpm.evaluation.networks import bits, latents, loss, vae
-from ddpm.evaluation.report import summary, write
+from ddpm.evaluation.report import summary, write, write_unfinished
 from ddpm.evaluation.shared import DRAWING, Evaluation, LeftOut
 from ddpm.model import SHIPPED, TextToImage
+from ddpm.tools import text_weights
 from ddpm.tools.arrays import key_of
 from ddpm.tools.command import check_writable, progress_bar, say
 from ddpm.tools.devices import choose_device, choose_precision
 from ddpm.tools.errors import UserError
 from ddpm.tools.files import digest_of
 from ddpm.tools.seeding import generator
+from ddpm.training.run_folder import trained_on
 
 SPLITS = {"valid": VALID, "test": TEST}
 MEASURES = {
@@ -42,18 +45,30 @@ def evaluate(options: argparse.Namespace):
     choose_folders(options)
     device = choose_device(options.device)
     options.precision = choose_precision(options.precision, device)
-    model, config, pictures = open_run(options)
+    model, config, pictures, data = open_run(options)
     rows = choose_rows(pictures, options)
     model.to(device, memory_format=torch.channels_last)
-    evaluation = Evaluation(model, pictures, rows, options, config.training.flip)
+    evaluation = Evaluation(model, pictures, rows, options, config.training)
     say(f"{len(rows)} {options.split} pictures of {config.training.data}, {options.precision} on {device}")
     if evaluation.planned:
         say(f"drawing will take about {evaluation.minutes_of_drawing():.1f} minutes")
 
-    result = {"format": 2, "settings": settings_of(evaluation, config)}
+    result = {"format": 2, "settings": settings_of(evaluation, config, data)}
+    try:
+        measure(evaluation, result)
+        write(options.out, result, evaluation.files)
+    except BaseException:  # also Ctrl-C: the parts so far may be hours of work
+        if set(options.only) & set(result):
+            say(f"the parts so far are in {write_unfinished(options.out, result)}")
+        raise
+    say(f"wrote {options.out}")
+
+
+def measure(evaluation: Evaluation, result: dict):
+    r"""Put the figures of each part that was asked for into `result`, and say them."""
     left_out = {}
     seconds = {}
-    for part in ("prepare", *options.only):
+    for part in ("prepare", *evaluation.options.only):
         started = time.monotonic()
         try:
             figures = MEASURES[part](evaluation)
@@ -63,14 +78,13 @@ def evaluate(options: argparse.Namespace):
         else:
             if part != "prepare":
                 result[part] = figures
-            for line in summary(part, figures):  # at once, because what comes after may fail
+            for line in summary(part, figures):
                 say(line)
         seconds[part] = round(time.monotonic() - started, 1)
         say(f"{part}: {seconds[part]:.0f} s")
-    if DRAWING & set(options.only):
+    if DRAWING & set(evaluation.options.only) and ("full", evaluation.main) in evaluation.drawn:
         evaluation.files["pictures.png"] = evaluation.grid()
-    write(options.out, {**result, "left_out": left_out, "seconds": seconds}, evaluation.files)
-    say(f"wrote {options.out}")
+    result |= {"left_out": left_out, "seconds": seconds}
 
 
 def choose_folders(options: argparse.Namespace):
@@ -85,8 +99,11 @@ def choose_folders(options: argparse.Namespace):
     check_writable(options.out)
 
 
-def open_run(options: argparse.Namespace) -> tuple[TextToImage, Config, Pictures]:
-    r"""The run's model and its data; UserError where either is not whole."""
+def open_run(options: argparse.Namespace) -> tuple[TextToImage, Config, Pictures, dict[str, str]]:
+    r"""The run's model, its data and digests of these; UserError where model or data is not whole.
+
+    Data that changed since the training is a warning, because then the held-out pictures may have been trained on.
+    """
     model = TextToImage.load(options.run, options.weights)
     T = model.schedule.timesteps
     if options.steps > T:
@@ -94,7 +111,15 @@ def open_run(options: argparse.Namespace) -> tuple[TextToImage, Config, Pictures
     config = Config.read(options.run / "config.json")
     if options.data is not None:
         config = config.with_training(data=str(options.data))
-    return model, config, load_pictures(config, reopen_data(config), options.cache, progress_bar)
+    table = reopen_data(config)
+    pictures = load_pictures(config, table, options.cache, progress_bar)
+    data = fingerprint(table, pictures)
+    before = trained_on(options.run)
+    if changed := [part for part, digest in before.items() if data.get(part) != digest]:
+        names = " and ".join(changed)
+        what = f"the {names} of {config.training.data} are not those that {options.run} was trained on"
+        warnings.warn(f"{what}, so held-out pictures may have been trained on", stacklevel=2)
+    return model, config, pictures, data
 
 
 def choose_rows(pictures: Pictures, options: argparse.Namespace) -> np.ndarray:
@@ -117,7 +142,7 @@ def choose_rows(pictures: Pictures, options: argparse.Namespace) -> np.ndarray:
     return rows[order[:n].numpy()]
 
 
-def settings_of(evaluation: Evaluation, config: Config) -> dict:
+def settings_of(evaluation: Evaluation, config: Config, data: dict[str, str]) -> dict:
     r"""What a person needs to get the same figures again, and to see whether weights and data are the same."""
     model = evaluation.model
     unneeded = ("only", "data", "cache", "out", "device")
@@ -128,7 +153,7 @@ def settings_of(evaluation: Evaluation, config: Config) -> dict:
         "preset": config.preset,
         "data": config.training.data,
         "image_size": config.model.image_size,
-        "crop": config.training.crop or "automatic",
+        "crop": config.training.crop or "148 of 178 x 218, else the largest square",
         "text_weights": config.model.text_weights,
         "device": str(model.device),
         "ddpm": __version__,
@@ -137,6 +162,7 @@ def settings_of(evaluation: Evaluation, config: Config) -> dict:
         "digests": {
             "vae": digest_of([model.vae.state_dict(), model.latent_scale]),
             "unet": digest_of(model.unet.state_dict()),
-            "data": key_of(evaluation.pictures.key),
+            "data": key_of(data),
+            "text": text_weights.fingerprint(model.text),
         },
     }

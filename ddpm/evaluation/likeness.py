@@ -45,10 +45,10 @@ def spread(e: Evaluation) -> dict:
 
     Returns: `within` prompts, `between` the first pictures of different prompts, and of the `held_out` pictures.
     """
+    means = {"held_out": torch.pdist(e.real_features).mean()}  # first: without a classifier nothing is drawn
     features = e.features(e.draw(e.main, "spread")).unflatten(0, (-1, SPREAD_EACH))  # (prompts, each, D)
-    within = torch.stack([torch.pdist(of_one).mean() for of_one in features]).mean()
-    means = {"within": within, "between": torch.pdist(features[:, 0]).mean()}
-    means["held_out"] = torch.pdist(e.real_features).mean()
+    means["within"] = torch.stack([torch.pdist(of_one).mean() for of_one in features]).mean()
+    means["between"] = torch.pdist(features[:, 0]).mean()
     return {"prompts": len(features), "each": SPREAD_EACH} | {name: x.item() for name, x in means.items()}
 
 
@@ -80,7 +80,7 @@ def neighbours(e: Evaluation) -> dict:
 def nearest_train(e: Evaluation, network: Callable, queries: Tensor, label: str) -> tuple[Tensor, Tensor]:
     r"""`metrics.nearest` among all training pictures, and after them all their mirror images if trained on."""
     train = e.train_rows
-    ways = (False, True) if e.flips else (False,)
+    ways = (False, True) if e.training.flip else (False,)
     both = [(train[i : i + POOL], flip) for flip in ways for i in range(0, len(train), POOL)]
     parts = progress_bar(both, len(both), f"nearest training pictures, {label}")
     pool = (e.pictures.batch(rows, torch.full((len(rows),), flip)) for rows, flip in parts)

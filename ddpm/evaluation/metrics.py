@@ -200,8 +200,10 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     """
 
     def covered(x: Tensor, by: Tensor) -> float:
-        reach = _distances(by, by).kthvalue(k + 1, dim=1).values  # the nearest is itself
-        return (_distances(x, by) <= reach).any(dim=1).double().mean().item()
+        reaches = [_distances(part, by).kthvalue(k + 1, dim=1).values for part in by.split(1024)]
+        reach = torch.cat(reaches)  # to the k-th beside itself
+        inside = [(_distances(part, by) <= reach).any(dim=1) for part in x.split(1024)]
+        return torch.cat(inside).double().mean().item()
 
     return covered(generated, by=real), covered(real, by=generated)
 
@@ -215,6 +217,7 @@ def nearest(queries: Tensor, chunks: Iterable[Tensor], k: int = 3) -> tuple[Tens
     distances = torch.empty(len(queries), 0, dtype=torch.float64)
     places = torch.empty(len(queries), 0, dtype=torch.long)
     begin = 0
+    queries = queries.double()
     for chunk in chunks:
         new_places = torch.arange(begin, begin + len(chunk)).expand(len(queries), -1)
         distances = torch.cat([distances, _distances(queries, chunk)], dim=1)

@@ -16,6 +16,7 @@ from ddpm.tools.grids import save_png
 
 RESULT = "result.json"
 PREVIOUS = "result.previous.json"
+UNFINISHED = "result.unfinished.json"  # of an evaluation that failed or was stopped
 NAMES = ("pictures", "neighbours", "adherence", "wordings", "latents", "loss", "guidance", "steps")
 PICTURES = [f"{name}.png" for name in NAMES]
 
@@ -116,12 +117,22 @@ def rounded(value):
     return value
 
 
+def write_unfinished(out: Path, result: dict) -> Path:
+    r"""Keep the parts that an evaluation had measured before it ended, beside an earlier evaluation."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / UNFINISHED, json_of(result))
+    return out / UNFINISHED
+
+
+def json_of(result: dict) -> bytes:
+    return (json.dumps(rounded(result), indent=2, allow_nan=False) + "\n").encode()
+
+
 def write(out: Path, result: dict, pictures: dict[str, Figure | Image.Image]):
     r"""Replace the evaluation in `out` once the new one is on the disk; the old JSON stays as result.previous.json.
 
     The JSON comes last, so a folder that has it is whole. `pictures` are by name, one of PICTURES.
     """
-    text = json.dumps(rounded(result), indent=2, allow_nan=False)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as folder:
         new = Path(folder)
@@ -130,7 +141,7 @@ def write(out: Path, result: dict, pictures: dict[str, Figure | Image.Image]):
                 write_atomically(new / name, partial(picture.savefig, format="png", dpi=110))
             else:
                 save_png(new / name, picture, picture.info)
-        write_atomically(new / RESULT, (text + "\n").encode())
+        write_atomically(new / RESULT, json_of(result))
         if (out / RESULT).exists():
             (out / RESULT).replace(out / PREVIOUS)
         if (out / PREVIOUS).exists():  # else a picture of such a name is no evaluation's
@@ -138,3 +149,4 @@ def write(out: Path, result: dict, pictures: dict[str, Figure | Image.Image]):
                 (out / name).unlink(missing_ok=True)
         for name in (*pictures, RESULT):
             (new / name).replace(out / name)
+    (out / UNFINISHED).unlink(missing_ok=True)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ddpm.celeba.dataset import Pictures
 from ddpm.celeba.lists import TRAIN
+from ddpm.config import TrainConfig
 from ddpm.evaluation import metrics
-from ddpm.evaluation.choices import SCOPES, Setting, curve_settings
-from ddpm.evaluation.classifier import attribute_classifier, truths
+from ddpm.evaluation.choices import CURVES, SCOPES, Setting, curve_settings
+from ddpm.evaluation.classifier import attribute_classifier, learnable_names, truths
 from ddpm.evaluation.features import feature_extractor
 from ddpm.evaluation.prompts import prompts_of
 from ddpm.model import TextToImage
@@ -47,7 +48,7 @@ class Evaluation:
         held_out: the n held-out pictures, as a data set of their own; x: the same, (n, 3, S, S).
         prompts: kind -> prompts; `full` are the full captions, and `prompts_of` makes the others.
         groups: (n,) long, equal where the full captions are.
-        flips: whether the model was trained on mirror images too.
+        training: how the model was trained.
         planned: (kind of prompts, setting) -> how many of these prompts the chosen parts draw with it.
         files: name -> plot or grid.
     """
@@ -58,10 +59,10 @@ class Evaluation:
         pictures: Pictures,
         rows: np.ndarray,
         options: argparse.Namespace,
-        flips: bool = True,
+        training: TrainConfig = TrainConfig(),  # noqa: B008 (it is frozen)
     ):
         self.model = model
-        self.flips = flips
+        self.training = training
         self.pictures = pictures
         self.options = options
         self.train_rows = pictures.rows(TRAIN)
@@ -82,15 +83,20 @@ class Evaluation:
         self.few_steps = model.config.few_steps
         self.curves = {} if self.few_steps else curve_settings(self.main, scope, model.schedule.timesteps)
         self.drawn: dict[tuple[str, Setting], Tensor] = {}
-        of_curves = [("full", setting) for part in options.only for setting in self.curves.get(part, ())]
+        parts = set(options.only)
+        if not is_ready_made and not learnable_names(pictures):
+            parts &= {"neighbours"}  # nothing else draws, because no classifier reads it
+        of_curves = [
+            ("full", setting) for part in CURVES if part in parts for setting in self.curves.get(part, ())
+        ]
         self.planned = dict.fromkeys(of_curves, self.curve_n)
-        if DRAWING & set(options.only):
+        if DRAWING & parts:
             self.planned["full", self.main] = self.n
-        if "spread" in options.only:
+        if "spread" in parts:
             distinct = list(dict.fromkeys(full))[:SPREAD_PROMPTS]
             self.prompts["spread"] = [prompt for prompt in distinct for _ in range(SPREAD_EACH)]
             self.planned["spread", self.main] = len(self.prompts["spread"])
-        if "wordings" in options.only and pictures.attributes is not None:
+        if "wordings" in parts and pictures.attributes is not None:
             others = prompts_of(self.held_out.attributes[: self.curve_n], options.seed)
             self.planned |= {(kind, self.main): len(prompts) for kind, prompts in others.items()}
             self.prompts |= others
@@ -129,10 +135,13 @@ class Evaluation:
             if self.classifier is not None and self.extract is None:
                 self.extract = self.classifier.features
         if parts - {"vae", "latents"}:
-            self.texts = Texts(cache, self.model.text, chain(*self.prompts.values()), progress=progress_bar)
+            prompts, limit_gb = chain(*self.prompts.values()), self.training.text_cache_gb
+            self.texts = Texts(cache, self.model.text, prompts, limit_gb=limit_gb, progress=progress_bar)
             self.model.embed = lambda prompts: self.texts(prompts).to(device)
         if parts & {"latents", "loss", "bits"}:
-            self.encoded = encode_latents(cache, self.model.vae, self.held_out, precision, progress_bar)
+            self.encoded = encode_latents(
+                cache, self.model.vae, self.held_out, precision, progress_bar, ways=1
+            )
 
     def draw(self, setting: Setting, kind: str = "full") -> Tensor:
         r"""The pictures of a planned setting, of the first prompts of a kind."""

@@ -36,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None):
-    a = parser().parse_args(argv)
+    p = parser()
+    a = p.parse_args(argv)
+    if a.reverse and a.weights != "ema":
+        p.error("expected --weights without --reverse, because a diffusers folder has one UNet; leave it out")
     # after the parser, because torch takes seconds
     from ddpm.export.diffusers_folder import export, import_diffusers
     from ddpm.model import TextToImage
@@ -54,7 +57,8 @@ def main(argv: list[str] | None = None):
                         write_atomically(folder / name, (a.source / name).read_bytes())
             else:
                 model.save(folder)  # with its text tower, which no name would bring back
-    print(printable(f"wrote {a.target}"))
+    unknown = "; it does not say what it was trained on, so give an evaluation --data"
+    print(printable(f"wrote {a.target}{unknown if a.reverse else ''}"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 r"""Arrays that are computed once and kept in files: all of them first, or each when it is asked for."""
 
+import errno
 import hashlib
 import math
 import os
+import shutil
 import warnings
 import weakref
 import zlib
@@ -16,6 +18,7 @@ from ddpm.tools.files import CannotWrite, reserve, write_atomically
 
 VERSION = 3  # of the files' layout, of the crop and of the drawing
 CHECKSUM = 4  # bytes behind an array
+RESERVE = 2**30  # bytes that `Records` leaves free on its disk
 TOGETHER = 8  # arrays that `Records` makes in one go
 Progress = Callable[[Iterable, int, str], Iterable]
 
@@ -129,6 +132,8 @@ class Records:
         content = array.tobytes()
         empty = [place for place in places if not any(self.bytes_at(place, CHECKSUM))]
         try:
+            if shutil.disk_usage(self.path.parent).free < RESERVE:
+                raise OSError(errno.ENOSPC, f"the last {RESERVE >> 30} GiB of its disk are for checkpoints")
             self.file.seek((empty or places)[0] * self.length)
             self.file.write(self.checksum(key, content) + content)
         except OSError as error:

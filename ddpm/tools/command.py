@@ -28,9 +28,11 @@ SCRIPTS = Path(__file__).parents[2]  # of a checkout; a wheel has modules alone
 TRAIN = "python train.py" if (SCRIPTS / "train.py").is_file() else "python -m ddpm.training"
 SAMPLE = "python sample.py" if (SCRIPTS / "sample.py").is_file() else "python -m ddpm"
 OUT_OF_MEMORY = (
-    "out of memory; lower --batch-size, raise --accumulation, or use --gradient-checkpointing or "
-    f"--preset lowvram ({TRAIN} --dry-run prints what is needed); to draw, ask for fewer pictures at once"
+    "out of memory; lower --batch-size and --vae-batch-size, raise --accumulation, or use --gradient-checkpointing or "
+    f"--preset lowvram ({TRAIN} --dry-run --device cpu prints what is needed); to draw or to evaluate, "
+    "ask for fewer pictures"
 )
+TOGETHER = 1.0  # seconds within which signals are one request
 QUIET_SECONDS = 10  # after which a command that draws no bar prints how far it is
 _quiet = False  # by `be_quiet`
 _newest = time.monotonic()  # when a line was printed last
@@ -66,15 +68,21 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    r"""A signal handler that only notes the first signal, in `signum`; the next one ends the process at once."""
+    r"""A signal handler that only notes the first signal, in `signum`; a later one ends the process at once.
+
+    What follows within `TOGETHER` is the same request: torchrun passes on a signal that its whole group got as well.
+    """
 
     signum = 0
 
     def __call__(self, signum: int, frame):
-        self.signum = signum
-        _next_ends()
-        with contextlib.suppress(OSError):  # print is not for handlers
-            os.write(2, b"\nfinishing the step and saving; once more leaves at once\n")
+        if not self.signum:
+            self.signum, self.since = signum, time.monotonic()
+            with contextlib.suppress(OSError):  # print is not for handlers
+                os.write(2, b"\nfinishing the step and saving; once more leaves at once\n")
+        elif time.monotonic() - self.since > TOGETHER:
+            _next_ends()
+            signal.raise_signal(signum)  # which a hangup, sent twice by some terminals, does not end
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 r"""Pictures for people: grids with the prompt beneath each picture, films, text within a PNG."""
 
+import json
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -63,11 +64,18 @@ def strip(frames: Sequence[Tensor], side: int = 64) -> Image.Image:
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
 
-def save_gif(path: Path, frames: Sequence[Tensor], labels: Sequence[str], milliseconds: int = 120):
-    r"""A film as a GIF of labelled grids; the last frame stays for two seconds."""
+def save_gif(
+    path: Path,
+    frames: Sequence[Tensor],
+    labels: Sequence[str],
+    milliseconds: int = 120,
+    text: dict | None = None,
+):
+    r"""A film as a GIF of labelled grids; the last frame stays for two seconds. `text` is its comment, as JSON."""
     first, *others = [labelled_grid(frame, labels) for frame in frames]
     durations = [milliseconds] * len(others) + [2000]
     film = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    film |= {"comment": json.dumps(text)} if text else {}
     write_atomically(path, partial(first.save, format="GIF", **film))
 
 
@@ -89,7 +97,7 @@ def save_each(folder: Path, x: Tensor, texts: Sequence[dict[str, str]], first: i
 def save_film(path: Path, frames: Sequence[Tensor], labels: Sequence[str], text: dict[str, str]):
     r"""A film as a GIF, or as one PNG with a column for each step, by the file's name."""
     if path.suffix.lower() == ".gif":
-        save_gif(path, frames, labels)
+        save_gif(path, frames, labels, text=text)
     else:
         save_png(path, strip(frames), text)
 

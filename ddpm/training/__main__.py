@@ -7,6 +7,7 @@ python train.py --distill runs/NAME       the same model in 4 network calls a pi
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -130,6 +131,13 @@ def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
         raise UserError(
             f"a resumed run keeps its settings, got others: {', '.join(differing)}; leave them out"
         )
+    is_over = (folder / "vae.safetensors").is_file() and arguments.stage != "vae"
+    asked = given_flags(arguments).get("vae_steps", stored["vae_steps"])
+    if is_over and asked != stored["vae_steps"]:
+        raise UserError(
+            f"expected --stage vae with --vae-steps {asked}, because the VAE of {folder} is finished; "
+            "give both, or leave --vae-steps out"
+        )
     return config.with_training(**{name: value for name, value in flags.items() if name in MOVABLE})
 
 
@@ -148,6 +156,8 @@ def main(argv: list[str] | None = None):
     from ddpm.training import session  # late, because --help must not wait for torch
 
     if arguments.dry_run:
+        if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise UserError(f"expected --dry-run in one process, got {count}; leave torchrun out")
         session.print_needs(config, arguments.device, arguments.stage)
         return
     steps = session.train(

@@ -66,11 +66,16 @@ class Encoded:
 
 
 def encode_latents(
-    folder: Path, vae: KLVAE, pictures: Pictures, precision: str = "fp32", progress: Progress = silent
+    folder: Path,
+    vae: KLVAE,
+    pictures: Pictures,
+    precision: str = "fp32",
+    progress: Progress = silent,
+    ways: int = 2,
 ) -> Latents:
-    r"""The latents of all pictures and their mirror images, encoded now and not when they are needed."""
+    r"""The latents of all pictures, encoded now and not when needed; with 2 `ways` also of their mirror images."""
     encoded = Encoded(folder, vae, pictures, precision)
-    rows, flipped = np.indices((len(pictures.pixels), 2)).reshape(2, -1)
+    rows, flipped = np.indices((len(pictures.pixels), ways)).reshape(2, -1)
     fill(lambda some: encoded[rows[some], flipped[some]], len(rows), progress, "encoding pictures")
     return Latents(encoded)
 

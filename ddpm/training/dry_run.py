@@ -148,11 +148,9 @@ def minutes(
 
     def new(steps: float) -> tuple[float, float]:
         r"""Seconds for the latents and the captions that so many steps of the UNet need first, if all rows differ."""
-        drawn = steps * settings.batch_size
-        captions = count * settings.caption_variants
-        pictures = 2 * count if settings.flip else count
-        latents = pictures * -math.expm1(-drawn / pictures) * seconds["latent"]
-        return latents, captions * -math.expm1(-drawn / captions) * seconds["caption"]
+        epochs = steps * settings.batch_size / count
+        latents = count * distinct(2 if settings.flip else 1, epochs) * seconds["latent"]
+        return latents, count * distinct(settings.caption_variants, epochs) * seconds["caption"]
 
     steps = {name: stage_steps(config, name, count) * (stage in ("all", name)) for name in ("vae", "unet")}
     if settings.max_minutes:
@@ -188,6 +186,13 @@ def minutes(
             f"warning: the UNet may learn {count:,} pictures by heart in {epochs:,.0f} epochs; for {MANY_EPOCHS} of "
             f"them take {flags}, and fewer if the validation loss rises"
         )
+
+
+def distinct(variants: int, epochs: float) -> float:
+    r"""How many of a picture's n variants are seen by epochs that each draw one at random: n (1 - (1 - 1/n)^epochs)."""
+    whole = math.floor(epochs)
+    seen, then = (variants * (1 - (1 - 1 / variants) ** k) for k in (whole, whole + 1))
+    return seen + (epochs - whole) * (then - seen)
 
 
 def minutes_of_distillation(config: Config, count: int, step: float, call: float) -> str:

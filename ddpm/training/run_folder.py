@@ -61,6 +61,7 @@ class Run:
         saved: (stage, step) of the newest whole state, or None.
         data: digests of the pictures, their captions and their split, see `check_data`.
         stage: that the command trains, as --stage has it.
+        places: its flags --cache and --device, for the command that goes on.
         writes: False in all but one of the processes that train together: nothing is locked or written.
     """
 
@@ -68,6 +69,7 @@ class Run:
         self.folder = folder
         self.config = config
         self.stage = "all"
+        self.places = ""
         self.writes = writes
         self.rows: list[dict] = []
         self.state: dict | None = None
@@ -212,7 +214,7 @@ class Run:
     def create(self, text: Callable[[Path], None] | None = None):
         r"""Make the folder, after every check that may refuse the run; config.json comes last.
 
-        Args: text: writes the text tower's weights, if no name stands for them.
+        Args: text: writes the text tower's weights, unless they are the random ones.
         """
         if not self.writes:
             return
@@ -251,7 +253,7 @@ class Run:
             return f"{saved}; {FROM_PYTHON}"
         is_whole = self.stage == "all" or self.config.model.few_steps  # a distillation has one stage alone
         stage = "" if is_whole else f" --stage {self.stage}"
-        return f"{saved}; go on with {TRAIN} --resume {self.quoted}{stage}"
+        return f"{saved}; go on with {TRAIN} --resume {self.quoted}{stage}{self.places}"
 
     def log(self, **row) -> dict:
         r"""Note a row of metrics; it reaches the file with the next checkpoint."""
@@ -282,8 +284,9 @@ class Run:
         }
         state["sha256"] = digest_of(state)
         write_atomically(self.folder / "metrics.csv", csv_of(self.rows))
-        # a damaged state must not replace the whole one before it
-        keep = self.folder / PREVIOUS if self.newest_is_whole else None
+        # neither a damaged state nor one of the same step replaces the whole one before it
+        is_next = self.saved != (stage, optimization.step)
+        keep = self.folder / PREVIOUS if self.newest_is_whole and is_next else None
         write_atomically(self.folder / STATE, partial(save_state, state=state), size_of(state), keep)
         self.newest_is_whole = True
         self.newest = written_at(self.folder / STATE)
@@ -322,6 +325,13 @@ def position(row: dict) -> tuple[int, int]:
 def save_state(path: Path, state: dict):
     with open(path, "wb") as file:  # given a path instead, torch does not say why it could not write
         torch.save(state, file)
+
+
+def trained_on(folder: Path) -> dict[str, str]:
+    r"""Digests of the data that a run's checkpoint was trained on; none where it has no whole checkpoint."""
+    with contextlib.suppress(Damaged, OSError, UserError):
+        return read_state(folder / STATE).get("data", {})
+    return {}
 
 
 def read_state(path: Path) -> dict:

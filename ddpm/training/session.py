@@ -17,7 +17,7 @@ from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools import text_weights
 from ddpm.tools.command import SAMPLE, Stopped, be_quiet, progress_bar, say
 from ddpm.tools.devices import allow_tf32, choose_device, choose_precision
-from ddpm.tools.errors import UserError, is_name
+from ddpm.tools.errors import UserError
 from ddpm.tools.files import CannotWrite, remove_leftovers, write_atomically
 from ddpm.tools.weights import load_weights
 from ddpm.training import dry_run, perceptual
@@ -68,6 +68,8 @@ def train(
     """
     started = time.monotonic() if started is None else started
     folder = Path(folder)
+    given = {"--cache": cache and str(cache), "--device": device if device != "auto" else None}
+    places = "".join(f" {flag} {shlex.quote(value)}" for flag, value in given.items() if value)
     cache = cache or folder.absolute().parent / "cache"
     device = choose_device(device)
     precision = choose_precision(config.training.precision, device)
@@ -82,7 +84,7 @@ def train(
             be_quiet()
         with group.main_process_first():
             run = Run(folder, config, resume, started, writes=group.rank == 0)
-        run.stage = stage
+        run.stage, run.places = stage, places
         with run, advising(run):
             check_batches(config, group)
             session = prepared(run, group, precision, stage, resume, cache, download, pictures)
@@ -165,8 +167,8 @@ def prepared(
         if settings.perceptual_weight and stage != "unet" and not run.in_second_stage:
             perceptual.perceptual_loss(group.device)  # downloads, or refuses, while there is no folder yet
     run.check_data(fingerprint(table, pictures, in_memory=given is not None))
-    # a text tower that came from a file is kept in the run, because that file may go
-    is_to_keep = text_file != own if text_file else not is_name(config.model.text_weights)
+    # a text tower is kept in the run, because its file or its host may go
+    is_to_keep = text_file != own if text_file else config.model.text_weights != "random"
     run.create(partial(text_weights.save_tower, model.text) if is_to_keep else None)
     if begun_with and run.writes:
         write_atomically(run.folder / INIT_FILE, f"{begun_with}\n".encode())

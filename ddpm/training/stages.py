@@ -178,8 +178,8 @@ class Stage:
         row = self.run.row(self.name, self.opt.step)
         if self.run.writes and not (row["psnr"] or row["val_loss"]):
             self.run.keep_lock()
-            if self.run.saved is None:
-                self.save()  # because --resume refuses weights without a checkpoint
+            if self.run.saved != (self.name, self.opt.step):
+                self.save()  # a validation takes long, and may need more memory than there is
             try:
                 row.update(self.validate())
             except CannotWrite:  # of a grid or of weights; the checkpoint may have room
