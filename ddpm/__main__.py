@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     init = "a picture to draw over, cropped and resized as training pictures are"
     p.add_argument("--init-image", type=command.path, metavar="FILE", help=init)
-    strength = "how much of it is drawn anew, 1 / --steps to 1 [0.8; 1 with --mask]"
+    strength = "how much of it is drawn anew, 1 / --steps to 1 [0.8, or a whole step; 1 with --mask]"
     p.add_argument("--strength", type=float, metavar="S", help=strength)
     mask = "as large as --init-image: white is drawn anew, black is kept"
     p.add_argument("--mask", type=command.path, metavar="FILE", help=mask)
@@ -80,7 +80,7 @@ def check(a: argparse.Namespace):
         raise UserError(f"expected --strength from {least:g}, one of {a.steps} steps, to 1, got {a.strength}")
     if a.negative and a.guidance in (0, 1):
         raise UserError(
-            f"expected --guidance above 1 with --negative, got {a.guidance:g}, which leads away from nothing; "
+            f"expected --guidance above 1 with --negative, got {a.guidance:g}, which does not lead away; "
             "leave --negative out, or give --guidance"
         )
     if a.variance and a.sampler != "ddpm":
@@ -227,7 +227,7 @@ def check_model(a: argparse.Namespace, model: ModelConfig):
 
 
 def texts(a: argparse.Namespace, variance: str, precision: str) -> dict[str, str]:
-    r"""The settings that each PNG holds as text."""
+    r"""The settings that each picture file holds as text."""
     return {
         "model": str(a.model or "shipped"),
         "sampler": a.sampler,

@@ -41,9 +41,9 @@ def loss_weight(schedule: Schedule, x_0: Tensor, t: Tensor, prediction: str, wei
     """
     alpha_bar_t = schedule.alpha_bar_at(t, x_0)
     snr = alpha_bar_t / (1 - alpha_bar_t)
-    of_x_0 = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "min_snr": snr.clamp(max=MIN_SNR_GAMMA)}
-    of_x_0["prediction"] = of_x_0[prediction]
-    return of_x_0[weighting] / of_x_0[prediction]
+    weights = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1, "min_snr": snr.clamp(max=MIN_SNR_GAMMA)}
+    weights["prediction"] = weights[prediction]  # all of the error of x_0
+    return weights[weighting] / weights[prediction]
 
 
 def diffusion_loss(

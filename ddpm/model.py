@@ -104,26 +104,8 @@ class TextToImage(nn.Module):
         negative = list_of_strings(negative, "negative")
         if len(negative) != len(prompts):
             raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
-        if eta and sampler == "ddpm" or variance and sampler != "ddpm":
-            raise ValueError(
-                f"expected eta with ddim or dpm++ and variance with ddpm, got {sampler}; leave it out"
-            )
-        others = {parameter.dtype for parameter in self.parameters()} - {torch.float32}
-        if others:
-            raise ValueError(
-                f"expected weights in float32, got {others.pop()}; call float(), and give precision fp16 or bf16"
-            )
-        if batch_size < 1:
-            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
-        if variance == "learned" and self.config.variance != "learned":
-            raise ValueError("expected variance posterior or beta, got learned: this model learned none")
-        if guidance_scale not in (0, 1) and not self.config.caption_drop:
-            message = "guidance has no unconditional model to lead away from, because caption_drop was 0"
-            warnings.warn(message, stacklevel=2)
-        if self.config.few_steps and guidance_scale not in (0, 1):
-            warnings.warn(
-                "this model has learned its teacher's guidance, and is now guided twice", stacklevel=2
-            )
+        asked = {"sampler": sampler, "guidance_scale": guidance_scale, "eta": eta, "variance": variance}
+        self.check_settings(batch_size=batch_size, **asked)
         if start:
             start = self.one_each(start, len(prompts))
         self.eval()
@@ -153,6 +135,31 @@ class TextToImage(nn.Module):
             )
             warnings.warn(message, stacklevel=2)
         return x.clamp(-1, 1)
+
+    def check_settings(
+        self, sampler: str, guidance_scale: float, eta: float, batch_size: int, variance: str | None
+    ):
+        r"""ValueError for settings by which this model cannot draw, a warning for guidance that does harm."""
+        if eta and sampler == "ddpm" or variance and sampler != "ddpm":
+            raise ValueError(
+                f"expected eta with ddim or dpm++ and variance with ddpm, got {sampler}; leave it out"
+            )
+        others = {parameter.dtype for parameter in self.parameters()} - {torch.float32}
+        if others:
+            raise ValueError(
+                f"expected weights in float32, got {others.pop()}; call float(), and give precision fp16 or bf16"
+            )
+        if batch_size < 1:
+            raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
+        if variance == "learned" and self.config.variance != "learned":
+            raise ValueError("expected variance posterior or beta, got learned: this model learned none")
+        if guidance_scale not in (0, 1) and not self.config.caption_drop:
+            message = "guidance has no unconditional model to lead away from, because caption_drop was 0"
+            warnings.warn(message, stacklevel=3)
+        if guidance_scale not in (0, 1) and self.config.few_steps:
+            warnings.warn(
+                "this model has learned its teacher's guidance, and is now guided twice", stacklevel=3
+            )
 
     def draw_noise(self, generators: list[torch.Generator]) -> Tensor:
         r"""(B, c, h, w) standard normal, each latent from a generator of its own."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ddpm.config import ModelConfig
 from ddpm.model import TextToImage
 from ddpm.text import TextTower
-from ddpm.tools import arrays, command, text_weights
+from ddpm.tools import command, text_weights
 from ddpm.tools.errors import UserError
 
 collect_ignore = ["benchmarks"]  # they are run by hand
@@ -32,14 +32,6 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             f"{len(SLOW_LEFT_OUT):,} slow tests were left out; python -m pytest -m '' runs all tests"
         )
-
-
-@pytest.fixture(autouse=True, scope="session")
-def disks_may_be_small():
-    r"""Tests write little, so they need no room for checkpoints beside it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays, "RESERVE", 0)
-        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

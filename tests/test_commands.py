@@ -247,7 +247,7 @@ def test_a_picture_is_drawn_over_and_what_the_mask_keeps_has_its_own_pixels(trai
         ("man --init-image photo.png --film photo.png", "apart from photo.png, which is read"),
         ("man --init-image faces/0000.png --out faces", "apart from faces/0000.png"),
         ("man --negative hat --guidance 1", "expected --guidance above 1 with --negative, got 1"),
-        ("man --negative hat --guidance 0", "got 0, which leads away from nothing"),
+        ("man --negative hat --guidance 0", "got 0, which does not lead away"),
     ],
 )
 def test_prompts_and_pictures_that_cannot_be_used_are_told_in_one_line(

@@ -5,8 +5,15 @@ import torch
 import torch.nn.functional as F
 from conftest import far, normal, without_zeros
 
-from ddpm.attention import Attention
-from ddpm.tools.kernels import ChannelsLastGroupNorm, GroupNorm, attend, context_read_once, use_fast_kernels
+from ddpm.attention import Attention, FeedForward
+from ddpm.tools.kernels import (
+    ChannelsLastGroupNorm,
+    GateInTwoProducts,
+    GroupNorm,
+    attend,
+    context_read_once,
+    use_fast_kernels,
+)
 from ddpm.unet import UNet
 from ddpm.vae import KLVAE
 
@@ -36,12 +43,14 @@ def test_a_plain_network_has_torchs_layers_and_a_fast_one_ours_with_the_same_wei
         return [y.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
     norms = [module for module in plain.modules() if isinstance(module, torch.nn.GroupNorm)]
+    gates = [module for module in plain.modules() if isinstance(module, FeedForward)]
     attentions = [module for module in plain.modules() if isinstance(module, Attention)]
     assert {type(norm) for norm in norms} == {torch.nn.GroupNorm}
     assert {module.attend for module in attentions} == {F.scaled_dot_product_attention}
     by_torch = compute(plain)
     assert use_fast_kernels(plain) is plain
     assert {type(norm) for norm in norms} == {GroupNorm}
+    assert {type(gate) for gate in gates} == ({GateInTwoProducts} if isinstance(plain, UNet) else set())
     assert {module.attend for module in attentions} == {attend}
     for one, other in zip(compute(plain), by_torch, strict=True):
         assert far(one, other) < 1e-4 * (1 + other.abs().max().item())  # float32 sums in another order

@@ -238,7 +238,7 @@ class Trials:
         assert end_of(pid) == 143 and BOARD.saved == (0, 3)
         pid = self.start(folder, stick)
         wait_for(lambda: BOARD.doing == "stuck")
-        while lives(pid):  # those of the first second count as one
+        while lives(pid):  # those of the first seconds count as one
             os.kill(pid, signal.SIGINT)
             time.sleep(0.05)
         assert end_of(pid) == -signal.SIGINT and BOARD.saved == (1, 2)

@@ -117,7 +117,7 @@ def open_run(options: argparse.Namespace) -> tuple[TextToImage, Config, Pictures
     before = trained_on(options.run)
     if changed := [part for part, digest in before.items() if data.get(part) != digest]:
         names = " and ".join(changed)
-        what = f"the {names} of {config.training.data} are not those that {options.run} was trained on"
+        what = f"the {names} of {config.training.data} changed since {options.run} was trained"
         warnings.warn(f"{what}, so held-out pictures may have been trained on", stacklevel=2)
     return model, config, pictures, data
 

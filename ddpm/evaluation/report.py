@@ -1,5 +1,6 @@
 r"""What an evaluation says and writes: lines on the screen, one JSON, its pictures."""
 
+import contextlib
 import json
 import math
 import tempfile
@@ -149,4 +150,6 @@ def write(out: Path, result: dict, pictures: dict[str, Figure | Image.Image]):
                 (out / name).unlink(missing_ok=True)
         for name in (*pictures, RESULT):
             (new / name).replace(out / name)
-    (out / UNFINISHED).unlink(missing_ok=True)
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
+        if set(json.loads((out / UNFINISHED).read_bytes())) <= set(result):
+            (out / UNFINISHED).unlink()

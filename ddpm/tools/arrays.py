@@ -18,7 +18,7 @@ from ddpm.tools.files import CannotWrite, reserve, write_atomically
 
 VERSION = 3  # of the files' layout, of the crop and of the drawing
 CHECKSUM = 4  # bytes behind an array
-RESERVE = 2**30  # bytes that `Records` leaves free on its disk
+RESERVE = 2**30  # bytes that a large file of `Records` leaves free on its disk, for checkpoints
 TOGETHER = 8  # arrays that `Records` makes in one go
 Progress = Callable[[Iterable, int, str], Iterable]
 
@@ -96,6 +96,7 @@ class Records:
         self.make = make
         self.length = CHECKSUM + math.prod(shape) * self.dtype.itemsize
         self.writes = True
+        self.written = 0  # bytes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
@@ -132,10 +133,11 @@ class Records:
         content = array.tobytes()
         empty = [place for place in places if not any(self.bytes_at(place, CHECKSUM))]
         try:
-            if shutil.disk_usage(self.path.parent).free < RESERVE:
-                raise OSError(errno.ENOSPC, f"the last {RESERVE >> 30} GiB of its disk are for checkpoints")
+            if shutil.disk_usage(self.path.parent).free < min(RESERVE, self.written):
+                raise OSError(errno.ENOSPC, "the rest of its disk is left to checkpoints")
             self.file.seek((empty or places)[0] * self.length)
             self.file.write(self.checksum(key, content) + content)
+            self.written += self.length
         except OSError as error:
             self.writes = False
             advice = "what it lacks is computed again whenever it is needed"

@@ -32,7 +32,7 @@ OUT_OF_MEMORY = (
     f"--preset lowvram ({TRAIN} --dry-run --device cpu prints what is needed); to draw or to evaluate, "
     "ask for fewer pictures"
 )
-TOGETHER = 1.0  # seconds within which signals are one request
+TOGETHER = 3.0  # seconds within which signals are one request; a handler may wait for a whole backward pass
 QUIET_SECONDS = 10  # after which a command that draws no bar prints how far it is
 _quiet = False  # by `be_quiet`
 _newest = time.monotonic()  # when a line was printed last
@@ -79,7 +79,7 @@ class StopRequest:
         if not self.signum:
             self.signum, self.since = signum, time.monotonic()
             with contextlib.suppress(OSError):  # print is not for handlers
-                os.write(2, b"\nfinishing the step and saving; once more leaves at once\n")
+                os.write(2, b"\nfinishing the step and saving; again after three seconds leaves at once\n")
         elif time.monotonic() - self.since > TOGETHER:
             _next_ends()
             signal.raise_signal(signum)  # which a hangup, sent twice by some terminals, does not end

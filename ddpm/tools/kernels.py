@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.attention import Attention, TransformerBlock
+from ddpm.attention import Attention, FeedForward, TransformerBlock
 
 
 def use_fast_kernels(network: nn.Module) -> nn.Module:
@@ -19,6 +19,8 @@ def use_fast_kernels(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = GroupNorm
+        elif type(module) is FeedForward:
+            module.__class__ = GateInTwoProducts
         elif isinstance(module, Attention):
             module.attend = attend
     return network
@@ -64,6 +66,15 @@ def _remember_last(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
         return result
 
     return remembering
+
+
+class GateInTwoProducts(FeedForward):
+    r"""The same numbers; W_1 in two products, because the halves of one are strided views, which are slow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
+        value, gate = (F.linear(x, weight, bias) for weight, bias in halves)
+        return self.out(value * F.gelu(gate))
 
 
 class GroupNorm(nn.GroupNorm):

@@ -135,8 +135,8 @@ def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
     asked = given_flags(arguments).get("vae_steps", stored["vae_steps"])
     if is_over and asked != stored["vae_steps"]:
         raise UserError(
-            f"expected --stage vae with --vae-steps {asked}, because the VAE of {folder} is finished; "
-            "give both, or leave --vae-steps out"
+            f"expected no --vae-steps, because the VAE of {folder} is finished, got {asked}; leave it out "
+            "(until the second stage begins, --stage vae trains it further)"
         )
     return config.with_training(**{name: value for name, value in flags.items() if name in MOVABLE})
 

@@ -150,7 +150,8 @@ def minutes(
         r"""Seconds for the latents and the captions that so many steps of the UNet need first, if all rows differ."""
         epochs = steps * settings.batch_size / count
         latents = count * distinct(2 if settings.flip else 1, epochs) * seconds["latent"]
-        return latents, count * distinct(settings.caption_variants, epochs) * seconds["caption"]
+        captions = count * min(epochs, settings.caption_variants)  # which take turns
+        return latents, captions * seconds["caption"]
 
     steps = {name: stage_steps(config, name, count) * (stage in ("all", name)) for name in ("vae", "unet")}
     if settings.max_minutes:

@@ -272,6 +272,13 @@ class Run:
             self.saved = (stage, optimization.step)
             return
         self.keep_lock()
+        write_atomically(self.folder / "metrics.csv", csv_of(self.rows))
+        if self.saved != (stage, optimization.step) or not self.newest_is_whole:
+            self.save_state(stage, optimization, **more)
+        write_atomically(self.folder / "loss.png", partial(plot_losses, rows=self.rows))
+
+    def save_state(self, stage: str, optimization, **more):
+        r"""Write the checkpoint alone."""
         state = {
             "format": FORMAT,
             "stage": stage,
@@ -283,15 +290,12 @@ class Run:
             **more,
         }
         state["sha256"] = digest_of(state)
-        write_atomically(self.folder / "metrics.csv", csv_of(self.rows))
-        # neither a damaged state nor one of the same step replaces the whole one before it
-        is_next = self.saved != (stage, optimization.step)
-        keep = self.folder / PREVIOUS if self.newest_is_whole and is_next else None
+        # a damaged state must not replace the whole one before it
+        keep = self.folder / PREVIOUS if self.newest_is_whole else None
         write_atomically(self.folder / STATE, partial(save_state, state=state), size_of(state), keep)
         self.newest_is_whole = True
         self.newest = written_at(self.folder / STATE)
         self.saved = (stage, optimization.step)
-        write_atomically(self.folder / "loss.png", partial(plot_losses, rows=self.rows))
 
     def restore(self, stage: str, optimization):
         r"""Load the stage's optimization from the state, if the state is of this stage; then free the state."""

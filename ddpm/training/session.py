@@ -106,8 +106,8 @@ def check_batches(config: Config, group: Group):
         if batch_size % (settings.accumulation * group.size):
             raise UserError(
                 f"expected a batch that {group.size} processes x {settings.accumulation} parts divide, "
-                f"got {batch_size}; change --nproc_per_node, or start anew with another --batch-size and "
-                "--vae-batch-size"
+                f"got {batch_size}; change --nproc_per_node or --accumulation, or start anew with another "
+                "--batch-size and --vae-batch-size"
             )
 
 
