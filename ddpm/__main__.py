@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     guidance = "how strongly to follow the prompt; 1 plain, 0 ignores it [3; 1 with few steps]"
     p.add_argument("--guidance", type=float, help=guidance)
     p.add_argument("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
+    p.add_argument("--noise-scale", type=float, metavar="G", help=command.NOISE_SCALE)
     p.add_argument("--variance", choices=VARIANCES, help="ddpm's Sigma [as the model was trained]")
     p.add_argument("--negative", default=None, help="what to lead away from")
     p.add_argument(
@@ -237,6 +238,7 @@ def texts(a: argparse.Namespace, variance: str, precision: str) -> dict[str, str
         "negative": a.negative or "",
         "weights": a.weights,
         "precision": precision,
+        "noise_scale": str(a.noise_scale),
         **({"variance": a.variance or variance} if a.sampler == "ddpm" else {"eta": str(a.eta)}),
         **({"init_image": str(a.init_image), "strength": str(a.strength)} if a.init_image else {}),
         **({"mask": str(a.mask)} if a.mask else {}),
@@ -291,6 +293,7 @@ def main(argv: list[str] | None = None):
                 first,
                 a.variance,
                 start,
+                a.noise_scale,
             )
             if not is_grid(a.out):
                 each = [{"prompt": p, **settings, "index": str(first + i)} for i, p in enumerate(prompts)]

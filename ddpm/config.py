@@ -25,9 +25,9 @@ WORDS_FILE = "words.txt"  # of a run folder: what its training captions say, whe
 MOST_PARAMETERS = 10**9  # the UNet of Stable Diffusion 1 has 0.86 of them
 # what --resume may change
 MOVABLE = {"data", "precision", "max_minutes", "accumulation", "gradient_checkpointing", "max_bad_images"}
-MOVABLE |= {"vae_steps", "unet_steps", "epochs", "save_every", "sample_every"}
+MOVABLE |= {"vae_steps", "unet_steps", "epochs", "save_every", "sample_every", "noise_scale"}
 # settings that older config.json files lack; their defaults are what those runs did
-LATER = {"few_steps", "trajectories", "max_pictures", "init", "flip", "weighting"}
+LATER = {"few_steps", "trajectories", "max_pictures", "init", "flip", "weighting", "noise_scale"}
 # the default sampler, steps and guidance of a model, by which a teacher draws too
 GUIDED = ("dpm++", 20, 3.0)
 Widths = tuple[int, ...]
@@ -77,6 +77,12 @@ class ModelConfig:
     few_steps: int = option(
         0, "UNet calls for one picture, learned from the run --init; divides 20; 0: an ordinary model", low=0
     )
+    noise_scale: float = option(
+        1.0,
+        "factor on the noise of a sampler over its whole chain, by which this model draws",
+        above=0,
+        high=1,
+    )
 
     @property
     def latent_size(self) -> int:
@@ -84,9 +90,9 @@ class ModelConfig:
         return self.image_size // 2 ** (len(self.vae_channels) - 1)
 
     @property
-    def drawing(self) -> tuple[str, int, float]:
-        r"""The default sampler, steps and guidance of this model."""
-        return ("ddim", self.few_steps, 1.0) if self.few_steps else GUIDED
+    def drawing(self) -> tuple[str, int, float, float]:
+        r"""The default sampler, steps, guidance and noise scale of this model."""
+        return ("ddim", self.few_steps, 1.0, 1.0) if self.few_steps else (*GUIDED, self.noise_scale)
 
 
 @dataclass(frozen=True)
@@ -232,9 +238,11 @@ class Config:
             _require(batch % parts == 0, f"an accumulation that divides the batch of {batch}", parts)
         return self
 
-    def with_training(self, **changes) -> "Config":
-        r"""A copy with other training numbers."""
-        return dataclasses.replace(self, training=dataclasses.replace(self.training, **changes)).checked()
+    def changed(self, **changes) -> "Config":
+        r"""A copy with `changes` by field name, of either part."""
+        values = self.settings() | changes
+        assert len(values) == len(self.settings()), f"unknown settings among {', '.join(changes)}"
+        return Config(_build(ModelConfig, values), _build(TrainConfig, values), self.preset).checked()
 
     def settings(self) -> dict:
         r"""Every field of both parts by its name."""
@@ -306,10 +314,10 @@ def parameters(model: ModelConfig) -> int:
 
 
 def fill_in_drawing(a: argparse.Namespace, run: Path):
-    r"""Give --sampler, --steps and --guidance, where they are left out, the values by which the run's model draws."""
+    r"""Give the flags that say how to draw, where they are left out, the values by which the run's model draws."""
     file = run / "config.json"
-    own = Config.read(file).model.drawing if file.is_file() else GUIDED
-    for name, value in zip(("sampler", "steps", "guidance"), own, strict=True):
+    own = (Config.read(file).model if file.is_file() else ModelConfig()).drawing
+    for name, value in zip(("sampler", "steps", "guidance", "noise_scale"), own, strict=True):
         if getattr(a, name) is None:
             setattr(a, name, value)
 

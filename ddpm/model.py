@@ -75,6 +75,7 @@ class TextToImage(nn.Module):
         first: int = 0,
         variance: str | None = None,
         start: Start | None = None,
+        noise_scale: float | None = None,
     ) -> Tensor:
         r"""Pictures of the prompts, (B, 3, H, W) in [-1, 1].
 
@@ -82,7 +83,7 @@ class TextToImage(nn.Module):
 
         Args:
             sampler: ddpm, ddim or dpm++; steps: 1..T. None: as `ModelConfig.drawing` has it, for most models dpm++, 20
-                steps and a guidance_scale of 3.
+                steps, a guidance_scale of 3 and a noise_scale of 1.
             guidance_scale: 1 is the plain conditional model, 0 the unconditional one; 2 to 5 follow the prompt more.
             negative: the prompt that guidance leads away from, one for all or one each; None: the empty prompt.
             eta: noise of ddim and dpm++, 0 (none) to 1 (that of ddpm).
@@ -92,12 +93,13 @@ class TextToImage(nn.Module):
             variance: Sigma of the sampler ddpm, posterior, beta or learned; None: as the model was trained.
             start: pictures to draw over, in pixels, one for all or one each. Where its mask is False, their pixels are
                 pasted into the result after decoding, because the VAE does not return them exactly.
+            noise_scale: factor on the noise of all steps together, above 0 to 1, see `sampling.scale_noise`.
 
         Raises: ValueError for prompts that are not a list of strings, and for a setting outside its range.
         """
-        asked = (sampler, steps, guidance_scale)
-        own = self.config.drawing
-        sampler, steps, guidance_scale = (b if a is None else a for a, b in zip(asked, own, strict=True))
+        asked = (sampler, steps, guidance_scale, noise_scale)
+        filled = (b if a is None else a for a, b in zip(asked, self.config.drawing, strict=True))
+        sampler, steps, guidance_scale, noise_scale = filled
         prompts = list_of_strings(prompts, "prompts")
         if negative is None or isinstance(negative, str):
             negative = [negative or ""] * len(prompts)
@@ -110,7 +112,7 @@ class TextToImage(nn.Module):
             start = self.one_each(start, len(prompts))
         self.eval()
         settings = {"sampler": sampler, "steps": steps, "eta": eta, "prediction": self.config.prediction}
-        settings["variance"] = variance or self.config.variance
+        settings |= {"variance": variance or self.config.variance, "noise_scale": noise_scale}
         pictures = [torch.zeros(0, 3, self.config.image_size, self.config.image_size, device=self.device)]
         for begin in range(0, len(prompts), batch_size):
             part = slice(begin, begin + batch_size)

@@ -186,6 +186,24 @@ def keep_known(schedule: Schedule, x_s: Tensor, s: Tensor, start: Start, eps: Te
     return torch.where(start.mask, x_s, q_sample(schedule, start.x_0, s, eps))
 
 
+def scale_noise(schedule: Schedule, x_s: Tensor, t: Tensor, s: Tensor, x_0: Tensor, scale: float) -> Tensor:
+    r"""A step's result with less noise, because it also holds the errors of the network.
+
+    $$x_s \leftarrow a_s \hat x_0 + \gamma^{(t - s) / T} \left(x_s - a_s \hat x_0\right), \qquad
+    a_s = \sqrt{\bar\alpha_s}$$
+
+    where gamma is `scale`. In training x_s is a picture and its noise. In sampling it is a prediction and noise, and
+    the prediction's error comes on top, so the network sees more than the noise of s ("exposure bias"; Ning et al. 2024
+    scale the predicted eps against it). The exponents of a chain add up to 1, so gamma means the same for any number of
+    steps. gamma = 1 changes nothing, nor does any gamma change the clean picture, s = -1, where x_s is x_0.
+
+    Args: x_s, x_0: (B, ...) the sample at time s, and the prediction at t by which it was made.
+    """
+    a_s = schedule.alpha_bar_at(s, x_s).sqrt()
+    factor = scale ** ((t - s).view_as(a_s).to(a_s.dtype) / schedule.timesteps)
+    return (a_s * x_0 + factor * (x_s - a_s * x_0)).to(x_s.dtype)
+
+
 def sample_loop(
     schedule: Schedule,
     denoise: Callable[[Tensor, Tensor], Tensor],
@@ -197,6 +215,7 @@ def sample_loop(
     eta: float = 0.0,
     variance: str = "posterior",
     start: Start | None = None,
+    noise_scale: float = 1.0,
 ) -> Iterator[State]:
     r"""The reverse process from x_T to the clean sample; yields the state after every step. The last x is the result.
 
@@ -209,12 +228,15 @@ def sample_loop(
         draw: returns fresh standard normal noise like x_T; called once a step by the samplers that add noise.
         steps: 1..T. eta: noise of ddim and dpm++, 0 (none, the same way every time) to 1 (that of ddpm).
         start: a picture to start from, with x_T as its noise; of the steps its strength leaves the last ones.
+        noise_scale: gamma of `scale_noise`, above 0 and at most 1.
     """
     one_of(SAMPLERS, sampler, "sampler")
     one_of(PREDICTIONS, prediction, "prediction")
     one_of(VARIANCES, variance, "variance")
     if not 0 <= eta <= 1:
         raise ValueError(f"expected eta in [0, 1], got {eta}")
+    if not 0 < noise_scale <= 1:
+        raise ValueError(f"expected a noise_scale above 0 and at most 1, got {noise_scale}")
     times = timesteps(schedule, steps, start.strength if start else 1.0)
     adds_noise = eta > 0 or sampler == "ddpm"
     x = x_T
@@ -234,6 +256,8 @@ def sample_loop(
         else:
             x = dpmpp_2m_step(schedule, x, t, s, x_0, previous, noise, eta)
             previous = (t, x_0)
+        if noise_scale != 1:
+            x = scale_noise(schedule, x, t, s, x_0, noise_scale)
         if start and start.mask is not None:
             x = keep_known(schedule, x, s, start, x_T)
         yield State(i, now, then, x, x_0)

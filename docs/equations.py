@@ -387,6 +387,15 @@ CODE = (
     ),
     Row("inpainting", "Keeping a part of it", "sampling.keep_known", "mask x_s x_0 eps"),
     Row(
+        "noise-scale",
+        "Less noise in every step; gamma over the whole chain",
+        "sampling.scale_noise",
+        "x_s a_s x_0 scale t s",
+        formula=lambda x_s, x_0, t, s, alpha_bar_s, gamma: (
+            sqrt(alpha_bar_s) * x_0 + gamma ** ((t - s) / 1000) * (x_s - sqrt(alpha_bar_s) * x_0)
+        ),
+    ),
+    Row(
         "guidance",
         "Classifier-free guidance",
         "sampling.guided",

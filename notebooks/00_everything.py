@@ -132,9 +132,11 @@ def x_0_and_eps(x_t, t, v):
 
 
 # %% [markdown]
-# The network predicts v rather than the noise. At a large t the noise is easy to predict, because $x_t$ is almost only
-# noise. To read the picture from a predicted noise, one divides by $\sqrt{\bar\alpha_t}$, which is small there. So a
-# small error in the noise becomes a large one in the picture. To read the picture from v, nothing is divided.
+# The network predicts a mixture of both, the velocity
+# $v = \sqrt{\bar\alpha_t}\, \epsilon - \sqrt{1 - \bar\alpha_t}\, x_0$.
+# Why not the noise? At a large t the noise is easy to predict, because $x_t$ is almost only noise. To read the picture
+# from a predicted noise, one divides by $\sqrt{\bar\alpha_t}$, which is small there. So a small error in the noise
+# becomes a large one in the picture. To read the picture from v, nothing is divided.
 
 # %% Eight pictures of one face, from clean to pure noise
 t = torch.tensor([0, 150, 300, 450, 600, 750, 900, 999])
@@ -179,9 +181,9 @@ class Block(nn.Module):
 #
 # $$\mathrm{softmax}\left(q k^\top / \sqrt d\right) v$$
 #
-# (This v is not the v that the network predicts.) For example, the places of the hair can put their weight on "blond".
-# When the keys and values come from the places instead of the words, the layer is called self-attention. It lets the
-# left eye match the right one.
+# where d is how many numbers a query has. (This v is not the v that the network predicts.) For example, the places of
+# the hair can put their weight on "blond". When the keys and values come from the places instead of the words, the
+# layer is called self-attention. It lets the left eye match the right one.
 
 
 # %%

@@ -158,11 +158,12 @@ def test_a_model_of_pictures_without_captions_takes_the_empty_prompt_alone(train
 def test_every_sampler_makes_a_picture_and_a_film(sampler, trained, tmp_path):
     film = tmp_path / ("film.gif" if sampler == "ddim" else "film.png")
     drawing = ["--model", trained, "--steps", 3, "--sampler", sampler, "--eta", 0.5 * (sampler != "ddpm")]
+    drawing += ["--noise-scale", 0.9]
     assert run_sample("a woman", *drawing, "--out", tmp_path / "s.png", "--film", film) == 0
     with Image.open(film) as picture:
         assert picture.size[0] == 3 * 64 if film.suffix == ".png" else picture.n_frames == 3
         text = picture.text if film.suffix == ".png" else json.loads(picture.info["comment"])
-    assert (text["sampler"], text["steps"]) == (sampler, "3")
+    assert (text["sampler"], text["steps"], text["noise_scale"]) == (sampler, "3", "0.9")
 
 
 def test_a_file_has_a_prompt_a_line_and_its_pictures_are_written_as_they_are_drawn(
@@ -431,6 +432,7 @@ def test_a_resumed_run_names_the_settings_that_differ(trained, capsys):
         ("--guidance nan", "guidance"),
         ("--guidance inf", "guidance"),
         ("--eta 2", "eta"),
+        ("--noise-scale 0", "--noise-scale above 0 and at most 1, got 0.0"),
         ("--eta 0.5 --sampler ddpm", "--eta with the samplers ddim and dpm++"),
         ("--variance beta", "--variance with --sampler ddpm"),
         ("--num 5000", "60,000,000 pixels for --out"),

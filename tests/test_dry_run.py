@@ -89,7 +89,7 @@ def test_a_need_adds_up(tower):
     torch.manual_seed(0)
     config = Config.from_preset("tiny", channels=(32, 32), image_size=16)
     model = TextToImage(config.model, tower)
-    whole, parts = (measure("unet", model, config.with_training(accumulation=n), "fp32", 3) for n in (1, 4))
+    whole, parts = (measure("unet", model, config.changed(accumulation=n), "fp32", 3) for n in (1, 4))
     size = 4 * sum(p.numel() for p in model.unet.parameters())
     assert whole["parameters"] == size // 4 and whole["optimizer"] == 2 * size
     assert whole["gradients"] == whole["average"] == size
@@ -98,7 +98,7 @@ def test_a_need_adds_up(tower):
     for need in (whole, parts):
         assert need["peak"] > need["weights"] + 3 * size + max(size, need["kept"])
     assert parts["peak"] < whole["peak"]
-    muon = measure("unet", model, config.with_training(muon_lr=0.01), "fp32", 3)  # one moment in place of two
+    muon = measure("unet", model, config.changed(muon_lr=0.01), "fp32", 3)  # one moment in place of two
     assert size < muon["optimizer"] < 1.2 * size and muon["peak"] < whole["peak"]
     assert parts["flops"] == whole["flops"] > 0  # micro-batches do not change what is computed
 

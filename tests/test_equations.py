@@ -27,7 +27,7 @@ from ddpm.evaluation.bits import laplace_bits
 from ddpm.evaluation.classifier import balanced_loss
 from ddpm.evaluation.metrics import balanced_accuracy, frechet_distance, wilson_interval
 from ddpm.losses import diffusion_loss, prior_term, variational_term
-from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, guided
+from ddpm.sampling import ddim_step, ddpm_step, dpmpp_2m_step, guided, scale_noise
 from ddpm.schedule import Schedule
 from ddpm.tools.kernels import attend
 from ddpm.training.optimization import EMA
@@ -154,10 +154,8 @@ def drawn():
         r"""A whole number from 0 to high - 1."""
         return (uniform(0, 1) * high).long()
 
-    names = (
-        "x_prev x_0 x_0_hat x_0_prev x_t x x_hat eps eps_hat noise output mu logvar uncond cond average theta"
-    )
-    names += " q k_0 k_1 v_0 v_1 mu_1 mu_2 S_1 S_2 logit"
+    names = "x_prev x_0 x_0_hat x_0_prev x_t x_s x x_hat eps eps_hat noise output mu logvar uncond cond"
+    names += " average theta q k_0 k_1 v_0 v_1 mu_1 mu_2 S_1 S_2 logit"
     V = {name: normal(N, seed=seed) for seed, name in enumerate(names.split())}
     for name in ("x", "x_hat"):  # pictures, in [-1, 1]
         V[name] = V[name].tanh()
@@ -179,7 +177,7 @@ def drawn():
     V["n_both"] = below(V["n_wanted"] + 1)
     V["n_unwanted"] = ANSWERS - V["n_wanted"]
     V["n_neither"] = below(V["n_unwanted"] + 1)
-    constants = {"eta": 0.6, "scale": 3.5, "kl_weight": 0.3, "decay": 0.7, "n": 7, "width": 0.4}
+    constants = {"eta": 0.6, "scale": 3.5, "kl_weight": 0.3, "decay": 0.7, "n": 7, "width": 0.4, "gamma": 0.8}
     return SimpleNamespace(**V, **constants, beta=LINEAR.beta.tolist())
 
 
@@ -268,6 +266,7 @@ EXACT = {  # id -> what the code computes of the drawn numbers, one tensor of N 
     "dpm-solver-step": lambda V: dpmpp_2m_step(
         LINEAR, V.x_t, V.t, V.s, V.x_0, (V.t_prev, V.x_0_prev), V.noise, eta=1.0
     ),
+    "noise-scale": lambda V: scale_noise(LINEAR, V.x_s, V.t, V.s, V.x_0, V.gamma),
     "guidance": guided_answers,
     "psnr": lambda V: psnr(V.x[:, None], V.x_hat[:, None]),
     "laplace-bits": lambda V: laplace_bits(V.x, V.x_hat, V.width),
@@ -300,7 +299,7 @@ def difference_of(row, V):
 @pytest.mark.equation("predictions", "score", "reverse-variance", "variational-bound", "prior-term")
 @pytest.mark.equation("attention", "kl", "entropy", "vae-loss", "ddim-step", "dpm-solver-step", "guidance")
 @pytest.mark.equation("psnr", "laplace-bits", "classifier-loss", "balanced-accuracy")
-@pytest.mark.equation("wilson-interval", "frechet-distance", "ema")
+@pytest.mark.equation("wilson-interval", "frechet-distance", "ema", "noise-scale")
 @pytest.mark.parametrize("row", [row for row in ROWS if row.formula], ids=lambda row: row.id)
 def test_a_formula_gives_the_numbers_of_its_code(row):
     r"""float64: alpha_bar near 1 loses some of sixteen digits. 1e-5: float32, which the loss and pictures are in."""

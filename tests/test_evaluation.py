@@ -107,7 +107,8 @@ def refused(capsys, *arguments) -> str:
 def test_the_result_names_what_it_measured_and_every_part(run, result):
     settings = result["settings"]
     expected = {"split": "test", "n": 20, "extractor": "classifier", "sampler": "dpm++", "steps": 2}
-    expected |= {"guidance": 3.0, "eta": 0.0, "weights": "ema", "seed": 0, "scope": "normal", "run": str(run)}
+    expected |= {"guidance": 3.0, "eta": 0.0, "noise_scale": 1.0, "weights": "ema"}
+    expected |= {"seed": 0, "scope": "normal", "run": str(run)}
     assert expected.items() <= settings.items()
     others = {"crop", "ddpm", "torch", "precision", "device", "machine", "preset", "data", "image_size"}
     assert set(settings) == {*expected, *others, "text_weights", "digests"}
@@ -208,7 +209,7 @@ def test_mirrored_copies_do_not_count_where_training_mirrors_none(run, pictures,
     r"""Most of the pictures here are mirrored, so their median is near 0 only if those are found."""
     copies = pictures.batch(pictures.rows(TRAIN)[:20], torch.arange(20) % 3 > 0)
     monkeypatch.setattr(TextToImage, "sample", lambda self, prompts, *_, **__: copies[: len(prompts)])
-    unmirrored = Config.read(run / "config.json").with_training(flip=False)
+    unmirrored = Config.read(run / "config.json").changed(flip=False)
     monkeypatch.setattr(Config, "read", lambda path: unmirrored)
     assert evaluate(run, "--only", "neighbours", "--out", tmp_path) == 0
     found = result_in(tmp_path)["neighbours"]
@@ -409,6 +410,7 @@ def test_numbers_are_rounded_and_what_is_none_becomes_null():
         (["--sampler", "euler"], "euler"),
         (["--eta", "1.5"], "--eta in [0, 1], got 1.5"),
         (["--eta", "nan"], "--eta in [0, 1], got nan"),
+        (["--noise-scale", "1.5"], "--noise-scale above 0 and at most 1, got 1.5"),
         (["--data", "/no/such/folder"], "--data"),
         (["--out", "/proc/evaluation"], "--out"),
         (["--quick", "--full"], "--full"),

@@ -160,6 +160,7 @@ ODD |= {"channels": (32, 64, 96, 96), "res_blocks": 3, "attention_levels": (0, 3
 ONE_LEVEL = {"channels": (64,), "attention_levels": (), "vae_channels": (32,), "image_size": 16}
 CONFIGURATIONS = {name: Config.from_preset(name).model for name in PRESETS}
 CONFIGURATIONS["few steps"] = ModelConfig(few_steps=4)
+CONFIGURATIONS["less noise"] = ModelConfig(noise_scale=0.9)
 CONFIGURATIONS |= {"odd": ModelConfig(**ODD, latent_channels=5), "one level": ModelConfig(**ONE_LEVEL)}
 
 

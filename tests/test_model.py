@@ -106,6 +106,14 @@ def test_sampling_is_the_loop_over_the_unet_with_noise_of_the_pictures_own_strea
     assert far(picture, by_hand) < 1e-4
 
 
+def test_a_model_draws_with_its_own_noise_scale_unless_it_is_told_another(tiny, monkeypatch):
+    sample = partial(tiny.sample, PROMPTS, steps=3)
+    plain, less = sample(noise_scale=1.0), sample(noise_scale=0.5)
+    assert torch.equal(sample(), plain) and far(less, plain) > 1e-2
+    monkeypatch.setattr(tiny, "config", dataclasses.replace(tiny.config, noise_scale=0.5))
+    assert torch.equal(sample(), less) and torch.equal(sample(noise_scale=1.0), plain)
+
+
 GIVEN = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(8)) * 2 - 1
 RIGHT = (torch.arange(16) > 8).expand(1, 1, 16, 16)  # from column 9 on, in the middle of a latent
 

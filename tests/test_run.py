@@ -33,8 +33,10 @@ from ddpm.celeba.dataset import pictures_in_memory
 from ddpm.celeba.faces import write_celeba
 from ddpm.celeba.lists import VALID
 from ddpm.config import Config
+from ddpm.evaluation import __main__ as evaluation
 from ddpm.model import TextToImage
 from ddpm.tools import files, text_weights
+from ddpm.tools.arrays import Records
 from ddpm.tools.files import digest_of
 from ddpm.training import loops, run_folder, stages
 from ddpm.training.optimization import BAD_STEPS, Optimization
@@ -244,7 +246,7 @@ def test_minutes_end_both_stages_and_go_on_after_a_resume(whole, tmp_path, monke
     now, stages_of_steps = [0.0], []
     monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: now[0]))
     bounds = {"max_minutes": 1.0, "vae_share": 0.4, "vae_steps": 10**6, "unet_steps": 10**6}
-    config = Config.read(whole / "config.json").with_training(**bounds)
+    config = Config.read(whole / "config.json").changed(**bounds)
     for begun in (0.0, 1000.0):  # two processes, each with a clock of its own
         now[0] = begun
         resume = begun > 0
@@ -259,7 +261,7 @@ def test_minutes_end_both_stages_and_go_on_after_a_resume(whole, tmp_path, monke
 
 
 def test_pictures_may_come_from_memory(whole, tmp_path):
-    config = Config.read(whole / "config.json").with_training(vae_steps=1, unet_steps=1)
+    config = Config.read(whole / "config.json").changed(vae_steps=1, unet_steps=1)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     captions = [f"number {i}" for i in range(20)]
     pictures = pictures_in_memory(pixels, captions)
@@ -270,6 +272,7 @@ def test_pictures_may_come_from_memory(whole, tmp_path):
     assert TextToImage.load(tmp_path / "run").sample(["number 3"], steps=1).shape == (1, 3, 16, 16)
     resumed = train(config, tmp_path / "run", resume=True, device="cpu")  # on drawn faces
     assert "which a program gave" in refusal_of(next, resumed)
+    assert "which a program gave" in refusal_of(evaluation.main, [str(tmp_path / "run"), "--device", "cpu"])
     assert "got (32, 32, 3)" in refusal_of(
         lambda: next(
             train(
@@ -611,6 +614,22 @@ def test_a_second_training_in_the_folder_is_refused_in_one_line(begun, whole, ca
         error = one_error(capsys)
         assert f"process {os.getpid()}" in error and "is training" in error
     assert resume(folder, whole, "--stop-after", 1) == 0
+
+
+def test_a_lock_or_a_cache_that_is_a_link_is_refused_and_what_it_names_is_left(
+    begun, whole, tmp_path, capsys
+):
+    r"""Both are written to, and a run folder with its cache may be a stranger's."""
+    folder = begun(5)
+    mine = tmp_path / "mine"
+    mine.write_text("text")
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(mine)
+    assert resume(folder, whole) == 2
+    assert f"could not write to {folder}" in one_error(capsys)
+    (tmp_path / "records.bin").symlink_to(mine)
+    refusal = refusal_of(Records, tmp_path / "records.bin", (1,), np.float16, lambda i: [i], None)
+    assert "could not open" in refusal and mine.read_text() == "text"
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="no locks here")

@@ -28,6 +28,7 @@ from ddpm.sampling import (
     guided,
     keep_known,
     sample_loop,
+    scale_noise,
     timesteps,
 )
 from ddpm.schedule import Schedule
@@ -454,6 +455,40 @@ def test_a_mask_keeps_its_part_at_every_time_and_leaves_the_rest_to_the_sampler(
     )
 
 
+# ------------------------------------------------------------------------------------------- less noise
+
+
+@pytest.mark.equation("noise-scale")
+@pytest.mark.parametrize("steps", [7, 50])
+@EACH_SAMPLER
+def test_the_noise_of_every_time_is_scaled_by_the_share_of_the_chain_that_is_over(sampler, settings, steps):
+    r"""Data of the single number 2: the mean stays a_s m, and where no step adds noise the deviation is
+    gamma^((T - 1 - s) / T) sigma_s, whatever the number of steps. Fresh noise has been scaled less often."""
+    path = moments(
+        LINEAR,
+        best_network(LINEAR, 2.0, 0.0),
+        marginal(LINEAR, 2.0, 0.0, 999),
+        sampler,
+        steps,
+        noise_scale=0.7,
+        **settings,
+    )
+    for time, mean, variance in path:
+        expected, sigma = marginal(LINEAR, 2.0, 0.0, time)
+        assert mean == pytest.approx(expected, abs=1e-9)
+        scaled = 0.7 ** ((999 - time) / 1000) * sigma
+        if sampler != "ddpm" and not settings.get("eta"):
+            assert math.sqrt(variance) == pytest.approx(scaled, abs=1e-9)
+        elif time >= 0 and settings != {"variance": "beta"}:
+            assert scaled < math.sqrt(variance) < sigma
+
+
+def test_a_noise_scale_of_one_and_the_clean_picture_change_nothing():
+    x_s, x_0 = normal(2, 3), normal(2, 3, seed=1)
+    assert far(scale_noise(LINEAR, x_s, at(600, 600), at(500, -1), x_0, 1.0), x_s) < 1e-12
+    assert torch.equal(scale_noise(LINEAR, x_0, at(600, 600), at(-1, -1), x_0, 0.5), x_0)
+
+
 # ------------------------------------------------------------------------------------------- guidance
 
 
@@ -605,6 +640,9 @@ def test_a_device_without_float64_gives_the_same_sample(sampler, name):
         ({"sampler": "euler"}, r"ddpm, ddim, dpm\+\+, got 'euler'"),
         ({"eta": 1.5}, r"eta in \[0, 1\], got 1.5"),
         ({"eta": math.nan}, r"eta in \[0, 1\], got nan"),
+        ({"noise_scale": 0.0}, "noise_scale above 0 and at most 1, got 0.0"),
+        ({"noise_scale": 1.01}, "noise_scale above 0 and at most 1, got 1.01"),
+        ({"noise_scale": math.nan}, "noise_scale above 0 and at most 1, got nan"),
         ({"steps": 0}, "1 to 1000 sampling steps, got 0"),
         ({"prediction": "noise"}, "eps, v, x_0, got 'noise'"),
         ({"sampler": "ddpm", "variance": "fixed_small"}, "posterior, beta, learned, got 'fixed_small'"),

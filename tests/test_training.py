@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -131,7 +132,7 @@ def test_the_learning_rate_warms_up_and_comes_down(small):
 
 def test_with_a_rate_for_muon_the_inner_matrices_are_under_it_and_all_rates_come_down_together(small):
     config, model = small
-    opt = optimization(model.unet, config.with_training(muon_lr=0.02), lr=1.0, precision="bf16")
+    opt = optimization(model.unet, config.changed(muon_lr=0.02), lr=1.0, precision="bf16")
     adamw, muon = opt.optimizers
     outer, inner = (sum(p.numel() for g in o.param_groups for p in g["params"]) for o in opt.optimizers)
     assert adamw.defaults["weight_decay"] == config.training.weight_decay > 0
@@ -146,7 +147,7 @@ def test_with_a_rate_for_muon_the_inner_matrices_are_under_it_and_all_rates_come
 @pytest.mark.parametrize("clip, size, is_cut", [(0.5, 1e3, True), (0.5, 1e-6, False), (0.0, 1e3, False)])
 def test_a_gradient_is_scaled_to_the_norm_that_clip_allows(clip, size, is_cut, small, monkeypatch):
     config, model = small
-    opt = optimization(model.unet, config.with_training(clip=clip))
+    opt = optimization(model.unet, config.changed(clip=clip))
     taken = []
     norm = lambda: torch.cat([p.grad.flatten() for p in model.unet.parameters()]).norm().item()  # noqa: E731
     monkeypatch.setattr(opt.optimizers[0], "step", lambda: taken.append(norm()))
@@ -228,7 +229,7 @@ def test_a_step_asks_the_unet_about_scaled_latents_with_noise_and_about_their_ca
 @pytest.mark.parametrize("flip", [True, False])
 def test_epochs_take_turns_in_wordings_and_mirror_half_of_the_pictures(flip, small, pictures, tmp_path):
     config, model = small
-    config = config.with_training(caption_variants=3, flip=flip)
+    config = config.changed(caption_variants=3, flip=flip)
     latents, texts = prepared_unet(tmp_path, config, model, pictures)
     told, flips = [], []
     both = SimpleNamespace(gaussian=lambda rows, flip: flips.append(flip) or latents.gaussian(rows, flip))
@@ -250,7 +251,7 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(small, pictures, tmp
     for accumulation in (1, 4):
         torch.manual_seed(2)
         model = TextToImage(config.model, small[1].text)
-        changed = config.with_training(accumulation=accumulation)
+        changed = config.changed(accumulation=accumulation)
         latents, texts = prepared_unet(tmp_path, changed, model, pictures)
         reports = run_unet(changed, model, pictures, latents, texts, 3)
         results.append([r.loss for r in reports])
@@ -273,7 +274,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run(smal
 
 def test_in_fp16_an_overflow_moves_nothing_halves_the_scale_and_is_no_failure(small):
     config, model = small
-    opt = optimization(model.unet, config.with_training(muon_lr=0.02), ema=True, precision="fp16")
+    opt = optimization(model.unet, config.changed(muon_lr=0.02), ema=True, precision="fp16")
     parts = [[p for g in o.param_groups for p in g["params"] if p.any()] for o in opt.optimizers]
     before = [[p.detach().clone() for p in part] for part in parts]
     scale = opt.scaler.get_scale()
@@ -286,6 +287,15 @@ def test_in_fp16_an_overflow_moves_nothing_halves_the_scale_and_is_no_failure(sm
     assert take_step(opt, squares(model.unet)).finite
     for part, old in zip(parts, before, strict=True):
         assert not any(torch.equal(a, b) for a, b in zip(part, old, strict=True))
+
+
+def test_a_state_of_another_device_does_not_choose_the_kernels_of_this_one(small):
+    config, model = small
+    opt = optimization(model.unet, config)
+    state = copy.deepcopy(opt.state_dict())
+    state["optimizers"][0]["param_groups"][0]["fused"] = False  # as on mps
+    opt.load_state_dict(state)
+    assert opt.optimizers[0].param_groups[0]["fused"] is True
 
 
 @pytest.mark.equation("latent-scale")

@@ -175,7 +175,7 @@ def _own_table(file: Path) -> tuple[ImageTable, list[str]]:
     if not in_parquet:
         return _with_pictures(table, file.parent, ("", "images"), file)
     paths = [cells[-1] for _, cells in sheet.rows]
-    return table, paths if all(paths) else list(table.files)
+    return table, paths if all(paths) and len(set(paths)) > 1 else list(table.files)
 
 
 def _joined(folder: Path, tables: Sequence[ImageTable]) -> ImageTable:

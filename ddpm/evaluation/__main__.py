@@ -11,7 +11,7 @@ import sys
 
 from ddpm.config import fill_in_drawing
 from ddpm.evaluation.choices import EXTRACTORS, PARTS, SAMPLERS, SCOPES
-from ddpm.tools.command import DEVICES, TRAIN, Parser, check_drawing, exit_code, path
+from ddpm.tools.command import DEVICES, NOISE_SCALE, TRAIN, Parser, check_drawing, exit_code, path
 from ddpm.tools.errors import UserError
 
 
@@ -27,6 +27,7 @@ def parser() -> Parser:
     add("--steps", type=int, help="steps, 1 to 1000 [20, or the model's few]")
     add("--guidance", type=float, help="how strongly to follow the prompt [3; 1 with few steps]")
     add("--eta", type=float, default=0.0, help="noise of ddim and dpm++, 0 to 1 [0]")
+    add("--noise-scale", type=float, metavar="G", help=NOISE_SCALE)
     add("--weights", choices=("ema", "unet"), default="ema", help="averaged weights or the last ones [ema]")
     add("--seed", type=int, default=0, help="[0]")
     extractor_help = "whose features the Frechet distance compares [classifier]"

@@ -52,11 +52,13 @@ class Setting(NamedTuple):
     steps: int
     guidance: float
     eta: float = 0.0
+    noise_scale: float = 1.0
 
     @property
     def name(self) -> str:
-        r"""The sampler, with its eta where it has one."""
-        return f"{self.sampler}, eta {self.eta:g}" if self.eta else self.sampler
+        r"""The sampler, with its eta and its noise scale where it has them."""
+        eta = f", eta {self.eta:g}" if self.eta else ""
+        return self.sampler + eta + (f", noise scale {self.noise_scale:g}" if self.noise_scale < 1 else "")
 
     @property
     def calls(self) -> int:
@@ -76,7 +78,9 @@ def curve_settings(main: Setting, scope: Scope, timesteps: int) -> dict[str, lis
     r"""The points of each curve: the main setting at all guidance scales; all samplers, and dpm++ with noise."""
     kinds = [*((sampler, 0.0) for sampler in SAMPLERS), ("dpm++", 1.0)]
     counts = [steps for steps in scope.steps if steps <= timesteps]
-    steps = [Setting(sampler, count, main.guidance, eta) for sampler, eta in kinds for count in counts]
+    steps = [
+        main._replace(sampler=sampler, steps=count, eta=eta) for sampler, eta in kinds for count in counts
+    ]
     if scope.whole_chain:
-        steps.append(Setting("ddpm", timesteps, main.guidance))
+        steps.append(main._replace(sampler="ddpm", steps=timesteps, eta=0.0))
     return {"guidance": [main._replace(guidance=scale) for scale in scope.guidances], "steps": steps}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ddpm import __version__
-from ddpm.celeba.dataset import Pictures, fingerprint, load_pictures, reopen_data
+from ddpm.celeba.dataset import IN_MEMORY, Pictures, fingerprint, load_pictures, reopen_data
 from ddpm.celeba.lists import TEST, VALID
 from ddpm.config import Config
 from ddpm.evaluation.adherence import adherence, wordings
@@ -110,11 +110,17 @@ def open_run(options: argparse.Namespace) -> tuple[TextToImage, Config, Pictures
         raise UserError(f"expected --steps from 1 to {T}, the model's chain, got {options.steps}")
     config = Config.read(options.run / "config.json")
     if options.data is not None:
-        config = config.with_training(data=str(options.data))
+        config = config.changed(data=str(options.data))
     table = reopen_data(config)
     pictures = load_pictures(config, table, options.cache, progress_bar)
     data = fingerprint(table, pictures)
     before = trained_on(options.run)
+    in_memory = before.pop(IN_MEMORY, pictures.key)
+    if in_memory != pictures.key and options.data is None:
+        raise UserError(
+            f"expected the pictures that {options.run} was trained on, which a program gave, got those of "
+            f"{config.training.data}; name a folder of such pictures with --data"
+        )
     if changed := [part for part, digest in before.items() if data.get(part) != digest]:
         names = " and ".join(changed)
         what = f"the {names} of {config.training.data} changed since {options.run} was trained"

@@ -78,7 +78,9 @@ class Evaluation:
         is_ready_made = options.extractor != "classifier"
         self.extract = feature_extractor(options.extractor, model.device) if is_ready_made else None
         scope = SCOPES[options.scope]
-        self.main = Setting(options.sampler, options.steps, options.guidance, options.eta)
+        self.main = Setting(
+            options.sampler, options.steps, options.guidance, options.eta, options.noise_scale
+        )
         self.curve_n = min(self.n, scope.curve_prompts)
         self.few_steps = model.config.few_steps
         self.curves = {} if self.few_steps else curve_settings(self.main, scope, model.schedule.timesteps)
@@ -147,8 +149,9 @@ class Evaluation:
         r"""The pictures of a planned setting, of the first prompts of a kind."""
         if (kind, setting) not in self.drawn:
             prompts = self.prompts[kind][: self.planned[kind, setting]]
-            sampler, steps, guidance, eta = setting
-            how = {"eta": eta, "precision": self.options.precision, "batch_size": BATCH}
+            sampler, steps, guidance, eta, noise_scale = setting
+            how = {"eta": eta, "noise_scale": noise_scale}
+            how |= {"precision": self.options.precision, "batch_size": BATCH}
             with bar(total=steps * -(-len(prompts) // BATCH), desc=str(setting), leave=False) as progress:
                 how["callback"] = lambda state: progress.update()
                 x = self.model.sample(prompts, sampler, steps, guidance, self.options.seed, **how)

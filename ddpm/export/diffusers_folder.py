@@ -98,7 +98,8 @@ UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
 PREFIX = "text_model."  # of the text tower's tensors; transformers 5 reads them with and without
-FEW_STEPS = "_few_steps"  # of ours, in the scheduler's settings; diffusers passes over names with _
+# of ours, in the scheduler's settings; diffusers passes over names with _
+FEW_STEPS, NOISE_SCALE = "_few_steps", "_noise_scale"
 POSITIONS = "embeddings.position_ids"  # 0..76, which transformers kept before 4.31
 # how a VAE's attention was called before diffusers 0.17
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -152,7 +153,8 @@ def schedule_config(c: ModelConfig) -> dict:
     if c.schedule != "cosine":
         beta = Schedule.named(c.schedule, c.timesteps).beta
         settings |= {"beta_start": beta[0].item(), "beta_end": beta[-1].item()}
-    return settings | ({FEW_STEPS: c.few_steps} if c.few_steps else {})
+    own = {FEW_STEPS: (c.few_steps, 0), NOISE_SCALE: (c.noise_scale, 1)}
+    return settings | {name: value for name, (value, usual) in own.items() if value != usual}
 
 
 class Settings(dict):
@@ -235,6 +237,7 @@ def model_config(folder: Path) -> ModelConfig:
         text_weights=TEXT_FILE,
         text_quick_gelu=text.get("hidden_act", "quick_gelu") == "quick_gelu",  # transformers' default
         few_steps=scheduler.get(FEW_STEPS, 0),
+        noise_scale=scheduler.get(NOISE_SCALE, 1.0),
     )
     unet.check(unet_config(c), UNET_ALWAYS)
     vae.check(vae_config(c), VAE_ALWAYS)
@@ -242,8 +245,10 @@ def model_config(folder: Path) -> ModelConfig:
     try:
         Config(c, TrainConfig()).checked()
     except UserError as error:
-        named = f"sample_size, block_out_channels, layers_per_block, num_train_timesteps and {FEW_STEPS}"
-        raise UserError(f"{error}, out of {named} in {folder}; {ADVICE}") from None
+        named = "sample_size, block_out_channels, layers_per_block, num_train_timesteps"
+        raise UserError(
+            f"{error}, out of {named}, {FEW_STEPS} and {NOISE_SCALE} in {folder}; {ADVICE}"
+        ) from None
     scheduler.check(schedule_config(c), SCHEDULE_ALWAYS | {"prediction_type": "epsilon"})
     pad = tokenizer.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad

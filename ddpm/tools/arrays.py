@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm.tools.errors import UserError
-from ddpm.tools.files import CannotWrite, reserve, write_atomically
+from ddpm.tools.files import CannotWrite, open_own, reserve, write_atomically
 
 VERSION = 3  # of the files' layout, of the crop and of the drawing
 CHECKSUM = 4  # bytes behind an array
@@ -99,7 +99,7 @@ class Records:
         self.written = 0  # bytes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+            self.file = open_own(path)
         except OSError as error:
             advice = "see that its folder is there and can be written to"
             raise CannotWrite(f"could not open {path}: {error.strerror}; {advice}") from None

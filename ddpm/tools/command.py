@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ddpm.tools.errors import UserError, escaped, printable
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+NOISE_SCALE = "factor on the noise of all steps together, above 0 to 1 [the model's own, mostly 1]"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 SCRIPTS = Path(__file__).parents[2]  # of a checkout; a wheel has modules alone
 TRAIN = "python train.py" if (SCRIPTS / "train.py").is_file() else "python -m ddpm.training"
@@ -212,7 +213,7 @@ def keep_freed_memory():
 
 
 def check_drawing(a: argparse.Namespace):
-    r"""Refuse --steps, --guidance and --eta by which nothing can be drawn; UserError says what was expected."""
+    r"""Refuse settings by which nothing can be drawn; UserError says what was expected."""
     if a.steps < 1:
         raise UserError(f"expected --steps of at least 1, got {a.steps}")
     if not math.isfinite(a.guidance):
@@ -223,6 +224,8 @@ def check_drawing(a: argparse.Namespace):
         raise UserError(
             f"expected --eta with the samplers ddim and dpm++, got {a.eta} with ddpm; leave it out"
         )
+    if not 0 < a.noise_scale <= 1:
+        raise UserError(f"expected --noise-scale above 0 and at most 1, got {a.noise_scale}")
 
 
 def path(text: str) -> Path:

@@ -111,6 +111,12 @@ def reserve(path: Path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
+def open_own(path: Path):
+    r"""A file for reading and writing, made where it is not there. A link is refused, because it may lead anywhere."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+
+
 def flock(file) -> bool | None:
     r"""Lock an open file until it is closed or its process dies: True; False: another has it; None: no locks here."""
     if fcntl is None:

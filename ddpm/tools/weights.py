@@ -116,6 +116,8 @@ def _shapes_in(file: safe_open) -> Shapes:
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[safe_open]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:

@@ -138,7 +138,7 @@ def resumed_configuration(arguments: argparse.Namespace, flags: dict) -> Config:
             f"expected no --vae-steps, because the VAE of {folder} is finished, got {asked}; leave it out "
             "(until the second stage begins, --stage vae trains it further)"
         )
-    return config.with_training(**{name: value for name, value in flags.items() if name in MOVABLE})
+    return config.changed(**{name: value for name, value in flags.items() if name in MOVABLE})
 
 
 def default_folder(teacher: Path | None, config: Config) -> Path:

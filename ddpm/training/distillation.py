@@ -106,6 +106,8 @@ class Trajectories:
         self.drawn = 0  # by this process
         self.times = torch.tensor([*timesteps(schedule, model.few_steps), -1])
         settings = (model.schedule, model.timesteps, model.prediction, model.few_steps, GUIDED)
+        if model.noise_scale != 1:
+            settings += (model.noise_scale,)
         tower = text_weights.fingerprint(texts.tower)
         key = key_of(
             "trajectories", digest_of(teacher.state_dict()), tower, captions, settings, seed, precision
@@ -130,9 +132,8 @@ class Trajectories:
         sampler, steps, scale = GUIDED
         with autocast(device, self.precision), context_read_once(self.teacher):
             denoise = guided(self.teacher, context, uncond, scale)
-            loop = sample_loop(
-                self.schedule, denoise, x_T, lambda: x_T, sampler, steps, self.model.prediction
-            )
+            how = {"prediction": self.model.prediction, "noise_scale": self.model.noise_scale}
+            loop = sample_loop(self.schedule, denoise, x_T, lambda: x_T, sampler, steps, **how)
             for state in bar(
                 loop, total=steps, desc=f"the teacher draws, {self.drawn:,} so far", leave=False
             ):

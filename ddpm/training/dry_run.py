@@ -291,6 +291,7 @@ def measure(stage: str, model: TextToImage, config: Config, precision: str, step
     parameters = sum(p.numel() for p in opt.network.parameters())
     average = 4 * parameters if opt.ema else 0
     weights = sum(tensor.nbytes for part in model.children() for tensor in part.state_dict().values())
+    weights += 4 * parameters if model.config.few_steps else 0  # the teacher
     return {
         "parameters": parameters,
         "flops": counter.get_total_flops(),

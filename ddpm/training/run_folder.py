@@ -33,6 +33,7 @@ from ddpm.tools.files import (
     check_not_packed,
     digest_of,
     flock,
+    open_own,
     remove_leftovers,
     write_atomically,
 )
@@ -107,7 +108,7 @@ class Run:
 
     def _take_lock(self):
         try:
-            self.lock = open(self.folder / LOCK, "a+b", buffering=0)  # noqa: SIM115 (held until `__exit__`)
+            self.lock = open_own(self.folder / LOCK)  # held until `__exit__`
         except OSError as error:
             raise CannotWrite(
                 f"could not write to {self.folder}: {error.strerror}; see that it is there and can be written to"

@@ -12,7 +12,7 @@ import torch
 from ddpm.celeba.dataset import Pictures, fingerprint, load_pictures, open_data, reopen_data
 from ddpm.celeba.download import download_celeba
 from ddpm.celeba.lists import TRAIN, VALID
-from ddpm.config import TEXT_FILE, Config, size_warning
+from ddpm.config import MOVABLE, TEXT_FILE, Config, size_warning
 from ddpm.model import SHIPPED, TextToImage
 from ddpm.tools import text_weights
 from ddpm.tools.command import SAMPLE, Stopped, be_quiet, progress_bar, say
@@ -204,7 +204,11 @@ def begin_from(model: TextToImage, source: str, stage: str) -> str:
     before = {}
     if "UNet" not in refused:
         before = vars(Config.read(folder / "config.json").model)
-    differing = [name for name, value in vars(model.config).items() if before and before[name] != value]
+    differing = [
+        name
+        for name, value in vars(model.config).items()
+        if before and before[name] != value and name not in MOVABLE
+    ]
     if model.config.few_steps:
         if refused or differing != ["few_steps"] or before["few_steps"]:
             other = [f"another {name}" for name in differing if name != "few_steps"]

@@ -334,11 +334,13 @@ class UnetStage(Stage):
                 self.check_stop()
 
         how = {"seed": self.settings.seed, "precision": self.precision, "batch_size": batch}
-        sampler, steps, guidance = self.config.model.drawing
+        sampler, steps, guidance, noise_scale = self.config.model.drawing
         with bar(total=steps * -(-len(self.prompts) // batch), desc="drawing samples", leave=False) as shown:
             x = self.model.sample(self.prompts, callback=leave, **how)
         text = {"prompt": json.dumps(self.prompts)}
-        text["settings"] = f"{sampler}, {steps} steps, guidance {guidance:g}, EMA"
+        text["settings"] = (
+            f"{sampler}, {steps} steps, guidance {guidance:g}, noise scale {noise_scale:g}, EMA"
+        )
         text["step"] = str(self.opt.step)
         path = self.run.folder / "samples" / f"step_{self.opt.step:06d}.png"
         save_png(path, labelled_grid(x, self.prompts, 8), text)
