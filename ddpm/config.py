@@ -194,7 +194,7 @@ PRESETS = {
     "celeba128": SPEC | {"image_size": 128, "vae_channels": (32, 64, 128)},
     "celeba64-laptop": LAPTOP  # an hour sees 16,000 pictures several times, and reads each caption once
     | {"muon_lr": 4e-3, "max_minutes": 60.0, "vae_share": 0.25, "max_pictures": 16_000}
-    | {"weighting": "min_snr"},
+    | {"weighting": "min_snr", "noise_scale": 0.9},
     "lowvram": SPEC
     | {"batch_size": 16, "accumulation": 8, "gradient_checkpointing": True}
     | {"steps_per_epoch": 100, "epochs": 3, "save_every": 50},  # its steps are slow where memory is small

@@ -187,15 +187,17 @@ def keep_known(schedule: Schedule, x_s: Tensor, s: Tensor, start: Start, eps: Te
 
 
 def scale_noise(schedule: Schedule, x_s: Tensor, t: Tensor, s: Tensor, x_0: Tensor, scale: float) -> Tensor:
-    r"""A step's result with less noise, because it also holds the errors of the network.
+    r"""A step's result with a factor on its noise. An imperfect network may draw better with a little less.
 
     $$x_s \leftarrow a_s \hat x_0 + \gamma^{(t - s) / T} \left(x_s - a_s \hat x_0\right), \qquad
     a_s = \sqrt{\bar\alpha_s}$$
 
-    where gamma is `scale`. In training x_s is a picture and its noise. In sampling it is a prediction and noise, and
-    the prediction's error comes on top, so the network sees more than the noise of s ("exposure bias"; Ning et al. 2024
-    scale the predicted eps against it). The exponents of a chain add up to 1, so gamma means the same for any number of
-    steps. gamma = 1 changes nothing, nor does any gamma change the clean picture, s = -1, where x_s is x_0.
+    where gamma is `scale`. What is scaled is all that the step adds to the prediction, also the noise that it drew. The
+    exponents of a chain add up to 1, so gamma is the factor on the noise of x_T that is left at the end, for any number
+    of steps. gamma = 1 changes nothing, nor does any gamma change the clean picture, s = -1, where x_s is x_0.
+
+    Ning et al. 2024 (arXiv:2308.15321) scale the predicted eps instead, and so the x_0 that follows from it. That x_0
+    is divided by a_t, so their form draws nothing under a schedule whose a_T is nearly 0.
 
     Args: x_s, x_0: (B, ...) the sample at time s, and the prediction at t by which it was made.
     """
