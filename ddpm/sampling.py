@@ -258,7 +258,7 @@ def sample_loop(
         else:
             x = dpmpp_2m_step(schedule, x, t, s, x_0, previous, noise, eta)
             previous = (t, x_0)
-        if noise_scale != 1:
+        if noise_scale != 1.0:
             x = scale_noise(schedule, x, t, s, x_0, noise_scale)
         if start and start.mask is not None:
             x = keep_known(schedule, x, s, start, x_T)

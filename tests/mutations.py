@@ -52,6 +52,11 @@ EQUIVALENT = {
     ("metrics.precision_recall", "another number", "1024"): "how many are compared at once",
     ("losses.diffusion_loss", "another number", "0.001"): "a default that the configuration replaces",
     ("sampling.ddim_step", "another number", "0.0"): "a default",
+    (
+        "sampling.sample_loop",
+        "another number",
+        "1.0",
+    ): "a larger strength begins at T - 1 too, and a factor of 1 is none",
     ("sampling.ddim_step", "", "clamp"): "guards devices without float64 against rounding",
     ("muon.Muon.__init__", "another number", "0.0"): "a default",
     ("muon.Muon.step", "", "TOGETHER"): "how many matrices go together",

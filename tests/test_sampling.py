@@ -458,7 +458,7 @@ def test_a_mask_keeps_its_part_at_every_time_and_leaves_the_rest_to_the_sampler(
 # ------------------------------------------------------------------------------------------- less noise
 
 
-@pytest.mark.equation("noise-scale")
+@pytest.mark.equation("noise-scale", "reverse-process")
 @pytest.mark.parametrize("steps", [7, 50])
 @EACH_SAMPLER
 def test_the_noise_of_every_time_is_scaled_by_the_share_of_the_chain_that_is_over(sampler, settings, steps):
