@@ -193,8 +193,8 @@ def scale_noise(schedule: Schedule, x_s: Tensor, t: Tensor, s: Tensor, x_0: Tens
     a_s = \sqrt{\bar\alpha_s}$$
 
     where gamma is `scale`. What is scaled is all that the step adds to the prediction, also the noise that it drew. The
-    exponents of a chain add up to 1, so gamma is the factor on the noise of x_T that is left at the end, for any number
-    of steps. gamma = 1 changes nothing, nor does any gamma change the clean picture, s = -1, where x_s is x_0.
+    exponents of a whole chain add up to 1, so gamma means the same for any number of steps. gamma = 1 changes nothing,
+    nor does any gamma change the clean picture, s = -1, where x_s is x_0.
 
     Ning et al. 2024 (arXiv:2308.15321) scale the predicted eps instead, and so the x_0 that follows from it. That x_0
     is divided by a_t, so their form draws nothing under a schedule whose a_T is nearly 0.

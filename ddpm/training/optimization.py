@@ -216,8 +216,9 @@ class Optimization:
         self.bound.since = state["since"]
         self.network.load_state_dict(state["network"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            for group in saved["param_groups"]:  # the checkpoint may be of another device
-                group |= {name: optimizer.defaults[name] for name in ("fused",) if name in group}
+            for group in saved["param_groups"]:
+                if "fused" in group:  # of AdamW; the checkpoint may be of another device
+                    group["fused"] = optimizer.defaults["fused"]
             optimizer.load_state_dict(saved)
         if self.scaler.is_enabled() and state["scaler"]:  # --resume may change the precision
             self.scaler.load_state_dict(state["scaler"])
